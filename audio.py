@@ -1,0 +1,187 @@
+"""Waveforms: read, resample, log-mel, vocoder. The only file that touches samples.
+
+    wav = audio.read("clip.flac", 24000)          # mono float32 at 24 kHz, whatever the file holds
+    mel = audio.log_mel(torch.from_numpy(wav))    # (T, 100), the input of Vocos
+    wav = audio.load_vocoder("griffin_lim")(mel)
+
+L samples, T mel frames (one each HOP samples), M = 100 mel bins.
+"""
+
+import importlib
+import io
+import sys
+import types
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+
+SAMPLE_RATE, N_FFT, HOP, N_MELS = 24000, 1024, 256, 100
+LOG_CLIP = 1e-7  # Vocos' own floor under the logarithm
+FRAME_RATE = SAMPLE_RATE / HOP  # mel frames per second
+PYAV_SUFFIXES = {".g722", ".m4a", ".mp4", ".webm", ".aac"}  # what libsndfile cannot read
+
+
+class AudioError(ValueError):
+    """A clip that cannot be used; `reason` is a short phrase that clips are counted by."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+def read(source: str | Path | bytes, sample_rate: int, name: str = "") -> np.ndarray:
+    """Decodes a file (or its bytes, `name` giving the suffix) to mono float32 (L,) at `sample_rate` Hz; see decode()."""
+    return resample(*decode(source, name), sample_rate)
+
+
+def resample(wav: np.ndarray, rate: int, to: int) -> np.ndarray:
+    """(L,) at `rate` Hz -> float32 at `to` Hz, by soxr at high quality."""
+    return np.ascontiguousarray(soxr.resample(wav, rate, to) if rate != to else wav, np.float32)
+
+
+def decode(source: str | Path | bytes, name: str = "") -> tuple[np.ndarray, int]:
+    """Decodes a file (or its bytes, `name` giving the suffix) to mono float32 (L,) and its own sample rate.
+
+    libsndfile reads wav, flac, ogg, opus and mp3; PyAV reads G.722 and what AudioSet is stored in. Raises AudioError
+    for anything undecodable, empty, silent or not finite.
+    """
+    suffix = Path(name or (source if not isinstance(source, bytes) else "")).suffix.lower()
+    data = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    try:
+        wav, rate = _read_av(data, suffix) if suffix in PYAV_SUFFIXES else _read_soundfile(data)
+    except AudioError:
+        raise
+    except Exception as error:  # decoders raise a dozen types of their own
+        raise AudioError("cannot be decoded", f"{type(error).__name__} {error}") from error
+    if wav.shape[0] == 0:
+        raise AudioError("empty")
+    if not np.isfinite(wav).all():
+        raise AudioError("samples not finite")
+    if np.abs(wav).max() < 1e-4:  # under -80 dB of full scale
+        raise AudioError("silent")
+    return wav.mean(axis=1), rate
+
+
+def _read_soundfile(data) -> tuple[np.ndarray, int]:
+    with soundfile.SoundFile(data) as file:
+        if not 1000 <= file.samplerate <= 768_000 or file.channels > 32:
+            raise AudioError("absurd header", f"{file.samplerate} Hz, {file.channels} channels")
+        return file.read(dtype="float32", always_2d=True), file.samplerate
+
+
+def _read_av(data, suffix: str) -> tuple[np.ndarray, int]:
+    import av
+
+    with av.open(data, format="g722" if suffix == ".g722" else None) as container:
+        stream = container.streams.audio[0]
+        resampler = av.AudioResampler(format="fltp", layout="mono")
+        frames = [f.to_ndarray() for raw in container.decode(stream) for f in resampler.resample(raw)]
+        rate = stream.codec_context.sample_rate
+    return np.concatenate(frames, axis=1).T if frames else np.zeros((0, 1), np.float32), rate
+
+
+def write(path: str | Path, wav: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
+    """Writes (L,) float samples as 16-bit wav; a peak above 1 is scaled down rather than clipped."""
+    wav = np.asarray(wav, np.float32)
+    soundfile.write(str(path), wav / max(1.0, float(np.abs(wav).max(initial=0))), sample_rate, subtype="PCM_16")
+
+
+@cache
+def torchaudio() -> types.ModuleType:
+    """Imports torchaudio, also where its compiled extension does not fit this torch (a CPU torch, PyPI's torchaudio).
+
+    Only its pure-Python transforms are used here and by vocos, so after a real failure the extension is replaced by an
+    empty module. Call this before importing vocos or transformers' Whisper.
+    """
+    try:
+        return importlib.import_module("torchaudio")
+    except (OSError, ImportError, RuntimeError):
+        for name in [n for n in sys.modules if n.split(".")[0] == "torchaudio"]:
+            del sys.modules[name]
+        extension = types.ModuleType("torchaudio._extension")
+        extension._IS_TORCHAUDIO_EXT_AVAILABLE = False
+        extension.fail_if_no_align = lambda function: function
+        sys.modules["torchaudio._extension"] = extension
+        return importlib.import_module("torchaudio")
+
+
+@cache
+def _mel_transform() -> torch.nn.Module:
+    return torchaudio().transforms.MelSpectrogram(SAMPLE_RATE, N_FFT, hop_length=HOP, n_mels=N_MELS, power=1)
+
+
+def log_mel(wav: torch.Tensor) -> torch.Tensor:
+    """Waveform (L,) or (B, L) at 24 kHz -> natural-log magnitude mel (T, 100) or (B, T, 100), T = L // HOP + 1.
+
+    The features of Vocos (`vocos.feature_extractors.MelSpectrogramFeatures`). Raises AudioError below one STFT half.
+    """
+    if wav.shape[-1] <= N_FFT // 2:  # reflection at the edges needs more samples than it mirrors
+        raise AudioError("too short", f"{wav.shape[-1]} samples")
+    mel = _mel_transform().to(wav.device)(wav.float())
+    return mel.clamp_min(LOG_CLIP).log().transpose(-1, -2)
+
+
+@cache
+def _mel_inverse() -> torch.Tensor:
+    return torch.linalg.pinv(_mel_transform().mel_scale.fb.double()).float()  # (100, 513)
+
+
+def mel_to_magnitude(mel: torch.Tensor, iterations: int = 50) -> torch.Tensor:
+    """Log-mel (T, 100) -> non-negative STFT magnitudes (513, T) whose mel is as near as possible.
+
+    Non-negative least squares by multiplicative updates, started at the clamped pseudo-inverse.
+    """
+    filters = _mel_transform().mel_scale.fb.to(mel.device)  # (513, 100)
+    target = mel.float().exp()
+    magnitude = (target @ _mel_inverse().to(mel.device)).clamp_min(1e-6)  # (T, 513)
+    numerator = target @ filters.T
+    for _ in range(iterations):
+        magnitude = magnitude * numerator / (magnitude @ filters @ filters.T).clamp_min(1e-8)
+    return magnitude.T
+
+
+def griffin_lim(mel: torch.Tensor, iterations: int = 60) -> np.ndarray:
+    """Log-mel (T, 100) -> waveform ((T - 1) * HOP,): the vocoder that needs no weights (fast Griffin-Lim, momentum 0.99)."""
+    magnitude = mel_to_magnitude(mel)
+    window = torch.hann_window(N_FFT, device=mel.device)
+    length = (mel.shape[0] - 1) * HOP
+    wav = torchaudio().functional.griffinlim(
+        magnitude, window, N_FFT, HOP, N_FFT, 1.0, iterations, 0.99, length, rand_init=False
+    )
+    return wav.cpu().numpy()
+
+
+def load_vocoder(name: str, device: str = "cpu") -> Callable[[torch.Tensor], np.ndarray]:
+    """Returns mel (T, 100) -> waveform (L,). `name`: griffin_lim, a Vocos hub name or a folder with its two files.
+
+    Raises ValueError in one line when Vocos' weights cannot be found.
+    """
+    if name == "griffin_lim":
+        return griffin_lim
+    torchaudio()
+    from vocos import Vocos
+
+    try:
+        folder = Path(name)
+        if folder.is_dir():
+            vocos = Vocos.from_hparams(str(folder / "config.yaml"))
+            vocos.load_state_dict(torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True))
+        else:
+            vocos = Vocos.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(
+            f"vocoder {name!r}: neither a folder with config.yaml and pytorch_model.bin nor a reachable hub name "
+            f"({type(error).__name__}); --vocoder=griffin_lim needs no weights"
+        ) from error
+    vocos = vocos.to(device).eval()
+
+    @torch.inference_mode()
+    def vocode(mel: torch.Tensor) -> np.ndarray:
+        return vocos.decode(mel.float().to(device).T[None])[0].cpu().numpy()  # Vocos wants (1, 100, T)
+
+    return vocode

@@ -1,0 +1,77 @@
+"""Checkpoints: saved whole or not at all, checked when read, the previous one kept.
+
+    save(path, {"step": 3, "model": model.state_dict()})
+    state, used = load(path)          # used is the previous file when the newest is damaged
+
+A file holds tensors, numbers, strings and plain containers only, so reading one runs no code (weights_only). torch.save
+writes a zip with a CRC-32 for every tensor, which torch.load does not check and load() does.
+"""
+
+import os
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing or damaged; one line that names it."""
+
+
+def previous(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.prev{path.suffix}")
+
+
+def save(path: str | Path, state: dict[str, Any], keep_previous: bool = True) -> None:
+    """Writes `state` to a temporary file beside `path`, flushes it to disk, then renames it into place.
+
+    The file that was there becomes NAME.prev.pt. Whatever fails or is killed, one good file remains.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            os.replace(path, previous(path))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the renames themselves
+    finally:
+        os.close(folder)
+
+
+def exists(path: str | Path) -> bool:
+    return Path(path).exists() or previous(Path(path)).exists()
+
+
+def load(path: str | Path) -> tuple[dict[str, Any], Path]:
+    """Returns the state and the file it came from: `path`, or the previous one with a warning when `path` is damaged.
+
+    Raises CheckpointError when neither can be read.
+    """
+    path = Path(path)
+    problems = []
+    for file in (path, previous(path)):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f"checksum of {damaged} does not match")
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            problems.append(f"{file}: no such file")
+        except Exception as error:  # a damaged zip or pickle raises many types
+            problems.append(f"{file}: damaged ({' '.join(str(error).split())[:120]})")
+        else:
+            if problems:
+                print(f"warning: {problems[0]}; using {file}", file=sys.stderr)
+            return state, file
+    raise CheckpointError("; ".join(problems))

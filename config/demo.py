@@ -1,0 +1,40 @@
+# The embedded default: real audio and real frozen teachers from package registries, on two CPU cores in minutes.
+out_dir = "out/demo"
+data_dir = "data/demo"
+speech_dir = "demo"  # Asterisk's prompts: one voice, 22 minutes
+audio_dir = "demo"  # Sonic Pi's samples and OpenTTD's effects: 7 minutes
+min_seconds = 0.25
+held_out = 0.1
+whisper = "demo"  # Whisper tiny.en
+audio_teacher = "demo"  # the aisfx sound-effects network
+speech_tokenizer = "whisper_vq"
+speech_codes = 1024
+audio_codes = 1024
+beats_tokens = False
+tokenizer_steps = 800
+code_init = True
+
+n_layer = 8
+n_head = 4
+n_embd = 256
+dropout = 0.0
+mel_floor = -8.0  # below lies digital silence, which would dominate the statistics
+mel_stats = ()
+
+max_steps = 1400
+batch_frames = 3072
+batch_size = 32
+crop_frames = 300
+learning_rate = 1e-3
+beta2 = 0.99
+ema_decay = 0.995
+warmup_steps = 300
+probe_every = 100
+probe_clips = 4
+probe_frames = 300
+eval_every = 200
+eval_clips = 24
+save_every = 200
+vocoder = "griffin_lim"
+asr = "demo"
+cfg = 2.0

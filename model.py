@@ -1,0 +1,419 @@
+"""The gated DiT: tokens and a reference mel in, the velocity of the flow out.
+
+    model = DiT(Shape(n_layer=24, n_head=16, n_embd=1024, codes=(4096, 4096)))
+    loss = flow_matching_loss(model, batch)["fm"]
+    mel = sample(model, model.embed_condition(batch), nfe=32, cfg=2.0)      # normalised; model.denormalise gives log-mel
+
+Top to bottom: shape, condition, block, DiT, pooled descriptors and alignment heads, losses, sampler.
+
+B clips, T mel frames, N tokens, M = 100 mel bins, D model width, L layers, H heads, E teacher width. `frames` (B,) counts
+a clip's valid frames: padding never reaches attention, convolution, pooling, the loss or a score.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import DOMAINS
+
+
+@dataclass
+class Shape:
+    """What the weights' shapes depend on, and nothing else; stored in every checkpoint."""
+
+    n_layer: int = 24  # L
+    n_head: int = 16  # H
+    n_embd: int = 1024  # D, also the width of the token embedding
+    ff_mult: int = 4
+    dropout: float = 0.2
+    codes: tuple[int, ...] = (4096, 4096)  # codebook size of the primary stream, per domain
+    second_codes: int = 0  # codebook size of the second stream; 0: one stream (config A)
+    interleave: str = "pair"  # two streams: pair (concat -> linear) | sequence (2N tokens as written)
+    n_mels: int = 100
+    teachers: tuple[tuple[str, int], ...] = (("whisper", 1280), ("beats", 768))  # name and width E, per domain
+
+
+class Condition(NamedTuple):
+    """c of eq. 21, kept in parts: the token embedding at mel rate, the reference mel, and what is valid."""
+
+    tokens: torch.Tensor  # (B, T, D), zeros where the condition is dropped
+    prompt: torch.Tensor  # (B, T, M) normalised mel, zeros after the reference
+    mask: torch.Tensor  # (B, T) bool, True on valid frames
+    kept: torch.Tensor  # (B,) bool, False where the condition was dropped for guidance
+
+    def repeat(self, n: int) -> "Condition":
+        return Condition(*(x.repeat(n, *(1,) * (x.dim() - 1)) for x in self))
+
+    def null(self) -> "Condition":
+        """The unconditional c of classifier-free guidance."""
+        return Condition(self.tokens * 0, self.prompt * 0, self.mask, self.kept & False)
+
+
+class Context(NamedTuple):
+    """What every block reads beside the hidden state."""
+
+    time: torch.Tensor  # (B, D)
+    mask: torch.Tensor | None  # (B, 1, 1, T) bool, None when nothing is padded
+    rotary: torch.Tensor  # (2, T, D / H) cos and sin
+
+    def repeat(self, n: int) -> "Context":
+        mask = None if self.mask is None else self.mask.repeat(n, 1, 1, 1)
+        return Context(self.time.repeat(n, 1), mask, self.rotary)
+
+
+def stretch(x: torch.Tensor, lengths: torch.Tensor, frames: torch.Tensor, T: int) -> torch.Tensor:
+    """Linear interpolation of (B, N, D) to (B, T, D), each clip from its own `lengths` to its own `frames` (B,).
+
+    Per clip the same as F.interpolate(mode="linear", align_corners=False), whatever the padding.
+    """
+    j = torch.arange(T, device=x.device)  # (T,)
+    position = (j + 0.5) * (lengths / frames)[:, None] - 0.5  # (B, T)
+    position = torch.minimum(position.clamp_min(0), (lengths - 1)[:, None].to(position.dtype))
+    low = position.floor().long()
+    high = torch.minimum(low + 1, (lengths - 1)[:, None])
+    weight = (position - low).to(x.dtype)[..., None]  # (B, T, 1)
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    return torch.lerp(x[rows, low], x[rows, high], weight)
+
+
+def rotary_table(T: int, dim: int, device, dtype) -> torch.Tensor:
+    """cos and sin of rotary positions, (2, T, dim), halves convention."""
+    inverse = 10000 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
+    angle = torch.arange(T, device=device, dtype=torch.float64)[:, None] * inverse  # (T, dim / 2)
+    angle = torch.cat([angle, angle], dim=-1)
+    return torch.stack([angle.cos(), angle.sin()]).to(dtype)
+
+
+def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    cos, sin = rotary.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """Eq. 22: two residual updates, adaLN-Zero by the time embedding, both under one scalar gate g (eq. 7)."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        D = shape.n_embd
+        self.n_head, self.dropout = shape.n_head, shape.dropout
+        self.modulation = nn.Linear(D, 6 * D)
+        self.qkv = nn.Linear(D, 3 * D)
+        self.attn_out = nn.Linear(D, D)
+        self.ff_in = nn.Linear(D, shape.ff_mult * D)
+        self.ff_out = nn.Linear(shape.ff_mult * D, D)
+
+    def attention(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D / H)
+        q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask)
+        y = self.attn_out(y.transpose(1, 2).reshape(B, T, D))
+        return F.dropout(y, self.dropout, self.training)
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.dropout(F.gelu(self.ff_in(x), approximate="tanh"), self.dropout, self.training)
+        return self.ff_out(x)
+
+    def forward(self, h: torch.Tensor, context: Context, gate: float = 1.0) -> torch.Tensor:
+        """h_{l-1} -> h_l. gate 0 returns h itself, bit for bit; gate 1 multiplies by nothing."""
+        if gate == 0:
+            return h
+        shift1, scale1, alpha1, shift2, scale2, alpha2 = self.modulation(F.silu(context.time)).chunk(6, dim=-1)
+        if gate != 1:
+            alpha1, alpha2 = gate * alpha1, gate * alpha2
+        h = h + alpha1[:, None] * self.attention(modulate(h, shift1, scale1), context)
+        return h + alpha2[:, None] * self.feed_forward(modulate(h, shift2, scale2))
+
+
+class LocalPosition(nn.Module):
+    """A masked depthwise convolution added to the stem's output: neighbourhood, before the first block."""
+
+    def __init__(self, D: int, kernel: int = 31):
+        super().__init__()
+        self.conv = nn.Conv1d(D, D, kernel, padding=kernel // 2, groups=D)
+
+    def forward(self, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        h = h * mask[..., None]  # so that a padded neighbour is the same as the edge of the clip
+        return h + F.gelu(self.conv(h.transpose(1, 2)).transpose(1, 2), approximate="tanh")
+
+
+class DiT(nn.Module):
+    """The velocity field v(x_t, t, c), with a gate on each of its L blocks."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.shape = shape
+        D, M = shape.n_embd, shape.n_mels
+        self.tokens = nn.Embedding(sum(shape.codes), D)  # domain d's code i is row sum(codes[:d]) + i
+        if shape.second_codes:
+            self.second = nn.Embedding(shape.second_codes, D)
+            if shape.interleave == "pair":
+                self.pair = nn.Linear(2 * D, D)
+        self.stem_in = nn.Linear(M + D + M, D)
+        self.local = LocalPosition(D)
+        self.time_mlp = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
+        self.head_modulation = nn.Linear(D, 2 * D)
+        self.head_out = nn.Linear(D, M)
+        # BiT-C's projections P_T (eq. 4), shared by all layers so that LASP compares depths in one space
+        self.projections = nn.ModuleDict({name: nn.Linear(D, E, bias=False) for name, E in shape.teachers})
+        self.register_buffer("code_offset", torch.tensor([0, *shape.codes[:-1]]).cumsum(0), persistent=False)
+        self.register_buffer("mel_mean", torch.zeros(M))
+        self.register_buffer("mel_std", torch.ones(M))
+        self.register_buffer("mel_floor", torch.tensor(-11.5129))  # log 1e-5
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """DiT's initialisation: xavier, small tables, and zeros at every adaLN layer and the output (eq. 22)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.5)
+        for module in [*(b.modulation for b in self.blocks), self.head_modulation, self.head_out]:
+            nn.init.zeros_(module.weight)
+        for projection in self.projections.values():
+            nn.init.orthogonal_(projection.weight)
+
+    def normalise(self, mel: torch.Tensor) -> torch.Tensor:
+        """Log-mel (..., M) -> x1: floored, then per-bin zero mean and unit variance over the training corpus."""
+        return (torch.maximum(mel, self.mel_floor) - self.mel_mean) / self.mel_std
+
+    def denormalise(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.mel_std + self.mel_mean
+
+    def embed_tokens(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, N) or (B, N, 2) -> embedding (B, N', D) and lengths (B,); N' = 2N for interleave="sequence"."""
+        tokens = batch.tokens if batch.tokens.dim() == 3 else batch.tokens[..., None]
+        e = self.tokens(tokens[..., 0] + self.code_offset[batch.domain][:, None])
+        if not self.shape.second_codes:
+            return e, batch.token_len
+        second = self.second(tokens[..., 1])
+        if self.shape.interleave == "pair":
+            return self.pair(torch.cat([e, second], dim=-1)), batch.token_len
+        return torch.stack([e, second], dim=2).flatten(1, 2), 2 * batch.token_len  # p1, b1, p2, b2, ... (eq. 15)
+
+    def embed_condition(self, batch, drop: float = 0.0) -> Condition:
+        """c of eq. 21 from a data.Batch; with probability `drop` a clip loses its whole condition, for guidance.
+
+        The embedding keeps its gradient, so L_BiTC and L_FM both train the token tables.
+        """
+        T = batch.mel.shape[1]
+        j = torch.arange(T, device=batch.mel.device)
+        mask = j < batch.frames[:, None]  # (B, T)
+        e, lengths = self.embed_tokens(batch)
+        kept = torch.rand(len(batch.frames), device=mask.device) >= drop
+        keep = kept[:, None, None]
+        tokens = stretch(e, lengths, batch.frames, T) * (mask[..., None] & keep)
+        prompt = self.normalise(batch.mel) * ((j < batch.prompt[:, None])[..., None] & keep)
+        return Condition(tokens, prompt, mask, kept)
+
+    def stem(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> tuple[torch.Tensor, Context]:
+        """x_t (B, T, M), t (B,) -> h_0 (B, T, D) and what the blocks need."""
+        T, head_dim = x_t.shape[1], self.shape.n_embd // self.shape.n_head
+        frequency = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=t.dtype) / 128)
+        angle = 1000 * t[:, None] * frequency
+        time = self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(x_t.dtype))
+        h = self.local(self.stem_in(torch.cat([x_t, cond.tokens, cond.prompt], dim=-1)), cond.mask)
+        mask = None if bool(cond.mask.all()) else cond.mask[:, None, None]
+        return h, Context(time, mask, rotary_table(T, head_dim, x_t.device, x_t.dtype))
+
+    def head(self, h: torch.Tensor, context: Context) -> torch.Tensor:
+        shift, scale = self.head_modulation(F.silu(context.time)).chunk(2, dim=-1)
+        return self.head_out(modulate(h, shift, scale)).to(torch.promote_types(h.dtype, torch.float32))
+
+    def velocity(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        cond: Condition,
+        gates: Sequence[float] | None = None,
+        hidden: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+        """v (B, T, M) at x_t (B, T, M), t (B,). `gates` holds g_1..g_L; `hidden` also returns [h_0, ..., h_L]."""
+        h, context = self.stem(x_t, t, cond)
+        states = [h]
+        for block, gate in zip(self.blocks, gates or [1.0] * len(self.blocks), strict=True):
+            h = block(h, context, gate)
+            if hidden:
+                states.append(h)
+        v = self.head(h, context)
+        return (v, states) if hidden else v
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of (B, T, D) over the valid frames of each clip -> (B, D), in at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def descriptor(h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """z_l = LayerNorm(mean_t h_l), eq. 3: (B, T, D) -> (B, D)."""
+    z = masked_mean(h, mask)
+    return F.layer_norm(z, z.shape[-1:])
+
+
+def descriptors(cond: Condition, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """[z_0, ..., z_L], each (B, D); z_0 is the input interface, the token embedding itself."""
+    return [descriptor(cond.tokens, cond.mask)] + [descriptor(h, cond.mask) for h in states[1:]]
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Cosine over the last axis, outside autocast: a half-precision norm overflows late in training."""
+    with torch.autocast(a.device.type, enabled=False):
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return F.cosine_similarity(a.to(wide), b.to(wide), dim=-1)
+
+
+class AlignHeads(nn.Module):
+    """H_l of eq. 12: a two-layer MLP of its own for each selected (domain, layer), on the pooled descriptor."""
+
+    def __init__(self, shape: Shape, layers: Iterable[Iterable[int]], head_dim: int = 0):
+        super().__init__()
+        width = head_dim or shape.n_embd
+        self.heads = nn.ModuleDict(
+            {
+                f"{DOMAINS[d]}_{l}": nn.Sequential(
+                    nn.Linear(shape.n_embd, width), nn.GELU(), nn.Linear(width, shape.teachers[d][1])
+                )
+                for d, selected in enumerate(layers)
+                for l in selected
+            }
+        )
+
+    def forward(self, domain: int, layer: int, z: torch.Tensor) -> torch.Tensor:
+        return self.heads[f"{DOMAINS[domain]}_{layer}"](z)
+
+
+def noised(model: DiT, mel: torch.Tensor, t: torch.Tensor, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_t and the target x1 - x0 (eq. 23) for log-mel (B, T, M) at t (B,), noise from the global generator."""
+    x1 = model.normalise(mel)
+    x0 = sigma * torch.randn_like(x1)
+    return torch.lerp(x0, x1, t[:, None, None].to(x1.dtype)), x1 - x0
+
+
+def masked_mse(v: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Squared error over the valid frames of the batch, mean over frames and bins."""
+    return ((v - target).square().mean(-1) * mask).sum() / mask.sum()
+
+
+def bitc_loss(model: DiT, batch, cond: Condition, weights: Sequence[float] = (0.5, 1.0)) -> torch.Tensor:
+    """L_BiTC, eq. 5: over the clips of each domain whose condition was kept, w_d * mean(1 - s_T(0))."""
+    z0, loss = descriptor(cond.tokens, cond.mask), cond.tokens.new_zeros((), dtype=torch.float32)
+    for d, (name, _) in enumerate(model.shape.teachers):
+        chosen = (batch.domain == d) & cond.kept
+        score = cosine(model.projections[name](z0), batch.teacher[name])
+        loss = loss + weights[d] * ((1 - score) * chosen).sum() / chosen.sum().clamp_min(1)
+    return loss
+
+
+def alignment_loss(
+    model: DiT, heads: AlignHeads, batch, z: Sequence[torch.Tensor], selection: Sequence[dict[int, float]]
+) -> torch.Tensor:
+    """Last term of eq. 12: over each domain d and its selected layers {l: lambda_l}, lambda_l (1 - cos(H_l(z_l), e_d)).
+
+    `z` is [z_0..z_L]; the mean is over the clips of the domain. A batch without the domain contributes exactly zero.
+    """
+    loss = z[0].new_zeros((), dtype=torch.float32)
+    for d, layers in enumerate(selection):
+        chosen = batch.domain == d
+        for l, weight in layers.items():
+            score = cosine(heads(d, l, z[l]), batch.teacher[model.shape.teachers[d][0]])
+            loss = loss + weight * ((1 - score) * chosen).sum() / chosen.sum().clamp_min(1)
+    return loss
+
+
+def flow_matching_loss(
+    model: DiT,
+    batch,
+    sigma: float = 0.5,
+    token_drop: float = 0.0,
+    heads: AlignHeads | None = None,
+    selection: Sequence[dict[int, float]] = (),
+) -> dict[str, torch.Tensor]:
+    """The training losses of one batch, each a scalar: fm (eq. 23), bitc (eq. 5) and, with heads, align (eq. 12)."""
+    cond = model.embed_condition(batch, token_drop)
+    t = torch.rand(len(batch.frames), device=batch.mel.device)
+    x_t, target = noised(model, batch.mel, t, sigma)
+    v, states = model.velocity(x_t, t, cond, hidden=True)
+    losses = {"fm": masked_mse(v, target, cond.mask), "bitc": bitc_loss(model, batch, cond)}
+    if heads is not None:
+        losses["align"] = alignment_loss(model, heads, batch, descriptors(cond, states), selection)
+    return losses
+
+
+def time_grid(steps: int, sway: float = -1.0) -> torch.Tensor:
+    """steps + 1 times from 0 to 1, sway-warped (F5-TTS): u + s (cos(pi u / 2) - 1 + u); s = -1 dwells near the noise."""
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    return u + sway * (torch.cos(math.pi * u / 2) - 1 + u)
+
+
+@torch.no_grad()
+def sample(
+    model: DiT,
+    cond: Condition,
+    nfe: int = 32,
+    cfg: float = 2.0,
+    sway: float = -1.0,
+    sigma: float = 0.5,
+    method: str = "euler",
+    seed: int = 0,
+) -> torch.Tensor:
+    """Integrates dx = v dt from noise to a normalised mel (B, T, M), zeros on padding.
+
+    `nfe` counts velocity evaluations per clip (midpoint spends two a step); guidance v_u + cfg (v_c - v_u), run as one
+    batch of 2B, is off at cfg = 1. A clip's noise depends on `seed` and its place in the batch, not on padding. Raises
+    ValueError when nfe does not fit the method.
+    """
+    if method not in ("euler", "midpoint") or nfe < 1 or (method == "midpoint" and nfe % 2):
+        raise ValueError(f"sampler {method!r} with nfe={nfe}: use euler with nfe >= 1, or midpoint with an even nfe")
+    B, T = cond.mask.shape
+    device = cond.tokens.device
+    x = torch.zeros(B, T, model.shape.n_mels)
+    for b, n in enumerate(cond.mask.sum(1).tolist()):
+        x[b, :n] = sigma * torch.randn(
+            n, model.shape.n_mels, generator=torch.Generator().manual_seed(seed * 100_003 + b)
+        )
+    x = x.to(device, torch.promote_types(cond.tokens.dtype, torch.float32))
+    both = Condition(*(torch.cat(pair) for pair in zip(cond, cond.null(), strict=True))) if cfg != 1 else cond
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        if cfg == 1:
+            return model.velocity(x, x.new_full((B,), t), cond)
+        v_c, v_u = model.velocity(x.repeat(2, 1, 1), x.new_full((2 * B,), t), both).chunk(2)
+        return v_u + cfg * (v_c - v_u)
+
+    times = time_grid(nfe if method == "euler" else nfe // 2, sway).tolist()
+    for t, t_next in itertools.pairwise(times):
+        dt = t_next - t
+        v = velocity(x, t)
+        if method == "midpoint":
+            v = velocity(x + dt / 2 * v, t + dt / 2)
+        x = x + dt * v
+    return x * cond.mask[..., None]
+
+
+def load_model(state: dict, ema: bool = True, device: str = "cpu") -> DiT:
+    """The DiT of a checkpoint's state, in eval mode; the averaged weights unless ema=False."""
+    shape = dict(state["shape"])
+    shape["codes"], shape["teachers"] = tuple(shape["codes"]), tuple((n, e) for n, e in shape["teachers"])
+    model = DiT(Shape(**shape))
+    model.load_state_dict(state["ema" if ema else "model"])
+    return model.to(device).eval()

