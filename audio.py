@@ -35,7 +35,7 @@ class AudioError(ValueError):
 
 
 def read(source: str | Path | bytes, sample_rate: int, name: str = "") -> np.ndarray:
-    """Decodes a file (or its bytes, `name` giving the suffix) to mono float32 (L,) at `sample_rate` Hz; see decode()."""
+    """Decodes a file (or its bytes, `name` giving the suffix) to mono float32 (L,) at `sample_rate` Hz."""
     return resample(*decode(source, name), sample_rate)
 
 
@@ -146,7 +146,7 @@ def mel_to_magnitude(mel: torch.Tensor, iterations: int = 50) -> torch.Tensor:
 
 
 def griffin_lim(mel: torch.Tensor, iterations: int = 60) -> np.ndarray:
-    """Log-mel (T, 100) -> waveform ((T - 1) * HOP,): the vocoder that needs no weights (fast Griffin-Lim, momentum 0.99)."""
+    """Log-mel (T, 100) -> waveform ((T - 1) * HOP,): the vocoder without weights (fast Griffin-Lim)."""
     magnitude = mel_to_magnitude(mel)
     window = torch.hann_window(N_FFT, device=mel.device)
     length = (mel.shape[0] - 1) * HOP

@@ -9,7 +9,7 @@ A prepared folder holds meta.json (written last: without it the folder is unfini
     tokens.bin    (tokens, streams) int32
     text.bin      names and texts, utf-8
     teacher_0.npy, teacher_1.npy    (clips of the domain, E) pooled embeddings of the domain's teacher
-    wav/          original waveforms, for every held-out clip and for a share of the others: what evaluation compares with
+    wav/          original waveforms, of every held-out clip and some of the others: what evaluation compares with
 Everything but wav/ is read by memory map. B clips, T frames, N tokens, M = 100 mel bins, E teacher width.
 """
 
@@ -19,6 +19,7 @@ if __name__ == "__main__":
     ARGS = configure(Config, __doc__)  # a typo is answered before torch is imported
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -57,21 +58,10 @@ INDEX = np.dtype(
     ]
 )
 # what a prepared folder depends on: a run with other values of these must not use it
-PREPARED_WITH = [
-    "speech_dir",
-    "audio_dir",
-    "min_seconds",
-    "max_seconds",
-    "held_out",
-    "whisper",
-    "audio_teacher",
-    "speech_tokenizer",
-    "speech_codes",
-    "audio_codes",
-    "beats_tokens",
-    "tokenizer_steps",
-    "data_seed",
-]
+PREPARED_WITH = (
+    "speech_dir audio_dir min_seconds max_seconds held_out data_seed reference_clips whisper audio_teacher "
+    "speech_tokenizer speech_codes audio_codes beats_tokens tokenizer_steps mel_floor"
+).split()
 
 
 class DataError(RuntimeError):
@@ -353,27 +343,29 @@ def _write_split(path: Path, config: Config, kept: list, tokens: list, embedding
     (path / "wav").mkdir()
     index = np.zeros(len(kept), INDEX)
     position, rows, wavs = collections.Counter(), collections.Counter(), collections.Counter()
-    with open(path / "mel.bin", "wb") as mel_bin, open(path / "tokens.bin", "wb") as token_bin:
-        with open(path / "text.bin", "wb") as text_bin:
-            for i, ((clip, is_held_out, mel, wav, _), codes) in enumerate(zip(kept, tokens, strict=True)):
-                text = f"{clip.name}\n{clip.text}".encode()
-                d = clip.domain
-                index[i] = (
-                    position["mel"],
-                    len(mel),
-                    position["token"],
-                    len(codes),
-                    position["text"],
-                    len(text),
-                    rows[d],
-                    d,
-                )
-                mel_bin.write(mel.tobytes()), token_bin.write(codes.astype("<i4").tobytes()), text_bin.write(text)
-                position.update(mel=len(mel), token=len(codes), text=len(text))
-                rows[d] += 1
-                if is_held_out or wavs[d] < config.reference_clips:
-                    audio.write(path / "wav" / f"{i:07d}.wav", wav)
-                    wavs[d] += 1
+    with contextlib.ExitStack() as stack:
+        mel_bin, token_bin, text_bin = (
+            stack.enter_context(open(path / f"{name}.bin", "wb")) for name in ("mel", "tokens", "text")
+        )
+        for i, ((clip, is_held_out, mel, wav, _), codes) in enumerate(zip(kept, tokens, strict=True)):
+            text = f"{clip.name}\n{clip.text}".encode()
+            d = clip.domain
+            index[i] = (
+                position["mel"],
+                len(mel),
+                position["token"],
+                len(codes),
+                position["text"],
+                len(text),
+                rows[d],
+                d,
+            )
+            mel_bin.write(mel.tobytes()), token_bin.write(codes.astype("<i4").tobytes()), text_bin.write(text)
+            position.update(mel=len(mel), token=len(codes), text=len(text))
+            rows[d] += 1
+            if is_held_out or wavs[d] < config.reference_clips:
+                audio.write(path / "wav" / f"{i:07d}.wav", wav)
+                wavs[d] += 1
     np.save(path / "index.npy", index)
     for d in range(len(DOMAINS)):
         chosen = [e for (clip, *_), e in zip(kept, embeddings, strict=True) if clip.domain == d]
@@ -409,7 +401,7 @@ class Dataset:
         return self.path / "wav" / f"{i:07d}.wav"
 
     def batch(self, ids: np.ndarray, crops: np.ndarray | None = None, prompts: np.ndarray | None = None) -> Batch:
-        """Clips `ids` (B,) as one padded Batch; `crops` (B, 2) gives first frame and frames, `prompts` (B,) the reference."""
+        """Clips `ids` (B,) as one padded Batch; `crops` (B, 2): first frame and frames; `prompts` (B,): reference."""
         records = self.index[ids]
         crops = np.stack([np.zeros_like(records["frames"]), records["frames"]], 1) if crops is None else crops
         frames = torch.from_numpy(np.asarray(crops[:, 1], np.int64))
@@ -496,6 +488,11 @@ class Batches:
             first += count
         self.edges = np.cumsum([0, *slots])
         self.steps_per_epoch = max(1, len(slots) // world)
+
+    def padding(self) -> float:
+        """Share of padding in the batches of the first epoch."""
+        groups = [self.lengths[self.ids(step)] for step in range(self.steps_per_epoch)]
+        return 1 - sum(g.sum() for g in groups) / sum(len(g) * g.max() for g in groups)
 
     def ids(self, step: int) -> np.ndarray:
         """Rows of the split's index that make this rank's batch at `step`."""

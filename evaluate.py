@@ -173,7 +173,8 @@ def table(result: dict) -> str:
     for name, value in result["held_out_fm"].items():
         lines.append(f"{'held-out FM loss, ' + name:34s}{'':22s}{value:11.4f}")
     lines.append(
-        f"real-time factor {result['real_time_factor']:.2f} at nfe {result['sampler']['nfe']}, vocoder {result['vocoder']}"
+        f"real-time factor {result['real_time_factor']:.2f} at nfe {result['sampler']['nfe']}, "
+        f"vocoder {result['vocoder']}"
     )
     return "\n".join(lines)
 

@@ -2,12 +2,12 @@
 
     model = DiT(Shape(n_layer=24, n_head=16, n_embd=1024, codes=(4096, 4096)))
     loss = flow_matching_loss(model, batch)["fm"]
-    mel = sample(model, model.embed_condition(batch), nfe=32, cfg=2.0)      # normalised; model.denormalise gives log-mel
+    mel = sample(model, model.embed_condition(batch), nfe=32, cfg=2.0)  # normalised; see model.denormalise
 
 Top to bottom: shape, condition, block, DiT, pooled descriptors and alignment heads, losses, sampler.
 
-B clips, T mel frames, N tokens, M = 100 mel bins, D model width, L layers, H heads, E teacher width. `frames` (B,) counts
-a clip's valid frames: padding never reaches attention, convolution, pooling, the loss or a score.
+B clips, T mel frames, N tokens, M = 100 mel bins, D model width, L layers, H heads, E teacher width. `frames` (B,)
+counts a clip's valid frames: padding never reaches attention, convolution, pooling, the loss or a score.
 """
 
 import itertools
@@ -360,7 +360,7 @@ def flow_matching_loss(
 
 
 def time_grid(steps: int, sway: float = -1.0) -> torch.Tensor:
-    """steps + 1 times from 0 to 1, sway-warped (F5-TTS): u + s (cos(pi u / 2) - 1 + u); s = -1 dwells near the noise."""
+    """steps + 1 times from 0 to 1, sway-warped as in F5-TTS: u + s (cos(pi u / 2) - 1 + u)."""
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     return u + sway * (torch.cos(math.pi * u / 2) - 1 + u)
 

@@ -221,12 +221,12 @@ def select(config, result: dict, n_layer: int) -> list[dict[int, float]]:
         if scores["velocity_norm"] < 1e-6:
             raise ValueError("the velocity is zero (untrained output layer): FoG-A has no ranking; raise warmup_steps")
         layers = {
-            "fixed": lambda: list(config.align_layers),
-            "random": lambda: sorted((rng.permutation(n_layer)[: config.top_k] + 1).tolist()),
-            "lasp": lambda: top_layers(scores["lasp"][1:], config.top_k),
-            "gradnorm": lambda: top_layers(scores["gradnorm"], config.top_k),
-            "foga": lambda: top_layers(scores["foga"], config.top_k),
-        }[config.align]()
+            "fixed": list(config.align_layers),
+            "random": sorted((rng.permutation(n_layer)[: config.top_k] + 1).tolist()),
+            "lasp": top_layers(scores["lasp"][1:], config.top_k),
+            "gradnorm": top_layers(scores["gradnorm"], config.top_k),
+            "foga": top_layers(scores["foga"], config.top_k),
+        }[config.align]
         a = np.array([scores["foga"][l - 1] for l in layers])
         weights = {"foga": a, "normalized": a / a.sum(), "equal": np.full(len(a), 1 / len(a))}[config.weighting]
         selection.append(dict(zip(layers, (config.align_weight * weights).tolist(), strict=True)))
@@ -310,7 +310,8 @@ def main(args: ProbeArgs) -> None:
     print(table(result, control, selection))
     forwards = (len(model.blocks) + 1) / 2 * args.times
     print(
-        f"FoG-A of {len(model.blocks)} layers: {result['foga_seconds']:.1f} s, the work of {forwards:.0f} forward passes"
+        f"FoG-A of {len(model.blocks)} layers: {result['foga_seconds']:.1f} s, "
+        f"the work of {forwards:.0f} forward passes"
     )
     print(f"wrote {out_dir / 'probe.json'} and {out_dir / 'probe.png'}")
 

@@ -4,10 +4,10 @@
     codes = tokenizer.encode(features)            # list of (N,) integer arrays
     save(tokenizer, path); tokenizer = load(path)
 
-The audio tokenizer is the AST of eq. 13-14 on the audio teacher's features. The speech tokenizer of the demo is the same
-class on Whisper's encoder states: supervised semantic tokens at 50 Hz, the recipe of S3. Whisper adds absolute positions
-to its input, and a codebook fitted to raw states spends itself on saying *when* instead of *what*; so the part of the
-states that a linear map of the position table explains is removed first, and the share that is left is measured.
+The audio tokenizer is the AST of eq. 13-14 on the audio teacher's features. The speech tokenizer of the demo is the
+same class on Whisper's encoder states: supervised semantic tokens at 50 Hz, the recipe of S3. Whisper adds absolute
+positions to its input, and a codebook fitted to raw states spends itself on saying *when* instead of *what*; so the
+part of the states that a linear map of the position table explains is removed first, and what is left is measured.
 
 B clips, N features or tokens, E teacher width, W network width, K codes.
 """

@@ -44,27 +44,12 @@ from model import AlignHeads, DiT, Shape, count_parameters, flow_matching_loss, 
 INTERRUPTED = 75  # exit code of a run stopped by a signal after saving (EX_TEMPFAIL: run it again)
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # t of the held-out loss
-MAY_DIFFER = set(  # settings that a continued run may change
-    [
-        "out_dir",
-        "branch_from",
-        "device",
-        "dtype",
-        "compile",
-        "max_steps",
-        "log_every",
-        "eval_every",
-        "eval_clips",
-        "save_every",
-        "nfe",
-        "cfg",
-        "sway",
-        "vocoder",
-        "asr",
-        "fad_model",
-        "evaluate",
-    ]
-)
+# settings that a continued run may change, and those that a branch from the end of phase I may change as well
+MAY_DIFFER = (
+    "out_dir branch_from device dtype compile data_dir log_every eval_every eval_clips save_every "
+    "nfe cfg sway vocoder asr fad_model evaluate"
+).split()
+BRANCH_MAY_DIFFER = "align align_layers top_k weighting align_weight head_dim".split()
 
 
 @dataclass
@@ -164,7 +149,7 @@ def new_run(config: Config, meta: dict, machine: Machine) -> Run:
 
 
 def init_tokens_from_codebooks(model: DiT, config: Config) -> None:
-    """Starts each domain's rows of the token table at its tokenizer's codebook, rotated to width D, at the old scale."""
+    """Starts each domain's rows of the token table at its codebook, rotated to width D, at the table's own scale."""
     for d, name in enumerate(DOMAINS):
         path = Path(config.data_dir) / f"{name}_tokenizer.pt"
         if path.exists():
@@ -290,7 +275,7 @@ def restore(run: Run, path: Path, machine: Machine) -> None:
     """Loads ckpt.pt or warmup.pt into `run`. Raises CheckpointError when it was made with incompatible settings."""
     state, used = checkpoint.load(path)
     mine, theirs = asdict(run.config), state["config"]
-    may_differ = MAY_DIFFER | (set(BRANCH_MAY_DIFFER) if not state["selected"] else set())
+    may_differ = MAY_DIFFER + ([] if state["selected"] else BRANCH_MAY_DIFFER)
     changed = [
         f"{k}: {theirs.get(k)!r} -> {v!r}" for k, v in mine.items() if k not in may_differ and theirs.get(k) != v
     ]
@@ -309,9 +294,6 @@ def restore(run: Run, path: Path, machine: Machine) -> None:
             for group in decay_groups(run.objective.heads, run.config):
                 run.optimiser.add_param_group(group)
     run.optimiser.load_state_dict(state["optimiser"])
-
-
-BRANCH_MAY_DIFFER = ["align", "align_layers", "top_k", "weighting", "align_weight", "head_dim"]
 
 
 class Log:
@@ -367,12 +349,14 @@ def announce(config: Config, run: Run, batches: data.Batches, machine: Machine) 
     per_epoch = batches.steps_per_epoch
     print(show(config))
     print(
-        f"{count_parameters(model) / 1e6:.1f} M parameters, {model.shape.n_layer} layers; {machine.world} x {machine.device}, "
-        f"{'bfloat16 autocast' if machine.autocast else 'float32'}"
+        f"{count_parameters(model) / 1e6:.1f} M parameters, {model.shape.n_layer} layers; {machine.world} x "
+        f"{machine.device}, {'bfloat16 autocast' if machine.autocast else 'float32'}"
     )
+    frames = batches.lengths.sum()
     print(
-        f"{len(batches.dataset)} training clips, {batches.lengths.sum() / data.audio.FRAME_RATE / 60:.1f} min; {per_epoch} steps "
-        f"an epoch, {config.max_steps / per_epoch:.0f} epochs; phase I ends at step {config.warmup_steps}",
+        f"{len(batches.dataset)} training clips, {frames} frames an epoch in {per_epoch} steps, padding "
+        f"{100 * batches.padding():.1f} %; {config.max_steps / per_epoch:.0f} epochs; "
+        f"phase I ends at step {config.warmup_steps}",
         flush=True,
     )
 
@@ -475,8 +459,8 @@ def progress(run: Run, numbers: dict, smooth: float, rate: float, held: dict) ->
     extra = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.4f}" for k, v in held.items())
     align = f"  align {numbers['align']:.3f}" if "align" in numbers else ""
     print(
-        f"step {run.step:6d}/{run.config.max_steps}  fm {smooth:.4f}  bitc {numbers['bitc']:.3f}{align}  {rate:6.0f} frames/s  "
-        f"left {int(left // 60)}:{int(left % 60):02d}{extra}",
+        f"step {run.step:6d}/{run.config.max_steps}  fm {smooth:.4f}  bitc {numbers['bitc']:.3f}{align}  "
+        f"{rate:6.0f} frames/s  left {int(left // 60)}:{int(left % 60):02d}{extra}",
         flush=True,
     )
 

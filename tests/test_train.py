@@ -1,0 +1,187 @@
+"""train.py: exact resume and branching, the switch of phases, two ranks, stopping, and a step against plain PyTorch."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import data
+import train
+from train import Machine
+
+MACHINE = Machine(0, 1, "cpu", False)
+ROOT = Path(__file__).parent.parent
+
+
+def same(a, b) -> bool:
+    """Bit-equality of nested states."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    """Asks the run to stop, as a signal would, once `steps` steps are done."""
+    seen = {"calls": 0}
+
+    def agreed(self) -> bool:
+        seen["calls"] += 1
+        return seen["calls"] > steps
+
+    monkeypatch.setattr(train.StopRequest, "agreed", agreed)
+
+
+@pytest.mark.parametrize("stop", [2, 5, 6, 7, 11])
+def test_stopped_and_continued_equals_one_go(tiny_config, monkeypatch, tmp_path, stop):
+    whole = train.train(replace(tiny_config, out_dir=str(tmp_path / "whole")), MACHINE).state()
+    with monkeypatch.context() as m:
+        stop_after(m, stop)
+        part = train.train(tiny_config, MACHINE)
+    assert part.step == stop
+    resumed = train.train(tiny_config, MACHINE).state()
+    for key in ("model", "ema", "heads", "optimiser", "selection", "step"):
+        assert same(whole[key], resumed[key]), key
+    rows = {}
+    for name in ("whole", "run"):
+        with open(tmp_path / name / "log.csv", newline="") as file:
+            rows[name] = [{k: r[k] for k in ("step", "loss", "fm", "align", "grad_norm")} for r in csv.DictReader(file)]
+    assert [int(r["step"]) for r in rows["run"]] == list(range(1, 13))
+    assert rows["whole"] == rows["run"]
+
+
+def test_branches_of_one_warmup(tiny_config, tmp_path):
+    whole = train.train(tiny_config, MACHINE).state()
+    warmup = str(Path(tiny_config.out_dir) / "warmup.pt")
+    branch = [
+        train.train(replace(tiny_config, branch_from=warmup, out_dir=str(tmp_path / f"b{i}")), MACHINE).state()
+        for i in range(2)
+    ]
+    for other in branch:
+        assert same(whole["model"], other["model"]) and same(whole["optimiser"], other["optimiser"])
+    none = train.train(replace(tiny_config, align="none", branch_from=warmup, out_dir=str(tmp_path / "n")), MACHINE)
+    assert none.step == 12 and none.objective.heads is None
+    assert not same(whole["model"], none.state()["model"])
+
+
+def test_phases(tiny_config):
+    run = train.train(tiny_config, MACHINE)
+    assert [p["step"] for p in run.probes] == [3, 6]  # none in phase II
+    assert all(len(p["result"][d]["foga"]) == tiny_config.n_layer for p in run.probes for d in ("speech", "audio"))
+    assert all(len(s) == tiny_config.top_k for s in run.objective.selection)
+    scores = run.probes[-1]["result"]["speech"]["foga"]
+    for layer, weight in run.objective.selection[0].items():
+        assert weight == pytest.approx(2 * scores[layer - 1])  # lambda = 2 A_l
+    out = Path(tiny_config.out_dir)
+    assert {"ckpt.pt", "warmup.pt", "config.json", "log.csv", "probe.json", "probe.png"} <= {f.name for f in out.iterdir()}
+    assert json.loads((out / "config.json").read_text())["n_layer"] == 4
+    with open(out / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["phase"] for r in rows] == ["1"] * 5 + ["2"] * 7
+    assert all(bool(r["align"]) == (int(r["step"]) > 6) for r in rows)
+
+
+def test_probes_and_held_out_losses_change_nothing(tiny_config, tmp_path):
+    quiet = replace(tiny_config, probe_every=1000, eval_every=1000, log_every=1000, out_dir=str(tmp_path / "quiet"))
+    a, b = train.train(tiny_config, MACHINE).state(), train.train(quiet, MACHINE).state()
+    assert same(a["model"], b["model"]) and same(a["ema"], b["ema"])
+
+
+def test_resume_with_another_model_is_refused(tiny_config):
+    train.train(replace(tiny_config, max_steps=2, warmup_steps=1), MACHINE)
+    with pytest.raises(checkpoint.CheckpointError, match="learning_rate: 0.003 -> 0.1"):
+        train.train(replace(tiny_config, max_steps=2, warmup_steps=1, learning_rate=0.1), MACHINE)
+
+
+def test_step_equals_plain_pytorch(tiny_config):
+    """One step of train_step against the same losses, AdamW and EMA written out in float64 arithmetic of our own."""
+    config = replace(tiny_config, dropout=0.0, grad_clip=1e9)
+    meta = data.read_meta(config.data_dir)
+    run = train.new_run(config, meta, MACHINE)
+    batch = data.Batches(data.Dataset(config.data_dir, "train"), config)(0)
+    before = {k: v.detach().clone() for k, v in run.objective.model.named_parameters()}
+    torch.manual_seed(hash((config.seed, 0, 0)) % 2**63)
+    losses = run.objective(batch)
+    (losses["fm"] + losses["bitc"]).backward()
+    grads = {k: p.grad.clone() for k, p in run.objective.model.named_parameters()}
+    run.optimiser.zero_grad()
+    train.train_step(run, run.objective, batch, MACHINE)
+    rate = train.learning_rate(0, config)
+    for name, p in run.objective.model.named_parameters():
+        g, old = grads[name].double(), before[name].double()
+        decay = config.weight_decay if p.dim() > 1 else 0.0
+        expected = old * (1 - rate * decay) - rate * g / (g.abs() + 1e-8)  # AdamW's first step
+        torch.testing.assert_close(p.double(), expected, atol=2e-6, rtol=1e-4)
+        ema = dict(run.ema.named_parameters())[name].double()
+        torch.testing.assert_close(ema, old + 0.9 * (p.double() - old), atol=1e-6, rtol=1e-5)  # decay 1/10 at step 0
+
+
+def test_learning_rate_is_one_cycle(tiny_config):
+    config = replace(tiny_config, max_steps=100, lr_warmup=0.1, learning_rate=1.0)
+    rates = [train.learning_rate(s, config) for s in range(100)]
+    assert rates.index(max(rates)) in (9, 10) and max(rates) == pytest.approx(1.0)
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.02
+
+
+def test_non_finite_step_updates_nothing(tiny_config):
+    run = train.new_run(tiny_config, data.read_meta(tiny_config.data_dir), MACHINE)
+    batch = data.Batches(data.Dataset(tiny_config.data_dir, "train"), tiny_config)(0)
+    batch.mel[0, 0, 0] = float("nan")
+    before = {k: v.clone() for k, v in run.objective.model.state_dict().items()}
+    numbers = train.train_step(run, run.objective, batch, MACHINE)
+    assert not numbers["grad_norm"] < float("inf")
+    assert same(before, run.objective.model.state_dict()) and same(before, run.ema.state_dict())
+
+
+def command(config, *extra: str) -> list[str]:
+    keys = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in asdict(config).items()]
+    return ["train.py", *keys, *extra]
+
+
+def test_sigterm_saves_and_the_same_command_continues(tiny_config):
+    config = replace(tiny_config, max_steps=100_000, warmup_steps=50_000, probe_every=50_000, eval_every=50_000)
+    process = subprocess.Popen([sys.executable, *command(config)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    log = Path(config.out_dir) / "log.csv"
+    deadline = time.time() + 60
+    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 3):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=25)
+    assert process.returncode == train.INTERRUPTED, out
+    state, _ = checkpoint.load(Path(config.out_dir) / "ckpt.pt")
+    assert state["step"] >= 3 and "the same command continues" in out
+
+
+@pytest.mark.ddp
+def test_two_ranks_train_as_one(tiny_config, tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    config = replace(tiny_config, out_dir=str(tmp_path / "two"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, *command(config)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    state, _ = checkpoint.load(tmp_path / "two" / "ckpt.pt")
+    assert state["step"] == 12 and state["heads"]
+    # the first step's loss on two ranks is what one process gets by averaging the two ranks' gradients
+    runs = [train.new_run(config, data.read_meta(config.data_dir), MACHINE) for _ in range(2)]
+    norm_two = float(list(csv.DictReader(open(tmp_path / "two" / "log.csv")))[0]["grad_norm"])
+    grads = []
+    for rank, run in enumerate(runs):
+        batch = data.Batches(data.Dataset(config.data_dir, "train"), config, rank, 2)(0)
+        torch.manual_seed(hash((config.seed, 0, rank)) % 2**63)
+        losses = run.objective(batch)
+        (losses["fm"] + losses["bitc"]).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in run.objective.parameters()]))
+    assert norm_two == pytest.approx(float(((grads[0] + grads[1]) / 2).norm()), rel=1e-4)
