@@ -60,11 +60,12 @@ def decode(source: str | Path | bytes, name: str = "") -> tuple[np.ndarray, int]
         raise AudioError("cannot be decoded", f"{type(error).__name__} {error}") from error
     if wav.shape[0] == 0:
         raise AudioError("empty")
+    wav = wav.mean(axis=1)  # before the checks: two channels may cancel
     if not np.isfinite(wav).all():
         raise AudioError("samples not finite")
     if np.abs(wav).max() < 1e-4:  # under -80 dB of full scale
         raise AudioError("silent")
-    return wav.mean(axis=1), rate
+    return wav, rate
 
 
 def _read_soundfile(data) -> tuple[np.ndarray, int]:

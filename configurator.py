@@ -116,9 +116,9 @@ class Config:
         **dict.fromkeys(("speech_codes", "audio_codes", "tokenizer_steps", "n_layer", "n_head", "n_embd"), (1, None)),
         **dict.fromkeys(("max_steps", "batch_frames", "batch_size", "probe_every", "probe_clips"), (1, None)),
         **dict.fromkeys(("probe_times", "probe_frames", "top_k", "log_every", "eval_every", "eval_clips"), (1, None)),
-        **dict.fromkeys(("save_every", "nfe", "ff_mult"), (1, None)),
+        **dict.fromkeys(("save_every", "nfe", "ff_mult", "warmup_steps"), (1, None)),
         **dict.fromkeys(("seed", "data_seed", "reference_clips", "crop_frames", "weight_decay", "head_dim"), (0, None)),
-        **dict.fromkeys(("warmup_steps", "bitc_weight", "align_weight"), (0, None)),
+        **dict.fromkeys(("bitc_weight", "align_weight"), (0, None)),
         "ema_decay": (0, 1),
     }
 

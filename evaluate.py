@@ -56,13 +56,13 @@ SYSTEMS = ("original", "vocoded", "generated")
 
 
 def word_errors(references: list[str], hypotheses: list[str]) -> tuple[float, list[float]]:
-    """Corpus WER and the WER of each utterance, after Whisper's English normaliser (jiwer)."""
+    """Corpus WER and the WER of each utterance, after Whisper's English normaliser (jiwer). NaN of none."""
     import jiwer
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
     normal = EnglishTextNormalizer({})
     pairs = [(normal(r), normal(h)) for r, h in zip(references, hypotheses, strict=True)]
-    corpus = jiwer.wer([r for r, _ in pairs], [h for _, h in pairs])
+    corpus = jiwer.wer([r for r, _ in pairs], [h for _, h in pairs]) if pairs else float("nan")
     return corpus, [jiwer.wer(r, h) for r, h in pairs]
 
 
@@ -70,9 +70,12 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Squared Frechet distance between Gaussians fitted to embeddings (n, E) and (m, E), in float64; never negative.
 
     |mu_a - mu_b|^2 + Tr(A + B - 2 (A B)^(1/2)), where the last trace is the sum of the singular values of
-    X_a^T X_b for centred, scaled X with A = X_a^T X_a: no matrix square root, nothing complex, any rank.
+    X_a^T X_b for centred, scaled X with A = X_a^T X_a: no matrix square root, nothing complex, any rank. NaN where one
+    side has fewer than two embeddings or one that is not finite.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if min(len(a), len(b)) < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("nan")
     mean_a, mean_b = a.mean(0), b.mean(0)
     xa, xb = (a - mean_a) / np.sqrt(len(a) - 1), (b - mean_b) / np.sqrt(len(b) - 1)
     cross = np.linalg.svd(xa @ xb.T, compute_uv=False).sum()  # singular values of A^(1/2) B^(1/2)

@@ -143,7 +143,7 @@ def fetch(role: str) -> Path:
 def open_deb(path: Path) -> dict[str, bytes]:
     """Reads the regular files of a Debian package into {path inside: bytes}; links and odd paths stay inert."""
     raw, pos = path.read_bytes(), 8  # an ar archive: 8 magic bytes, then members with 60-byte headers, even-aligned
-    while pos + 60 <= len(raw):
+    while raw[:8] == b"!<arch>\n" and pos + 60 <= len(raw):
         name, size = raw[pos : pos + 16].decode().strip(" /"), int(raw[pos + 48 : pos + 58])
         if name.startswith("data.tar"):
             with tarfile.open(fileobj=io.BytesIO(raw[pos + 60 : pos + 60 + size])) as tar:

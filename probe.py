@@ -148,14 +148,15 @@ def gradient_norms(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: flo
                 continue
             total = torch.zeros(len(model.blocks), dtype=torch.float64)
             for t in t_grid:
-                torch.manual_seed(seed)
                 cond = model.embed_condition(batch)
+                torch.manual_seed(seed)
                 ts = batch.mel.new_full((len(batch.frames),), float(t))
                 x_t, target = noised(model, batch.mel, ts, sigma)
                 loss = masked_mse(model.velocity(x_t, ts, cond), target, cond.mask & chosen)
+                grads = iter(torch.autograd.grad(loss, list(model.blocks.parameters())))
                 for l, block in enumerate(model.blocks):
-                    grads = torch.autograd.grad(loss, list(block.parameters()), retain_graph=l + 1 < len(model.blocks))
-                    total[l] += sum(g.double().square().sum() for g in grads).sqrt().cpu()
+                    own = [next(grads) for _ in block.parameters()]
+                    total[l] += sum(g.double().square().sum() for g in own).sqrt().cpu()
             out[name] = total / len(t_grid)
     return out
 
@@ -163,9 +164,9 @@ def gradient_norms(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: flo
 def random_control(model: DiT, seed: int = 0) -> DiT:
     """A copy with freshly drawn weights, also where adaLN-Zero starts at zero: what architecture alone would score."""
     control = copy.deepcopy(model)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
+    with probing(control, seed):
         control.init_weights()
+        control.local.conv.reset_parameters()  # keeps torch's own initialisation, so init_weights leaves it alone
         for linear in [*(b.modulation for b in control.blocks), control.head_modulation, control.head_out]:
             torch.nn.init.xavier_uniform_(linear.weight)
     return control
@@ -218,10 +219,10 @@ def select(config, result: dict, n_layer: int) -> list[dict[int, float]]:
     selection = []
     for name in DOMAINS:
         scores = result[name]
-        if scores["velocity_norm"] < 1e-6:
-            raise ValueError("the velocity is zero (untrained output layer): FoG-A has no ranking; raise warmup_steps")
+        if not 1e-6 < scores["velocity_norm"] < float("inf"):
+            raise ValueError("the velocity is zero or not finite: FoG-A has no ranking; raise warmup_steps")
         layers = {
-            "fixed": list(config.align_layers),
+            "fixed": list(dict.fromkeys(config.align_layers)),
             "random": sorted((rng.permutation(n_layer)[: config.top_k] + 1).tolist()),
             "lasp": top_layers(scores["lasp"][1:], config.top_k),
             "gradnorm": top_layers(scores["gradnorm"], config.top_k),

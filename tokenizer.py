@@ -206,7 +206,8 @@ def fit(
         model.code_count.fill_(1.0)
         model.codebook.copy_(model.code_sum)
     optimiser = torch.optim.AdamW([*model.encoder.parameters(), *model.decoder.parameters()], lr, betas=(0.5, 0.9))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
+    # OneCycleLR divides by zero at total_steps = 1 / pct_start
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=max(11, steps), pct_start=0.1)
     for step in range(steps):
         out = model(*draw(batch))
         loss = out["mse"] + 10 * out["commitment"]

@@ -85,7 +85,8 @@ def test_phases(tiny_config):
     for layer, weight in run.objective.selection[0].items():
         assert weight == pytest.approx(2 * scores[layer - 1])  # lambda = 2 A_l
     out = Path(tiny_config.out_dir)
-    assert {"ckpt.pt", "warmup.pt", "config.json", "log.csv", "probe.json", "probe.png"} <= {f.name for f in out.iterdir()}
+    written = {f.name for f in out.iterdir()}
+    assert {"ckpt.pt", "warmup.pt", "config.json", "log.csv", "probe.json", "probe.png"} <= written
     assert json.loads((out / "config.json").read_text())["n_layer"] == 4
     with open(out / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -101,7 +102,7 @@ def test_probes_and_held_out_losses_change_nothing(tiny_config, tmp_path):
 
 def test_resume_with_another_model_is_refused(tiny_config):
     train.train(replace(tiny_config, max_steps=2, warmup_steps=1), MACHINE)
-    with pytest.raises(checkpoint.CheckpointError, match="learning_rate: 0.003 -> 0.1"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"learning_rate: 0\.003 -> 0\.1"):
         train.train(replace(tiny_config, max_steps=2, warmup_steps=1, learning_rate=0.1), MACHINE)
 
 
@@ -176,7 +177,8 @@ def test_two_ranks_train_as_one(tiny_config, tmp_path):
     assert state["step"] == 12 and state["heads"]
     # the first step's loss on two ranks is what one process gets by averaging the two ranks' gradients
     runs = [train.new_run(config, data.read_meta(config.data_dir), MACHINE) for _ in range(2)]
-    norm_two = float(list(csv.DictReader(open(tmp_path / "two" / "log.csv")))[0]["grad_norm"])
+    with open(tmp_path / "two" / "log.csv", newline="") as file:
+        norm_two = float(next(csv.DictReader(file))["grad_norm"])
     grads = []
     for rank, run in enumerate(runs):
         batch = data.Batches(data.Dataset(config.data_dir, "train"), config, rank, 2)(0)

@@ -1,0 +1,205 @@
+"""checkpoint.py: damage of every kind is noticed, and one good file always remains."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+
+
+def state(step: int) -> dict:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "step": step,
+        "model": {
+            "a": torch.randn(40, 50, generator=generator),
+            "b": torch.arange(step + 1),
+            "h": torch.randn(9, generator=generator).bfloat16(),
+        },
+        "history": [{"loss": 0.5 * step, "name": "x"}, (1, None, True)],
+    }
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def names(folder: Path) -> set[str]:
+    return {f.name for f in folder.iterdir()}
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    """A checkpoint of step 2 whose predecessor is of step 1."""
+    path = tmp_path / "ckpt.pt"
+    checkpoint.save(path, state(1))
+    checkpoint.save(path, state(2))
+    return path
+
+
+def test_round_trip(path, capsys):
+    assert names(path.parent) == {"ckpt.pt", "ckpt.prev.pt"}
+    loaded, used = checkpoint.load(path)
+    assert used == path and same(loaded, state(2))
+    assert same(checkpoint.load(str(checkpoint.previous(path)))[0], state(1))
+    assert capsys.readouterr().err == ""
+
+
+def test_without_keeping_the_previous(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "warmup.pt", state(step), keep_previous=False)
+    assert names(tmp_path) == {"warmup.pt"} and checkpoint.load(tmp_path / "warmup.pt")[0]["step"] == 2
+
+
+def test_exists(path):
+    assert checkpoint.exists(path) and not checkpoint.exists(path.with_name("other.pt"))
+    path.unlink()
+    assert checkpoint.exists(path)  # the previous one is enough
+    checkpoint.previous(path).unlink()
+    assert not checkpoint.exists(path)
+
+
+class Unpicklable:
+    def __reduce__(self):
+        raise RuntimeError("cannot be written")
+
+
+@pytest.mark.parametrize("what", ["pickle", "write", "flush to disk", "first rename"])
+def test_a_failing_save_keeps_the_old_files_and_leaves_none_of_its_own(path, monkeypatch, what):
+    before = {f.name: f.read_bytes() for f in path.parent.iterdir()}
+    new = state(3)
+
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    if what == "pickle":
+        new["bad"] = Unpicklable()
+    elif what == "write":
+
+        def half(_, file):
+            file.write(b"half of it")
+            fail()
+
+        monkeypatch.setattr(torch, "save", half)
+    else:
+        monkeypatch.setattr(os, "fsync" if what == "flush to disk" else "replace", fail)
+    with pytest.raises((OSError, RuntimeError)):
+        checkpoint.save(path, new)
+    assert {f.name: f.read_bytes() for f in path.parent.iterdir()} == before
+
+
+def test_killed_between_the_renames_loads_the_previous(path, monkeypatch, capsys):
+    real, calls = os.replace, []
+
+    def second_fails(a, b):
+        calls.append(b)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, state(3))
+    assert names(path.parent) == {"ckpt.prev.pt"}
+    loaded, used = checkpoint.load(path)
+    assert loaded["step"] == 2 and used == checkpoint.previous(path)
+    assert "no such file" in capsys.readouterr().err
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x10
+    path.write_bytes(content)
+
+
+def inside_tensor(path: Path) -> int:
+    """A byte offset in the middle of the largest tensor's data."""
+    with zipfile.ZipFile(path) as archive:
+        info = max(archive.infolist(), key=lambda i: i.file_size)
+        with open(path, "rb") as file:
+            file.seek(info.header_offset + 26)
+            skip = int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
+        return info.header_offset + 30 + skip + info.file_size // 2
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "flipped":
+        at = inside_tensor(path)
+        clean = torch.load(path, weights_only=True)["model"]["a"]
+        flip(path, at)
+        # the trap: torch itself reads it without a word, and the numbers are wrong
+        assert not torch.equal(torch.load(path, weights_only=True)["model"]["a"], clean)
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "noise":
+        path.write_bytes(bytes(range(256)) * 20)
+    else:
+        path.write_bytes(content[: len(content) * {"half": 50, "nearly whole": 99}[how] // 100])
+
+
+@pytest.mark.parametrize("how", ["flipped", "half", "nearly whole", "empty", "noise"])
+def test_damage_is_noticed_and_the_previous_used(path, how, capsys):
+    damage(path, how)
+    loaded, used = checkpoint.load(path)
+    assert used == checkpoint.previous(path) and same(loaded, state(1))
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and warning.startswith("warning: ") and "damaged" in warning
+    assert f"{path}:" in warning and f"using {checkpoint.previous(path)}" in warning
+
+
+def test_every_byte_matters_or_changes_nothing(path, rng):
+    """One flipped byte anywhere: noticed, or what is loaded is right nonetheless (padding, zip fields unused)."""
+    content = path.read_bytes()
+    checkpoint.previous(path).unlink()
+    for at in rng.choice(len(content), 60, replace=False).tolist():
+        flip(path, at)
+        try:
+            assert same(checkpoint.load(path)[0], state(2)), f"byte {at}"
+        except checkpoint.CheckpointError:
+            pass
+        path.write_bytes(content)
+    assert same(checkpoint.load(path)[0], state(2))
+
+
+def test_both_damaged_or_missing(path, tmp_path):
+    damage(path, "half"), damage(checkpoint.previous(path), "flipped")
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        checkpoint.load(path)
+    assert f"{path}: damaged" in str(error.value) and f"{checkpoint.previous(path)}: damaged" in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(checkpoint.CheckpointError, match=r"no\.pt: no such file.*no\.prev\.pt: no such file"):
+        checkpoint.load(tmp_path / "no.pt")
+
+
+class Code:
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, form):
+    path, trace = tmp_path / "evil.pt", tmp_path / "ran"
+    if form == "pickle":
+        path.write_bytes(pickle.dumps({"model": Code(trace)}))
+    else:
+        torch.save({"model": Code(trace)}, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+        checkpoint.load(path)
+    assert not trace.exists()
+    if form == "zip":  # the file does carry it
+        torch.load(path, weights_only=False)
+        assert trace.exists()

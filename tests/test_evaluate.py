@@ -1,0 +1,109 @@
+"""evaluate.py: the Frechet distance against the textbook formula, the word errors against a count by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+import evaluate
+
+
+def textbook(a: np.ndarray, b: np.ndarray) -> float:
+    """|mu_a - mu_b|^2 + Tr(A + B - 2 sqrtm(A B)), as in the papers."""
+    A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(A @ B).real
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B - 2 * root))
+
+
+@pytest.mark.parametrize("dims, n, m", [(2, 50, 70), (16, 100, 60), (40, 300, 200)])
+def test_frechet_distance_equals_the_textbook(rng, dims, n, m):
+    mix = rng.normal(size=(dims, dims))
+    a, b = rng.normal(size=(n, dims)) @ mix, rng.normal(0.3, 1.5, (m, dims)) @ rng.normal(size=(dims, dims))
+    assert evaluate.frechet_distance(a, b) == pytest.approx(textbook(a, b), rel=1e-8)
+    assert evaluate.frechet_distance(b, a) == pytest.approx(evaluate.frechet_distance(a, b), rel=1e-10)
+
+
+def test_frechet_distance_in_closed_form(rng):
+    """Sets with the same covariance differ by their means alone; a scaled set by (s - 1)^2 of the variance."""
+    a, shift = rng.normal(size=(80, 12)), rng.normal(size=12)
+    assert evaluate.frechet_distance(a, a + shift) == pytest.approx((shift**2).sum(), rel=1e-8)
+    expected = 4 * a.var(0, ddof=1).sum() + (2 * a.mean(0) @ (2 * a.mean(0)))
+    assert evaluate.frechet_distance(a, 3 * a) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_of_fewer_samples_than_dimensions(rng):
+    a, b = rng.normal(size=(5, 64)), rng.normal(size=(9, 64))
+    # exact on the subspace that the samples span: rotating into it changes no distance
+    basis = np.linalg.qr(np.concatenate([a, b]).T)[0]
+    inside = evaluate.frechet_distance(a @ basis, b @ basis)
+    assert evaluate.frechet_distance(a, b) == pytest.approx(inside, rel=1e-8)
+    # by the eigenvalues of sqrt(A) B sqrt(A), which stay real and non-negative where A is singular
+    A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(A)
+    half = (vectors * values.clip(0) ** 0.5) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(half @ B @ half).clip(0)).sum()
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * cross
+    assert evaluate.frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
+
+
+def test_frechet_distance_of_equal_sets_is_zero_and_never_negative(rng):
+    for n, dims in ((4, 30), (50, 8)):
+        a = rng.normal(100, 1, (n, dims))
+        assert 0 <= evaluate.frechet_distance(a, a) < 1e-8
+        assert 0 <= evaluate.frechet_distance(a, a[::-1].astype(np.float32)) < 1e-4
+
+
+def test_frechet_distance_of_nothing_to_compare_is_not_a_perfect_zero(rng):
+    a = rng.normal(size=(10, 4))
+    assert math.isnan(evaluate.frechet_distance(a, a[:1]))
+    assert math.isnan(evaluate.frechet_distance(a[:1], a))
+    broken = a.copy()
+    broken[3, 2] = np.nan
+    assert math.isnan(evaluate.frechet_distance(a, broken))
+
+
+def test_word_errors_by_hand():
+    references = ["Please, press 1", "You have two new messages.", "Goodbye"]
+    hypotheses = ["please press one", "you have new massages", "good bye"]
+    corpus, each = evaluate.word_errors(references, hypotheses)
+    # nothing; "two" dropped and "messages" wrong: 2 of 5 words; one replaced, one too many: 2 of 1
+    assert each == pytest.approx([0, 2 / 5, 2])
+    assert corpus == pytest.approx(4 / 9)  # errors over words, not the mean of the utterances
+
+
+def test_word_errors_of_silence():
+    assert evaluate.word_errors(["press one now please"], [""]) == (1.0, [1.0])
+    with pytest.raises(ValueError):
+        evaluate.word_errors(["a b"], [])
+
+
+def test_word_errors_of_no_clips_are_not_a_perfect_zero():
+    corpus, each = evaluate.word_errors([], [])
+    assert math.isnan(corpus) and each == []
+
+
+def test_last_held_out(tmp_path):
+    assert evaluate.last_held_out(tmp_path) == {}
+    log = tmp_path / "log.csv"
+    log.write_text("step,held_out_speech,held_out_audio\n1,,\n")
+    assert evaluate.last_held_out(tmp_path) == {}
+    log.write_text("step,held_out_speech,held_out_audio\n1,,\n2,0.5,0.75\n3,0.25,0.5\n4,,\n")
+    assert evaluate.last_held_out(tmp_path) == {"speech": 0.25, "audio": 0.5}
+
+
+def test_table_holds_every_number():
+    fad = {s: 10.0 + k for k, s in enumerate(evaluate.SYSTEMS)} | {"clips": 7, "patches": 9, "reference": 11}
+    result = {
+        "wer": {"clips": 3, "words": 17, "original": 0.01, "vocoded": 0.0625, "generated": 0.5},
+        "fad": {"model": "yamnet", "speech": fad, "audio": fad},
+        "held_out_fm": {"speech": 0.1234, "audio": 0.2345},
+        "real_time_factor": 0.5,
+        "sampler": {"nfe": 32},
+        "vocoder": "griffin_lim",
+    }
+    text = evaluate.table(result)
+    for part in ("1.0        6.2       50.0", "n 3 (17 words)", "10.00      11.00      12.00", "0.1234", "yamnet-FAD"):
+        assert part in text, text
+    del result["fad"]
+    assert "FAD" not in evaluate.table(result)

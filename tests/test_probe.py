@@ -1,0 +1,347 @@
+"""probe.py against the naive loop, numpy, and .backward(); selection, table and files."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_model import FRAMES, SHAPE, awake, close, forward, layer_norm, random_batch, rows
+
+import probe
+from configurator import DOMAINS, Config
+from model import DiT, bitc_loss, noised
+
+L = SHAPE.n_layer
+GRID = probe.time_points(2)
+
+
+def naive_velocities(model: DiT, x_t, t, cond) -> torch.Tensor:
+    """Eq. 8 as written: one forward pass for v and one for each v^(-l)."""
+    sets = [[0.0 if k == l else 1.0 for k in range(1, L + 1)] for l in range(L + 1)]
+    return torch.stack([model.velocity(x_t, t, cond, gates=gates) for gates in sets])
+
+
+def numpy_scores(velocities: torch.Tensor, frames) -> np.ndarray:
+    """Eq. 9 as written, (B, L)."""
+    v = velocities.double().numpy()
+    out = np.zeros((len(frames), L))
+    for b, n in enumerate(frames):
+        size = np.sqrt((v[0, b, :n] ** 2).sum())
+        for l in range(1, L + 1):
+            out[b, l - 1] = np.sqrt(((v[0, b, :n] - v[l, b, :n]) ** 2).sum()) / (size + probe.EPS)
+    return out
+
+
+# ---- FoG-A
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("frames", [FRAMES, (20, 20)])  # (20, 20): nothing is padded, so there is no mask
+def test_one_sweep_equals_the_naive_loop(rng, dtype, tolerance, frames):
+    model, batch = awake().to(dtype), random_batch(rng, frames=frames)
+    batch.mel = batch.mel.to(dtype)
+    _, x_t, t, cond, _ = forward(model, batch)
+    t, calls = t.to(dtype), []
+    x_t = x_t.to(dtype)
+    expected = naive_velocities(model, x_t, t, cond)
+    for l, block in enumerate(model.blocks, 1):
+        block.register_forward_pre_hook(lambda _, args, l=l: calls.append((l, len(args[0]))))
+    got = probe.ablated_velocities(model, x_t, t, cond)
+    assert calls == [(l, l * len(frames)) for l in range(1, L + 1)]
+    assert got.shape == (L + 1, len(frames), max(frames), SHAPE.n_mels) and got.dtype == dtype
+    for l in range(L + 1):
+        valid = cond.mask
+        assert (got[l] - expected[l])[valid].norm() <= tolerance * expected[l][valid].norm()
+        assert l == 0 or not torch.allclose(got[l][valid], got[0][valid], rtol=1e-3)  # each layer does something
+
+
+@torch.no_grad()
+def test_scores_are_a_loop_over_valid_frames(rng):
+    velocities = torch.randn(L + 1, len(FRAMES), max(FRAMES), SHAPE.n_mels, dtype=torch.float64)
+    velocities[:, 1] *= 1e-8  # where eps matters
+    mask = torch.arange(max(FRAMES)) < torch.tensor(FRAMES)[:, None]
+    scores, norm = probe.foga_scores(velocities, mask)
+    close(scores, numpy_scores(velocities, FRAMES), 1e-12)
+    close(norm, [velocities[0, b, :n].norm() for b, n in enumerate(FRAMES)], 1e-12)
+
+
+@torch.no_grad()
+def test_scores_are_the_same_alone_and_padded(rng):
+    model, batch = awake(), random_batch(rng)
+    _, x_t, t, cond, _ = forward(model, batch)
+    scores, norm = probe.foga_scores(probe.ablated_velocities(model, x_t, t, cond), cond.mask)
+    for b, n in enumerate(FRAMES):
+        c = model.embed_condition(rows(batch, b, b + 1))
+        v = probe.ablated_velocities(model, x_t[b : b + 1, :n], t[b : b + 1], c)
+        alone, alone_norm = probe.foga_scores(v, c.mask)
+        close(scores[b], alone[0])
+        close(norm[b], alone_norm[0])
+
+
+@torch.no_grad()
+def test_foga_is_the_mean_over_clips_and_times(rng):
+    model, batch, seed = awake(), random_batch(rng), int(rng.integers(1000))
+    got = probe.foga(model, batch, GRID, 0.7, seed)
+    assert list(got) == list(DOMAINS)
+    cond, total = model.embed_condition(batch), np.zeros((len(FRAMES), L))
+    for t in GRID.tolist():
+        torch.manual_seed(seed)
+        ts = torch.full((len(FRAMES),), t, dtype=torch.float64)
+        x_t, _ = noised(model, batch.mel, ts, 0.7)
+        total += numpy_scores(naive_velocities(model, x_t, ts, cond), FRAMES) / len(GRID)
+    for d, name in enumerate(DOMAINS):
+        assert got[name].shape == (L,) and (got[name] > 0).all()
+        close(got[name], total[batch.domain.numpy() == d].mean(0))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_probes_are_repeatable_and_leave_no_trace(rng, training):
+    model, batch = awake(), random_batch(rng)
+    model.train(training)
+    assert model.blocks[0].dropout > 0
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    first = probe.probe(model, batch, 2, 0.5, seed=1)
+    torch.randn(3)  # the second run starts at another global state
+    moved = torch.get_rng_state()
+    again = probe.probe(model, batch, 2, 0.5, seed=1)
+    for name in DOMAINS:
+        assert first[name] == again[name]
+    assert all(m.training == training for m in model.modules())
+    assert not torch.equal(state, moved) and torch.equal(moved, torch.get_rng_state())
+    torch.set_rng_state(state)
+    probe.probe(model, batch, 1, 0.5, seed=2)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    other = probe.foga(model, batch, GRID, seed=2)
+    assert other["speech"].tolist() != first["speech"]["foga"]
+
+
+def test_the_training_flag_comes_back_after_an_error():
+    model, state = DiT(SHAPE).train(), torch.get_rng_state()
+    with pytest.raises(RuntimeError), probe.probing(model, 0):
+        assert not model.training
+        torch.randn(1)
+        raise RuntimeError
+    assert model.training and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_a_missing_domain_is_left_out(rng, present):
+    model, batch = awake(), random_batch(rng, domain=torch.full((len(FRAMES),), present))
+    assert list(probe.foga(model, batch, GRID)) == [DOMAINS[present]]
+    assert list(probe.gradient_norms(model, batch, GRID)) == [DOMAINS[present]]
+    assert DOMAINS[1 - present] not in probe.probe(model, batch, 1, 0.5)
+
+
+# ---- LASP
+
+
+@torch.no_grad()
+def test_lasp_is_the_cosine_with_the_clips_own_teacher(rng):
+    model, batch, seed = awake(), random_batch(rng), int(rng.integers(1000))
+    got = probe.lasp_map(model, batch, GRID, 0.6, seed)
+    assert got.shape == (len(GRID), len(FRAMES), L + 1)
+    for i, t in enumerate(GRID.tolist()):
+        torch.manual_seed(seed)
+        ts = torch.full((len(FRAMES),), t, dtype=torch.float64)
+        x_t, _ = noised(model, batch.mel, ts, 0.6)
+        cond = model.embed_condition(batch)
+        _, states = model.velocity(x_t, ts, cond, hidden=True)
+        for b, n in enumerate(FRAMES):
+            name = SHAPE.teachers[int(batch.domain[b])][0]
+            e, P = batch.teacher[name][b].numpy(), model.projections[name].weight.numpy()
+            for l, h in enumerate([cond.tokens, *states[1:]]):
+                p = P @ layer_norm(h[b, :n].mean(0)).numpy()
+                close(got[i, b, l], p @ e / np.linalg.norm(p) / np.linalg.norm(e))
+
+
+@torch.no_grad()
+def test_lasp_at_the_interface_is_bitc(rng):
+    model, batch = awake(), random_batch(rng)
+    lasp, cond = probe.lasp_map(model, batch, GRID), model.embed_condition(batch)
+    assert torch.equal(lasp[0, :, 0], lasp[1, :, 0])  # the interface does not depend on t
+    result = probe.probe(model, batch, 2, 0.5)
+    for d, name in enumerate(DOMAINS):
+        weights = [float(k == d) for k in range(2)]
+        close(1 - lasp[0, batch.domain == d, 0].mean(), bitc_loss(model, batch, cond, weights))
+        close(result[name]["bitc"], lasp[0, batch.domain == d, 0].mean().item())
+
+
+# ---- gradient norm
+
+
+def test_gradient_norms_against_backward(rng):
+    model, batch, seed = awake(), random_batch(rng), int(rng.integers(1000))
+    kept = {}
+    for i, (name, p) in enumerate(model.named_parameters()):
+        if i % 2:
+            p.grad = torch.randn_like(p)
+            kept[name] = p.grad.clone()
+    got = probe.gradient_norms(model.train(), batch, GRID, 0.5, seed)
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, kept[name]) if name in kept else p.grad is None
+    model.eval()
+    for d, domain in enumerate(DOMAINS):
+        clips, expected = [b for b in range(len(FRAMES)) if batch.domain[b] == d], np.zeros(L)
+        for t in GRID.tolist():
+            model.zero_grad()
+            cond = model.embed_condition(batch)
+            torch.manual_seed(seed)
+            ts = torch.full((len(FRAMES),), t, dtype=torch.float64)
+            x_t, target = noised(model, batch.mel, ts, 0.5)
+            error = (model.velocity(x_t, ts, cond) - target) ** 2
+            torch.cat([error[b, : FRAMES[b]] for b in clips]).mean().backward()
+            expected += [np.sqrt(sum(float(p.grad.norm()) ** 2 for p in b.parameters())) / 2 for b in model.blocks]
+        close(got[domain], expected)
+
+
+# ---- the control
+
+
+def test_random_control_is_fresh_everywhere_and_leaves_no_trace(rng):
+    model = awake(replace(SHAPE, second_codes=5))
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    control = probe.random_control(model, seed=4)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    for linear in [*(b.modulation for b in control.blocks), control.head_modulation, control.head_out]:
+        assert linear.weight.any(1).all()
+    for name, p in control.named_parameters():  # nothing learned is left
+        assert not torch.equal(p, before[name]), name
+    for name in ("mel_mean", "mel_std", "mel_floor"):
+        assert torch.equal(getattr(control, name), before[name])
+    again, other = probe.random_control(model, seed=4).state_dict(), probe.random_control(model, seed=5)
+    assert all(torch.equal(v, again[k]) for k, v in control.state_dict().items())
+    assert not torch.equal(other.head_out.weight, control.head_out.weight)
+
+
+def test_the_control_of_an_untrained_model_has_scores(rng):
+    model, batch = DiT(SHAPE).double(), random_batch(rng)
+    untrained, control = (probe.probe(m, batch, 2, 0.5) for m in (model, probe.random_control(model)))
+    for name in DOMAINS:
+        assert untrained[name]["velocity_norm"] == 0 and not any(untrained[name]["foga"])
+        assert control[name]["velocity_norm"] > 0.1 and min(control[name]["foga"]) > 0
+    with pytest.raises(ValueError, match="warmup_steps"):
+        probe.select(Config(align="foga"), untrained, L)
+    assert probe.select(Config(align="none"), untrained, L) == [{}, {}]
+
+
+# ---- selection
+
+
+def test_top_layers():
+    assert probe.top_layers([0.1, 0.5, 0.3], 2) == [2, 3]
+    assert probe.top_layers([0.5, 0.1, 0.5, 0.5], 3) == [1, 3, 4]  # a tie: the shallower first
+    assert probe.top_layers([1, 1, 1, 1], 2) == [1, 2]
+    assert probe.top_layers([0.1, 0.2], 5) == [2, 1]
+
+
+@pytest.fixture
+def result(rng) -> dict:
+    """Scores of 6 layers whose three rankings differ."""
+
+    def domain() -> dict:
+        foga, lasp, grad = (rng.permutation(6) + rng.uniform(0.1, 0.9, 6) for _ in range(3))
+        lasp = [99.0, *lasp.tolist()]  # the interface is not a layer, however well it scores
+        return {"foga": foga.tolist(), "lasp": lasp, "gradnorm": grad.tolist(), "velocity_norm": 1.0}
+
+    return {name: domain() for name in DOMAINS}
+
+
+@pytest.mark.parametrize("weighting", ["foga", "normalized", "equal"])
+@pytest.mark.parametrize("align", ["fixed", "random", "lasp", "gradnorm", "foga"])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_select(result, align, weighting, k):
+    layers = tuple(range(6, 6 - k, -1)) if align == "fixed" else ()
+    config = replace(
+        Config(), align=align, align_layers=layers, top_k=k, weighting=weighting, align_weight=1.7, seed=11
+    )
+    selection = probe.select(config, result, 6)
+    assert len(selection) == len(DOMAINS) and selection == probe.select(config, result, 6)
+    for name, chosen in zip(DOMAINS, selection, strict=True):
+        scores = result[name]
+        assert len(chosen) == k and all(type(l) is int and 1 <= l <= 6 for l in chosen)
+        if align == "fixed":
+            assert tuple(chosen) == layers
+        elif align != "random":
+            by_score = scores["lasp"][1:] if align == "lasp" else scores[align]
+            threshold = sorted(by_score)[-k]
+            assert set(chosen) == {l for l in range(1, 7) if by_score[l - 1] >= threshold}
+        raw = {l: scores["foga"][l - 1] for l in chosen}
+        expected = {
+            "foga": {l: 1.7 * a for l, a in raw.items()},
+            "normalized": {l: 1.7 * a / sum(raw.values()) for l, a in raw.items()},
+            "equal": {l: 1.7 / k for l in raw},
+        }[weighting]
+        close(list(chosen.values()), list(expected.values()), 1e-12)
+        if weighting != "foga":
+            assert abs(sum(chosen.values()) - 1.7) < 1e-12
+
+
+def test_random_layers_depend_on_the_seed_and_reach_every_layer(result):
+    config = replace(Config(), align="random", top_k=3)
+    drawn = [probe.select(replace(config, seed=s), result, 6) for s in range(40)]
+    for d in range(2):
+        assert {l for s in drawn for l in s[d]} == set(range(1, 7))
+    assert any(set(s[0]) != set(s[1]) for s in drawn)
+
+
+@pytest.mark.parametrize("layers", [(), (0,), (7,), (-1, 2), (3, 7)])
+def test_a_fixed_layer_must_exist(result, layers):
+    with pytest.raises(ValueError, match="align_layers"):
+        probe.select(replace(Config(), align="fixed", align_layers=layers), result, 6)
+
+
+# ---- table, figure, files
+
+
+@pytest.fixture
+def probed(rng) -> tuple[dict, dict]:
+    model, batch = awake(), random_batch(rng)
+    return probe.probe(model, batch, 3, 0.5), probe.probe(probe.random_control(model), batch, 3, 0.5)
+
+
+def test_probe_is_its_parts(rng):
+    model, batch = awake(), random_batch(rng)
+    result, grid = probe.probe(model, batch, 3, 0.5, seed=2), probe.time_points(3)
+    close(result["t"], [1 / 6, 1 / 2, 5 / 6], 1e-15)
+    assert result["clips"] == [int((batch.domain == d).sum()) for d in range(2)]
+    foga, grad = probe.foga(model, batch, grid, 0.5, 2), probe.gradient_norms(model, batch, grid, 0.5, 2)
+    lasp = probe.lasp_map(model, batch, grid, 0.5, 2)
+    for d, name in enumerate(DOMAINS):
+        s = result[name]
+        close(s["foga"], foga[name].tolist(), 1e-12)
+        close(s["gradnorm"], grad[name].tolist(), 1e-12)
+        close(s["lasp"], lasp[:, batch.domain == d].mean((0, 1)).tolist(), 1e-12)
+        assert np.shape(s["foga_map"]) == (3, L) and np.shape(s["lasp_map"]) == (3, L + 1)
+        close(np.mean(s["foga_map"], 0), s["foga"], 1e-12)
+        close(np.mean(s["lasp_map"], 0), s["lasp"], 1e-12)
+
+
+def test_table_has_a_row_for_every_layer(probed):
+    result, control = probed
+    for text in (probe.table(result, control, [{2: 0.1}, {4: 0.2}]), probe.table(result, None)):
+        for d, (name, block) in enumerate(zip(DOMAINS, text.split(f"{DOMAINS[1]} (")[:2], strict=True)):
+            lines = block.splitlines()
+            starts = [line.split()[0].rstrip("*") for line in lines if line.startswith("  ")]
+            assert [s for s in starts if s.isdigit()] == [str(l) for l in range(1, L + 1)]
+            starred = [line.split()[0] for line in lines if line.strip() and line.split()[0].endswith("*")]
+            assert starred == ([f"{(2, 4)[d]}*"] if "control" in text else [])
+            for l in range(L):
+                assert f"{result[name]['foga'][l]:.4f}" in block and f"{result[name]['lasp'][l + 1]:.3f}" in block
+                assert "control" not in text or f"{control[name]['foga'][l]:.4f}" in block
+    assert "same as before any training" in probe.table(result, result)
+
+
+@pytest.mark.parametrize("with_control", [True, False])
+def test_report_writes_a_figure_and_json(probed, tmp_path, with_control):
+    result, control = probed[0], probed[1] if with_control else None
+    probe.report(tmp_path, result, control, [{2: 0.125}, {1: 0.5, 4: 0.25}])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["probe.json", "probe.png"]
+    assert (tmp_path / "probe.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    stored = json.loads((tmp_path / "probe.json").read_text())
+    assert stored["selection"] == [{"2": 0.125}, {"1": 0.5, "4": 0.25}] and stored["control"] == control
+    assert {k: stored[k] for k in result} == result

@@ -1,0 +1,234 @@
+"""tokenizer.py: each step against a plain loop, and the whole on features whose answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import tokenizer
+from tokenizer import Tokenizer, TokenizerShape
+
+
+def small(seed: int = 0, **changes) -> Tokenizer:
+    torch.manual_seed(seed)
+    model = Tokenizer(TokenizerShape(**{"dim": 6, "codes": 9, "rate": 50, "width": 16, **changes}))
+    model.codebook.normal_()
+    return model
+
+
+def clips(rng: np.random.Generator, *lengths: int, dim: int = 6) -> list[np.ndarray]:
+    return [rng.normal(size=(n, dim)).astype(np.float32) for n in lengths]
+
+
+def test_nearest_is_the_nearest(rng):
+    model = small(codes=40)
+    z = torch.from_numpy(rng.normal(size=(3, 50, 16)).astype(np.float32))
+    expected = ((z.double()[:, :, None] - model.codebook.double()) ** 2).sum(-1).argmin(-1)
+    assert torch.equal(model.nearest(z), expected)
+    assert torch.equal(model.nearest(model.codebook), torch.arange(40))
+
+
+def test_a_padded_clip_gives_the_same_as_alone(rng):
+    """The network sees no padding: outputs, codes and losses of a padded batch are those of the clips alone."""
+    model = small().double()
+    parts = [torch.from_numpy(c).double() for c in clips(rng, 5, 17, 1, 40)]
+    batch = torch.full((4, 40, 6), 1e3, dtype=torch.float64)  # rubbish where no clip is
+    mask = torch.zeros(4, 40, dtype=torch.bool)
+    for i, p in enumerate(parts):
+        batch[i, : len(p)], mask[i, : len(p)] = p, True
+    together = model(batch, mask)
+    alone = [model(p[None], torch.ones(1, len(p), dtype=torch.bool)) for p in parts]
+    torch.testing.assert_close(together["z"], torch.cat([a["z"] for a in alone]), atol=1e-10, rtol=0)
+    assert torch.equal(together["codes"], torch.cat([a["codes"] for a in alone]))
+    for name in ("mse", "commitment"):
+        mean = sum(a[name] * len(p) for a, p in zip(alone, parts, strict=True)) / mask.sum()
+        torch.testing.assert_close(together[name], mean, atol=1e-10, rtol=1e-10)
+
+
+def test_the_losses_are_those_of_eq_14(rng):
+    model = small()
+    x = torch.from_numpy(clips(rng, 30)[0])[None]
+    mask = torch.ones(1, 30, dtype=torch.bool)
+    out = model(x, mask)
+    z = model.encoder(x.transpose(1, 2), mask[:, None].float())[0].T
+    q = model.codebook[out["codes"]]
+    decoded = model.decoder(q.T[None], mask[:, None].float())[0].T  # the decoder gets the codes, not z
+    torch.testing.assert_close(out["commitment"], ((z - q) ** 2).mean(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(out["mse"], ((decoded - x[0]) ** 2).mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_encode_gives_the_codes_of_each_clip(rng):
+    model, parts = small().eval(), clips(rng, 3, 50, 1)
+    model.mean.copy_(torch.arange(6.0)), model.std.fill_(2.0)
+    codes = model.encode(parts)
+    assert [c.shape for c in codes] == [(3,), (50,), (1,)] and all(c.dtype == np.int32 for c in codes)
+    for c, p in zip(codes, parts, strict=True):
+        x = (torch.from_numpy(p) - torch.arange(6.0)) / 2
+        out = model(x[None], torch.ones(1, len(p), dtype=torch.bool))
+        np.testing.assert_array_equal(c, out["codes"].numpy())
+
+
+def test_straight_through_gradient(rng):
+    """d mse / d z is d mse / d q, as if the quantiser were not there; and nothing reaches the codebook by gradient."""
+    model = small()
+    x = torch.from_numpy(clips(rng, 20)[0])[None]
+    mask = torch.ones(1, 20, dtype=torch.bool)
+    out = model(x, mask)
+    out["mse"].backward()
+    got = {k: p.grad.clone() for k, p in model.encoder.named_parameters()}
+    assert all(g.abs().sum() > 0 for g in got.values())
+    q = model.codebook[out["codes"]].clone().requires_grad_()
+    decoded = model.decoder(q.T[None], mask[:, None].float()).transpose(1, 2)
+    (downstream,) = torch.autograd.grad((decoded - x).square().mean(), q)
+    z = model.encoder(x.transpose(1, 2), mask[:, None].float())[0].T
+    expected = torch.autograd.grad(z, list(model.encoder.parameters()), downstream)
+    for (name, g), e in zip(got.items(), expected, strict=True):
+        torch.testing.assert_close(g, e, atol=1e-6, rtol=1e-3, msg=name)
+    assert not any("codebook" in name or "code_" in name for name, _ in model.named_parameters())
+
+
+def test_update_codebook_is_a_moving_average(rng):
+    model = small(codes=5, decay=0.8)
+    count, total = [1.0] * 5, [model.codebook[k].double().clone() for k in range(5)]
+    model.code_count.fill_(1), model.code_sum.copy_(model.codebook)
+    for _ in range(6):
+        z = torch.from_numpy(rng.normal(size=(37, 16)).astype(np.float32))
+        codes = torch.from_numpy(rng.integers(0, 5, 37))
+        codes[:5] = torch.arange(5)  # all stay alive
+        model.update_codebook(z, codes)
+        for k in range(5):
+            mine = [z[i].double() for i in range(37) if codes[i] == k]
+            count[k] = 0.8 * count[k] + 0.2 * len(mine)
+            total[k] = 0.8 * total[k] + 0.2 * sum(mine)
+            torch.testing.assert_close(model.codebook[k].double(), total[k] / count[k], atol=1e-5, rtol=1e-4)
+
+
+def test_a_dead_code_restarts_where_vectors_are(rng):
+    model = small(codes=4)
+    model.code_count.fill_(1), model.code_sum.copy_(model.codebook)
+    before = model.codebook.clone()
+    z = torch.from_numpy(rng.normal(50, 1, (20, 16)).astype(np.float32))
+    codes = torch.zeros(20, dtype=torch.long)  # codes 1, 2 and 3 are never used
+    alive = math.ceil(math.log(0.02) / math.log(0.8)) - 1  # 0.8^n >= 0.02 until then
+    for _ in range(alive):
+        model.update_codebook(z, codes)
+    torch.testing.assert_close(model.codebook[1:], before[1:], atol=1e-4, rtol=1e-3)  # unused: it fades, unmoved
+    model.update_codebook(z, codes)
+    for k in (1, 2, 3):
+        assert (model.codebook[k] == z).all(1).any()
+        assert model.code_count[k] == 1
+
+
+def test_fit_recovers_clusters(rng):
+    """Runs of noisy copies of 8 centres: the codes tell the centres apart, and little more."""
+    centres, features, labels = 3 * rng.normal(size=(8, 12)), [], []
+    for _ in range(40):
+        label = np.repeat(rng.integers(0, 8, 12), 8)
+        labels.append(label)
+        features.append((centres[label] + 0.1 * rng.normal(size=(96, 12))).astype(np.float32))
+    losses = []
+    model = tokenizer.fit(
+        features, 16, 150, 50, width=48, batch=8, lr=3e-3, progress=lambda _, loss: losses.append(loss)
+    )
+    assert len(losses) == 150 and np.mean(losses[-10:]) < 0.3 * losses[0]
+    codes = model.encode(features)
+    used, perplexity = tokenizer.usage(codes, 16)
+    assert 6 < perplexity <= 16 and used > 0.4
+    table = np.zeros((16, 8))
+    np.add.at(table, (np.concatenate(codes), np.concatenate(labels)), 1)
+    purity = table.max(1).sum() / table.sum()  # of knowing the centre from the code
+    assert purity > 0.9, purity
+    x = model.standardise(torch.from_numpy(np.concatenate(features)))
+    torch.testing.assert_close(x.mean(0), torch.zeros(12), atol=1e-3, rtol=0)
+    torch.testing.assert_close(x.std(0), torch.ones(12), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 10, 11])
+def test_fit_takes_any_number_of_steps_and_is_deterministic(rng, steps):
+    features = clips(rng, 100, 1, 30)
+    a, b = (tokenizer.fit(features, 8, steps, 50, width=16, batch=2, seed=3) for _ in range(2))
+    for key, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[key]), key
+    other = tokenizer.fit(features, 8, steps, 50, width=16, batch=2, seed=4)
+    assert not torch.equal(a.codebook, other.codebook)
+
+
+# ---- position
+
+
+def test_position_table_is_whispers():
+    import audio
+
+    audio.torchaudio()
+    from transformers.models.whisper.modeling_whisper import sinusoids
+
+    torch.testing.assert_close(tokenizer.position_table(64), sinusoids(1500, 64), atol=1e-4, rtol=0)
+
+
+def position_and_content(rng, content: float) -> list[np.ndarray]:
+    """Features that are a smooth function of position, the same in all clips, plus content of a given size."""
+    table = tokenizer.position_table(64).numpy()
+    waves = table @ rng.normal(size=(64, 10)) / 4
+    out = []
+    for n in rng.integers(50, 400, 60).tolist():
+        own = np.repeat(rng.normal(size=(n // 5 + 1, 10)), 5, 0)[:n]  # as long as a phone
+        out.append((waves[:n] + content * own).astype(np.float32))
+    return out
+
+
+def test_position_share_and_its_removal(rng):
+    mostly = position_and_content(rng, 0.1)
+    before = tokenizer.position_share(mostly, bins=1)
+    assert before > 0.9
+    model = small(dim=10, positions=64)
+    model.position.copy_(tokenizer.fit_position(mostly, 64))
+    after = tokenizer.position_share([model.standardise(torch.from_numpy(f)).numpy() for f in mostly], bins=1)
+    assert after < 0.15, after
+    fitted = tokenizer.fit(mostly, 8, 1, 50, remove_position=True, width=16)
+    assert tokenizer.position_share([fitted.standardise(torch.from_numpy(f)).numpy() for f in mostly], bins=1) < 0.15
+    kept = tokenizer.fit(mostly, 8, 1, 50, width=16)
+    assert tokenizer.position_share([kept.standardise(torch.from_numpy(f)).numpy() for f in mostly], bins=1) > 0.8
+
+
+def test_removal_leaves_the_content(rng):
+    features = position_and_content(rng, 1.0)
+    table = tokenizer.position_table(64).numpy()
+    weights = tokenizer.fit_position(features, 64).numpy()
+    # by lstsq on the stacked problem: ridge regression as plain least squares with extra rows
+    p, x = np.concatenate([table[: len(f)] for f in features]).astype(np.float64), np.concatenate(features)
+    rows = np.concatenate([p - p.mean(0), np.sqrt(10) * np.eye(64)])
+    expected = np.linalg.lstsq(rows, np.concatenate([x - x.mean(0), np.zeros((64, 10))]), rcond=None)[0]
+    np.testing.assert_allclose(p @ weights, p @ expected, atol=1e-3)
+
+
+def test_position_share_by_hand_and_of_noise(rng):
+    # two clips, bins of one: groups {0, 2}, {4, 4} -> within 2, total 11; R^2 corrected: 1 - (2 / 2) / (11 / 3)
+    values = [np.array([[0.0], [4.0]]), np.array([[2.0], [4.0]])]
+    assert tokenizer.position_share(values, bins=1) == pytest.approx(1 - (2 / 2) / (11 / 3))
+    noise = [rng.normal(size=(n, 20)) for n in rng.integers(20, 300, 80)]
+    assert abs(tokenizer.position_share(noise)) < 0.02
+    steps = [np.repeat(np.arange(30), 10)[:n, None] * 1.0 for n in (300, 200, 120)]
+    assert tokenizer.position_share(steps) == pytest.approx(1)
+
+
+# ---- files and usage
+
+
+def test_save_and_load(rng, tmp_path):
+    features = [f * 3 + 1 for f in clips(rng, 60, 20)]
+    model = tokenizer.fit(features, 8, 3, 25, remove_position=True, width=16)
+    tokenizer.save(model, tmp_path / "t.pt")
+    assert [f.name for f in tmp_path.iterdir()] == ["t.pt"]
+    loaded = tokenizer.load(tmp_path / "t.pt")
+    assert loaded.shape == model.shape and loaded.shape.positions == 64 and loaded.shape.rate == 25
+    for a, b in zip(model.encode(features), loaded.encode(features), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not loaded.training
+
+
+def test_usage_by_hand():
+    used, perplexity = tokenizer.usage([np.array([0, 0, 1]), np.array([1, 5, 5])], 8)
+    assert used == 3 / 8 and perplexity == pytest.approx(3)
+    used, perplexity = tokenizer.usage([np.array([2, 2, 2, 3])], 4)
+    assert used == 0.5 and perplexity == pytest.approx((3 / 4) ** -(3 / 4) * (1 / 4) ** -(1 / 4))
