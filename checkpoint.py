@@ -52,10 +52,11 @@ def exists(path: str | Path) -> bool:
     return Path(path).exists() or previous(Path(path)).exists()
 
 
-def load(path: str | Path) -> tuple[dict[str, Any], Path]:
+def load(path: str | Path, set_aside: bool = False) -> tuple[dict[str, Any], Path]:
     """Returns the state and the file it came from: `path`, or the previous one with a warning when `path` is damaged.
 
-    Raises CheckpointError when neither can be read.
+    `set_aside`, for those who will save to `path` again, renames a damaged file to NAME.damaged.pt, so that it cannot
+    take the previous good one's place. Raises CheckpointError when neither can be read.
     """
     path = Path(path)
     problems = []
@@ -73,5 +74,7 @@ def load(path: str | Path) -> tuple[dict[str, Any], Path]:
         else:
             if problems:
                 print(f"warning: {problems[0]}; using {file}", file=sys.stderr)
+                if set_aside and path.exists():
+                    os.replace(path, path.with_name(f"{path.stem}.damaged{path.suffix}"))
             return state, file
     raise CheckpointError("; ".join(problems))

@@ -64,10 +64,7 @@ class Config:
     prompt_drop: float = 0.1  # probability that a clip's reference mel is dropped
     prompt_max: float = 0.3  # longest reference prefix, as a share of the clip
     mel_floor: float = -11.5129  # log-mel below this (1e-5) counts as this
-    mel_stats: tuple[float, ...] = (
-        -5.8843,
-        2.2615,
-    )  # mean and std of the log-mel; (): per bin, from the training split
+    mel_stats: tuple[float, ...] = (-5.8843, 2.2615)  # log-mel mean and std; (): per bin, from the training split
     # optimisation
     max_steps: int = 500_000  # optimiser steps, both phases
     batch_frames: int = 38_400  # mel frames per step and rank, padding included
@@ -89,9 +86,7 @@ class Config:
     align: Literal["none", "fixed", "random", "lasp", "gradnorm", "foga"] = "foga"  # how layers are selected
     align_layers: tuple[int, ...] = ()  # the layers, 1..n_layer, for align=fixed
     top_k: int = 3  # layers selected per domain
-    weighting: Literal["foga", "normalized", "equal"] = (
-        "foga"  # lambda: align_weight * score, that with sum align_weight, or equal
-    )
+    weighting: Literal["foga", "normalized", "equal"] = "foga"  # align_weight * score; with sum align_weight; or equal
     align_weight: float = 2.0  # scale of the alignment weights
     head_dim: int = 0  # hidden width of the alignment heads; 0: n_embd
     # reporting

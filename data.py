@@ -19,7 +19,6 @@ if __name__ == "__main__":
     ARGS = configure(Config, __doc__)  # a typo is answered before torch is imported
 
 import collections
-import contextlib
 import hashlib
 import json
 import os
@@ -77,6 +76,19 @@ class Clip:
     text: str
     domain: int
     group: str
+
+
+@dataclass
+class Prepared:
+    """One recording on its way to disk."""
+
+    clip: Clip
+    held_out: bool
+    mel: np.ndarray  # (T, M) float16
+    wav: np.ndarray  # (L,) at 24 kHz
+    teacher_wav: np.ndarray  # (L,) at the teacher's rate
+    tokens: np.ndarray | None = None  # (N,)
+    embedding: np.ndarray | None = None  # (E,)
 
 
 @dataclass
@@ -247,13 +259,14 @@ def prepare(config: Config) -> None:
     clips = demo_speech() if config.speech_dir == "demo" else folder(config.speech_dir, SPEECH)
     clips += demo_audio() if config.audio_dir == "demo" else folder(config.audio_dir, AUDIO)
     out_dir = Path(config.data_dir)
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise DataError(f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER")  # never write over them
     build = out_dir.with_name(f"{out_dir.name}.part{os.getpid()}")
     build.mkdir(parents=True)
     try:
         _prepare_into(build, config, clips)
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
-        build.rename(out_dir)
+        if not (out_dir / "meta.json").exists():  # another process may have been faster
+            build.rename(out_dir)
     finally:
         shutil.rmtree(build, ignore_errors=True)
     print(f"prepared {out_dir} in {time.time() - start:.0f} s")
@@ -262,71 +275,65 @@ def prepare(config: Config) -> None:
 def _prepare_into(build: Path, config: Config, clips: list[Clip]) -> None:
     teacher = [teachers.load_teacher("whisper", _source(config.whisper, "whisper_tiny"))]
     teacher.append(teachers.load_teacher("aisfx", _source(config.audio_teacher, "aisfx")))
+    prepared, lost = decode_all(clips, [t.sample_rate for t in teacher], config)
+    meta = {
+        "prepared_with": {k: getattr(config, k) for k in PREPARED_WITH},
+        "skipped": lost,
+        "teachers": [[t.name, t.dim] for t in teacher],
+    }
+    for d, name in enumerate(DOMAINS):
+        own = [p for p in prepared if p.clip.domain == d]
+        if not any(not p.held_out for p in own):
+            raise DataError(f"no usable {name} clip to train on; pass another --{name}_dir or a smaller --held_out")
+        waves = [p.teacher_wav for p in own]
+        pooled = teacher[d].embed(waves)
+        # S3's recipe quantises in the middle of the recogniser's encoder, where sound is not yet all turned into text
+        middle = {"layer": teacher[d].depth // 2 - 1} if d == SPEECH else {}
+        features = teacher[d].encode(waves, **middle)
+        features = [to_rate(f, token_count(len(p.mel), d)) for f, p in zip(features, own, strict=True)]
+        codes, meta[f"{name}_tokens"] = _tokenise(build, config, d, own, features)
+        for p, p_codes, embedding in zip(own, codes, pooled, strict=True):
+            p.tokens, p.embedding = p_codes, embedding
+    for split, wanted in (("train", False), ("held_out", True)):
+        meta[split] = write_split(
+            build / split, config, [p for p in prepared if p.held_out == wanted], meta["teachers"]
+        )
+    frames = np.concatenate([p.mel for p in prepared if not p.held_out]).astype(np.float64).clip(min=config.mel_floor)
+    meta["mel_mean"], meta["mel_std"] = frames.mean(0).tolist(), frames.std(0).clip(1e-3).tolist()
+    (build / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def decode_all(clips: list[Clip], teacher_rates: list[int], config: Config) -> tuple[list[Prepared], dict]:
+    """The usable clips, decoded, and the names of the others by reason. Raises DataError when too many are lost."""
     split = held_out(clips, config.held_out, config.data_seed)
-    kept, lost = [], collections.defaultdict(list)
+    prepared, lost = [], collections.defaultdict(list)
     for clip, out in tqdm(list(zip(clips, split, strict=True)), desc="decode and mel", mininterval=1):
         try:
-            wav, teacher_wav = decode(clip, (audio.SAMPLE_RATE, teacher[clip.domain].sample_rate), config)
-            kept.append((clip, out, audio.log_mel(torch.from_numpy(wav)).half().numpy(), wav, teacher_wav))
+            wav, teacher_wav = decode(clip, (audio.SAMPLE_RATE, teacher_rates[clip.domain]), config)
+            mel = audio.log_mel(torch.from_numpy(wav)).half().numpy()
+            prepared.append(Prepared(clip, out, mel, wav, teacher_wav))
         except AudioError as error:
             lost[error.reason].append(clip.name)
     for reason, names in lost.items():
         print(f"skipped {len(names)} clips: {reason} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})")
-    if len(kept) < (1 - LOST_LIMIT) * len(clips):
-        raise DataError(
-            f"{len(clips) - len(kept)} of {len(clips)} clips cannot be used (reasons above); mend the corpus"
-        )
-    meta = {
-        "prepared_with": {k: getattr(config, k) for k in PREPARED_WITH},
-        "skipped": {reason: names for reason, names in lost.items()},
-        "teachers": [[t.name, t.dim] for t in teacher],
-        "codes": [config.speech_codes, config.audio_codes],
-    }
-    tokens, embeddings = [None] * len(kept), [None] * len(kept)
-    for d in range(len(DOMAINS)):
-        rows = [i for i, k in enumerate(kept) if k[0].domain == d]
-        if not rows:
-            raise DataError(f"no usable {DOMAINS[d]} clip")
-        waves = [kept[i][4] for i in rows]
-        pooled = teacher[d].embed(waves)
-        # S3's recipe quantises in the middle of the recogniser's encoder, where sound is not yet all turned into text
-        features = (
-            teacher[d].encode(waves, layer=teacher[d].depth // 2 - 1) if d == SPEECH else teacher[d].encode(waves)
-        )
-        features = [to_rate(f, token_count(len(kept[i][2]), d)) for f, i in zip(features, rows, strict=True)]
-        train = [f for f, i in zip(features, rows, strict=True) if not kept[i][1]]
-        codes, report = _tokenise(build, config, d, train, features)
-        meta[f"{DOMAINS[d]}_tokens"] = report
-        for i, c, e in zip(rows, codes, pooled, strict=True):
-            tokens[i], embeddings[i] = c, e
-    for name, wanted in (("train", False), ("held_out", True)):
-        rows = [i for i, k in enumerate(kept) if k[1] == wanted]
-        meta[name] = _write_split(
-            build / name, config, [kept[i] for i in rows], [tokens[i] for i in rows], [embeddings[i] for i in rows]
-        )
-    frames = np.concatenate([k[2] for k in kept if not k[1]]).astype(np.float64).clip(min=config.mel_floor)
-    meta["mel_mean"], meta["mel_std"] = frames.mean(0).tolist(), frames.std(0).clip(1e-3).tolist()
-    (build / "meta.json").write_text(json.dumps(meta, indent=1))
+    count = len(clips) - len(prepared)
+    if count > LOST_LIMIT * len(clips):
+        raise DataError(f"{count} of {len(clips)} clips cannot be used (reasons above); mend the corpus")
+    return prepared, dict(lost)
 
 
 def _source(value: str, role: str) -> str | Path:
     return fetch.fetch(role) if value == "demo" else value
 
 
-def _tokenise(build: Path, config: Config, d: int, train: list, features: list) -> tuple[list, dict]:
+def _tokenise(build: Path, config: Config, d: int, own: list[Prepared], features: list) -> tuple[list, dict]:
     """Fits domain d's tokenizer on the training clips and encodes all of them; returns the codes and what to report."""
-    size = (config.speech_codes, config.audio_codes)[d]
-    bar = tqdm(total=config.tokenizer_steps, desc=f"{DOMAINS[d]} tokenizer", mininterval=1)
-    model = tokenizer.fit(
-        train,
-        size,
-        config.tokenizer_steps,
-        TOKEN_RATE[d],
-        remove_position=d == SPEECH,
-        progress=lambda *_: bar.update(),
-    )
-    bar.close()
-    tokenizer.save(model, build / f"{DOMAINS[d]}_tokenizer.pt")
+    size, name = (config.speech_codes, config.audio_codes)[d], DOMAINS[d]
+    train = [f for f, p in zip(features, own, strict=True) if not p.held_out]
+    with tqdm(total=config.tokenizer_steps, desc=f"{name} tokenizer", mininterval=1) as bar:
+        steps, rate = config.tokenizer_steps, TOKEN_RATE[d]
+        model = tokenizer.fit(train, size, steps, rate, remove_position=d == SPEECH, progress=lambda *_: bar.update())
+    tokenizer.save(model, build / f"{name}_tokenizer.pt")
     codes = model.encode(features)
     used, perplexity = tokenizer.usage(codes, size)
     report = {"codes_used": used, "perplexity": perplexity}
@@ -334,44 +341,38 @@ def _tokenise(build: Path, config: Config, d: int, train: list, features: list) 
         book = model.codebook.numpy()
         report["position_share_of_features"] = tokenizer.position_share(features)
         report["position_share_of_tokens"] = tokenizer.position_share([book[c] for c in codes])
-    print(f"{DOMAINS[d]} tokens: " + ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in report.items()))
+    print(f"{name} tokens: " + ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in report.items()))
     return codes, report
 
 
-def _write_split(path: Path, config: Config, kept: list, tokens: list, embeddings: list) -> dict:
-    path.mkdir()
-    (path / "wav").mkdir()
-    index = np.zeros(len(kept), INDEX)
-    position, rows, wavs = collections.Counter(), collections.Counter(), collections.Counter()
-    with contextlib.ExitStack() as stack:
-        mel_bin, token_bin, text_bin = (
-            stack.enter_context(open(path / f"{name}.bin", "wb")) for name in ("mel", "tokens", "text")
-        )
-        for i, ((clip, is_held_out, mel, wav, _), codes) in enumerate(zip(kept, tokens, strict=True)):
-            text = f"{clip.name}\n{clip.text}".encode()
-            d = clip.domain
-            index[i] = (
-                position["mel"],
-                len(mel),
-                position["token"],
-                len(codes),
-                position["text"],
-                len(text),
-                rows[d],
-                d,
-            )
-            mel_bin.write(mel.tobytes()), token_bin.write(codes.astype("<i4").tobytes()), text_bin.write(text)
-            position.update(mel=len(mel), token=len(codes), text=len(text))
+def write_split(path: Path, config: Config, prepared: list[Prepared], teacher: list) -> dict:
+    """Writes one split's files and returns its clips and seconds per domain; `teacher` is [(name, E), ...]."""
+    (path / "wav").mkdir(parents=True)
+    index = np.zeros(len(prepared), INDEX)
+    mel_row = token_row = text_byte = 0
+    rows, wavs = [0] * len(DOMAINS), [0] * len(DOMAINS)
+    with (
+        open(path / "mel.bin", "wb") as mel_bin,
+        open(path / "tokens.bin", "wb") as token_bin,
+        open(path / "text.bin", "wb") as text_bin,
+    ):
+        for i, p in enumerate(prepared):
+            d, text = p.clip.domain, f"{p.clip.name}\n{p.clip.text}".encode()
+            index[i] = (mel_row, len(p.mel), token_row, len(p.tokens), text_byte, len(text), rows[d], d)
+            mel_bin.write(p.mel.tobytes())
+            token_bin.write(p.tokens.astype("<i4").tobytes())
+            text_bin.write(text)
+            mel_row, token_row, text_byte = mel_row + len(p.mel), token_row + len(p.tokens), text_byte + len(text)
             rows[d] += 1
-            if is_held_out or wavs[d] < config.reference_clips:
-                audio.write(path / "wav" / f"{i:07d}.wav", wav)
+            if p.held_out or wavs[d] < config.reference_clips:
+                audio.write(path / "wav" / f"{i:07d}.wav", p.wav)
                 wavs[d] += 1
     np.save(path / "index.npy", index)
-    for d in range(len(DOMAINS)):
-        chosen = [e for (clip, *_), e in zip(kept, embeddings, strict=True) if clip.domain == d]
-        np.save(path / f"teacher_{d}.npy", np.array(chosen, np.float32))
+    for d, (_, width) in enumerate(teacher):
+        embeddings = [p.embedding for p in prepared if p.clip.domain == d]
+        np.save(path / f"teacher_{d}.npy", np.array(embeddings, np.float32).reshape(-1, width))
     seconds = [float(index["frames"][index["domain"] == d].sum() / audio.FRAME_RATE) for d in range(len(DOMAINS))]
-    return {"clips": [rows[d] for d in range(len(DOMAINS))], "seconds": seconds}
+    return {"clips": rows, "seconds": seconds}
 
 
 # ---- reading
@@ -432,7 +433,7 @@ def crop_unit() -> int:
 
 def token_span(first: int, frames: int, domain: int, tokens: int) -> tuple[int, int]:
     """First token and number of tokens under `frames` mel frames that start at a multiple of crop_unit()."""
-    token = round(int(first) * TOKEN_RATE[domain] / audio.FRAME_RATE)
+    token = min(round(int(first) * TOKEN_RATE[domain] / audio.FRAME_RATE), int(tokens) - 1)
     return token, min(token_count(int(frames), domain), int(tokens) - token)
 
 
@@ -474,14 +475,14 @@ class Batches:
         ordered = np.sort(self.lengths)
         if ordered[-1] > config.batch_frames:
             raise DataError(f"batch_frames={config.batch_frames} is below the longest clip ({ordered[-1]} frames)")
+        slack = (1 + self.JITTER) / (1 - self.JITTER)  # how much longer a clip can be than the one it swaps with
         slots, first = [], 0
         while first < len(ordered):
             count = 1
             while (
                 count < config.batch_size
                 and first + count < len(ordered)
-                and (count + 1) * min(ordered[first + count] * (1 + 2 * self.JITTER), ordered[-1])
-                <= config.batch_frames
+                and (count + 1) * min(ordered[first + count] * slack, ordered[-1]) <= config.batch_frames
             ):
                 count += 1
             slots.append(count)

@@ -9,6 +9,7 @@ the original training recordings, under a network that no run is trained with.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from configurator import DOMAINS, configure
 
@@ -22,13 +23,15 @@ class EvalArgs:
     nfe: int | None = None  # velocity evaluations per clip
     cfg: float | None = None  # guidance scale; 1 is none
     sway: float | None = None  # sway sampling coefficient
-    method: str = "euler"  # euler | midpoint
+    method: Literal["euler", "midpoint"] = "euler"  # integrator; midpoint spends two evaluations a step
     vocoder: str = ""  # hub name or folder of a Vocos, or griffin_lim
     asr: str = ""  # recogniser: hub name or folder of a Whisper; "demo": tiny.en
     seed: int = 0  # seeds the noise
     max_clips: int = 200  # most held-out clips per domain
     worst: int = 0  # list this many of the worst transcriptions
     device: str = "cpu"  # cpu | cuda
+
+    ranges: ClassVar[dict] = dict.fromkeys(("nfe", "max_clips"), (1, None))
 
 
 if __name__ == "__main__":

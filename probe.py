@@ -11,6 +11,7 @@ B clips, T frames, M mel bins, D width, L layers, G points of the t grid.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from configurator import DOMAINS, configure
 
@@ -21,13 +22,15 @@ class ProbeArgs:
 
     ckpt: str = "out/demo/ckpt.pt"  # a checkpoint of train.py
     data_dir: str = ""  # prepared data; empty: the one the checkpoint was trained on
-    split: str = "train"  # train | held_out
+    split: Literal["train", "held_out"] = "train"  # which clips
     clips: int = 8  # clips per domain
     times: int = 8  # points of the t grid
     frames: int = 1000  # clips are cut to this
     seed: int = 0  # draws the clips and the noise
     control: bool = True  # also probe a random-init copy
     out_dir: str = ""  # where probe.json and probe.png go; empty: beside the checkpoint
+
+    ranges: ClassVar[dict] = dict.fromkeys(("clips", "times", "frames"), (1, None))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ B clips, T frames, M mel bins.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from configurator import DOMAINS, configure
 
@@ -29,6 +29,8 @@ class SampleArgs:
     seed: int = 0  # seeds the noise
     out_dir: str = ""  # empty: samples/ beside the checkpoint
     device: str = "cpu"  # cpu | cuda | mps
+
+    ranges: ClassVar[dict] = dict.fromkeys(("n", "nfe"), (1, None))
 
 
 if __name__ == "__main__":

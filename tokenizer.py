@@ -129,7 +129,7 @@ class Tokenizer(nn.Module):
 
 
 def position_table(columns: int) -> torch.Tensor:
-    """The slowest `columns` sinusoids and cosinusoids of Whisper's position table, (POSITIONS, columns)."""
+    """Whisper's position table at `columns` channels: sines, then cosines, (POSITIONS, columns)."""
     half = torch.arange(columns // 2, dtype=torch.float64)
     scale = torch.exp(-np.log(10000) * half / max(1, columns // 2 - 1))
     angle = torch.arange(POSITIONS, dtype=torch.float64)[:, None] * scale

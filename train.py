@@ -273,7 +273,7 @@ def save(run: Run, name: str = "ckpt.pt") -> None:
 
 def restore(run: Run, path: Path, machine: Machine) -> None:
     """Loads ckpt.pt or warmup.pt into `run`. Raises CheckpointError when it was made with incompatible settings."""
-    state, used = checkpoint.load(path)
+    state, used = checkpoint.load(path, set_aside=path.parent == Path(run.config.out_dir))
     mine, theirs = asdict(run.config), state["config"]
     may_differ = MAY_DIFFER + ([] if state["selected"] else BRANCH_MAY_DIFFER)
     changed = [

@@ -67,14 +67,14 @@ def tiny_config(tmp_path) -> Config:
         "mel_std": [2.0] * 100,
     }
     for split, clips in (("train", 24), ("held_out", 6)):
-        kept, tokens, embeddings = [], [], []
+        prepared = []
         for i in range(clips):
             domain, frames = i % 2, int(rng.integers(40, 180))
             clip = data.Clip(f"clip{i}", b"", f"text {i}", domain, f"group{i}")
             mel = rng.normal(-3, 2, (frames, 100)).astype(np.float16)
-            kept.append((clip, split == "held_out", mel, rng.normal(0, 0.1, frames * 256), None))
-            tokens.append(rng.integers(0, 16, data.token_count(frames, domain)))
-            embeddings.append(rng.normal(size=(12, 10)[domain]))
-        meta[split] = data._write_split(path / split, config, kept, tokens, embeddings)
+            tokens = rng.integers(0, 16, data.token_count(frames, domain))
+            wav, embedding = rng.normal(0, 0.1, frames * 256), rng.normal(size=(12, 10)[domain])
+            prepared.append(data.Prepared(clip, split == "held_out", mel, wav, wav, tokens, embedding))
+        meta[split] = data.write_split(path / split, config, prepared, meta["teachers"])
     (path / "meta.json").write_text(json.dumps(meta))
     return config

@@ -1,0 +1,304 @@
+"""configurator.py: what every spelling of a setting becomes, and the one line that refuses it."""
+
+import dataclasses
+import importlib
+import re
+import subprocess
+import sys
+import typing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import configurator
+from configurator import Config, ConfigError, configure, from_dict
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"train": "Config", "data": "Config", "probe": "ProbeArgs", "sample": "SampleArgs", "evaluate": "EvalArgs"}
+
+
+@dataclass
+class Optional:
+    steps: int | None = None  # how many
+    scale: float | None = 2.0  # how much
+    needed: bool = True  # whether
+
+
+# ---- what fits
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ("--batch_size=8", {"batch_size": 8}),
+        ("--batch_size 8", {"batch_size": 8}),
+        ("--batch_size=8 --batch_size=9", {"batch_size": 9}),  # the last one wins
+        ("--max_steps=1e3", {"max_steps": 1000}),
+        ("--max_steps 1_000", {"max_steps": 1000}),
+        ("--max_steps=1000.0", {"max_steps": 1000}),
+        ("--learning_rate=1", {"learning_rate": 1.0}),
+        ("--learning_rate 3e-4", {"learning_rate": 3e-4}),
+        ("--sway -1.5", {"sway": -1.5}),
+        ("--sway=-2", {"sway": -2.0}),
+        ("--compile", {"compile": True}),
+        ("--compile --batch_size=2", {"compile": True, "batch_size": 2}),
+        ("--compile=true", {"compile": True}),
+        ("--compile yes", {"compile": True}),
+        ("--compile=1", {"compile": True}),
+        ("--evaluate=False", {"evaluate": False}),
+        ("--evaluate no --seed 3", {"evaluate": False, "seed": 3}),
+        ("--align_layers=4,8,12", {"align_layers": (4, 8, 12)}),
+        ("--align_layers 4 8 12 --seed=1", {"align_layers": (4, 8, 12), "seed": 1}),
+        ("--align_layers 4, 8", {"align_layers": (4, 8)}),
+        ("--align_layers=4", {"align_layers": (4,)}),
+        ("--mel_stats=", {"mel_stats": ()}),
+        ("--mel_stats -5 2", {"mel_stats": (-5.0, 2.0)}),
+        ("--out_dir=a=b=c", {"out_dir": "a=b=c"}),
+        ("--out_dir a=b", {"out_dir": "a=b"}),
+        ("--speech_dir=", {"speech_dir": ""}),
+        ("--speech_dir=5", {"speech_dir": "5"}),
+        ("--speech_dir=none", {"speech_dir": "none"}),
+        ("--align=lasp", {"align": "lasp"}),
+        ("", {}),
+    ],
+)
+def test_command_line(argv, expected):
+    config = configure(Config, "", argv.split())
+    assert asdict(config) == asdict(Config()) | expected
+    for key, value in expected.items():
+        got = getattr(config, key)
+        assert type(got) is type(value) and (
+            not isinstance(got, tuple) or list(map(type, got)) == list(map(type, value))
+        )
+
+
+def test_a_bare_flag_before_a_config_file(tmp_path):
+    (tmp_path / "c.py").write_text("seed = 5\n")
+    config = configure(Config, "", ["--compile", str(tmp_path / "c.py")])
+    assert config.compile is True and config.seed == 5
+
+
+def test_none():
+    assert configure(Optional, "", ["--steps=none", "--scale", "None"]) == Optional(None, None)
+    assert configure(Optional, "", ["--steps=7", "--scale=3"]) == Optional(7, 3.0)
+
+
+def test_files_in_order_then_the_command_line(tmp_path):
+    a, b = tmp_path / "a.py", tmp_path / "b.py"
+    a.write_text(
+        "import math\nfrom pathlib import Path\n_half = 4\nbatch_size = 2 * _half\nsigma = 1\nalign_layers = [1, 2]\n"
+    )
+    b.write_text("def helper():\n    return 3\nbatch_size = helper()\n")
+    config = configure(Config, "", [str(a), str(b), "--seed=1"])
+    assert config == Config(batch_size=3, sigma=1.0, align_layers=(1, 2), seed=1)
+    assert isinstance(config.sigma, float) and isinstance(config.align_layers, tuple)
+    assert configure(Config, "", [str(b), str(a)]).batch_size == 8
+    assert configure(Config, "", [str(a), "--batch_size=5"]).batch_size == 5
+
+
+# ---- what does not fit
+
+
+def refused(argv: list[str], capsys, cls: type = Config) -> str:
+    """The one line on stderr of a command line that is refused."""
+    with pytest.raises(SystemExit) as stop:
+        configure(cls, "", argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        ("--lerning_rate=1", ["unknown key 'lerning_rate'", "from --lerning_rate=1", "did you mean 'learning_rate'?"]),
+        ("--lerning_rate 1", ["unknown key 'lerning_rate'", "did you mean 'learning_rate'?"]),
+        ("--xyzzy=1", ["unknown key 'xyzzy'", "--help lists the keys"]),
+        ("--ranges=1", ["unknown key 'ranges'"]),
+        ("--=1", ["unknown key ''"]),
+        ("--batch_size=two", ["batch_size = 'two'", "from --batch_size=two", "expected int"]),
+        ("--batch_size=2.5", ["batch_size = 2.5", "expected int"]),
+        ("--batch_size=", ["batch_size = ''", "expected int"]),
+        ("--batch_size", ["--batch_size needs a value (int)"]),
+        ("--batch_size --seed=1", ["--batch_size needs a value (int)"]),
+        ("--batch_size=0", ["batch_size = 0", "expected at least 1"]),
+        ("--seed=inf", ["seed = inf", "expected int"]),
+        ("--dropout=1.5", ["dropout = 1.5", "from --dropout=1.5", "expected from 0 to 1"]),
+        ("--dropout=-0.1", ["dropout = -0.1", "expected from 0 to 1"]),
+        ("--learning_rate=nan", ["learning_rate = nan", "expected float"]),
+        ("--learning_rate=0", ["learning_rate = 0.0", "expected at least"]),
+        ("--compile=maybe", ["compile = 'maybe'", "expected true or false"]),
+        ("--compile=", ["compile = ''", "expected true or false"]),
+        ("--align=best", ["align = 'best'", "expected one of none, fixed, random, lasp, gradnorm, foga"]),
+        ("--align_layers=4,x", ["align_layers = (4, 'x')", "expected a list of int"]),
+        ("--align_layers=4,1.5", ["align_layers = (4, 1.5)", "expected a list of int"]),
+        ("-seed=1", ["config file -seed=1: no such file"]),
+    ],
+)
+def test_refused_on_the_command_line(argv, parts, capsys):
+    line = refused(argv.split(), capsys)
+    assert all(p in line for p in parts), line
+
+
+@pytest.mark.parametrize(
+    "source, parts",
+    [
+        ("batch_sise = 4", ["unknown key 'batch_sise'", "did you mean 'batch_size'?"]),
+        ("batch_size = True", ["batch_size = True", "expected int"]),
+        ("batch_size = '4'", ["batch_size = '4'", "expected int"]),
+        ("batch_size = 4.0", ["batch_size = 4.0", "expected int"]),
+        ("batch_size = None", ["batch_size = None", "expected int"]),
+        ("batch_size = -4", ["batch_size = -4", "expected at least 1"]),
+        ("learning_rate = '1e-3'", ["learning_rate = '1e-3'", "expected float"]),
+        ("learning_rate = True", ["learning_rate = True", "expected float"]),
+        ("learning_rate = 1e999", ["learning_rate = inf", "expected float"]),
+        ("compile = 1", ["compile = 1", "expected true or false"]),
+        ("out_dir = 3", ["out_dir = 3", "expected str"]),
+        ("align = 'best'", ["align = 'best'", "expected one of none, fixed"]),
+        ("align_layers = 4", ["align_layers = 4", "expected a list of int"]),
+        ("align_layers = (True,)", ["align_layers = (True,)", "expected a list of int"]),
+        ("seed = 1\n\nbatch_size = = 2", ["line 3", "SyntaxError"]),
+        ("seed = 1\nbatch_size = seeed", ["line 2", "NameError", "seeed"]),
+        ("def f():\n    return 1 / 0\n\nseed = f()", ["line 4", "ZeroDivisionError"]),
+        ("import no_such_module", ["line 1", "ModuleNotFoundError"]),
+        ("seed = 1\n  seed = 2", ["line 2", "IndentationError"]),
+    ],
+)
+def test_refused_in_a_file(tmp_path, source, parts, capsys):
+    path = tmp_path / "c.py"
+    path.write_text(source + "\n")
+    line = refused([str(path), "--seed=1"], capsys)
+    assert str(path) in line and all(p in line for p in parts), line
+
+
+def test_a_missing_file_lists_those_there_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    line = refused(["config/dmeo.py"], capsys)
+    assert "config file config/dmeo.py: no such file" in line
+    for path in (ROOT / "config").glob("*.py"):
+        assert f"config/{path.name}" in line
+    monkeypatch.chdir(tmp_path)
+    assert "(there are: none)" in refused(["config/dmeo.py"], capsys)
+
+
+def test_from_dict():
+    config = Config(align_layers=(1, 2), seed=3)
+    assert from_dict(Config, asdict(config) | {"align_layers": [1, 2]}, "x.json") == config
+    with pytest.raises(ConfigError, match=r"seed = 'a' \(from x.json\): expected int"):
+        from_dict(Config, {"seed": "a"}, "x.json")
+    with pytest.raises(ConfigError, match="unknown key 'sede'.*did you mean 'seed'"):
+        from_dict(Config, {"sede": 1}, "x.json")
+
+
+def test_differences_and_show():
+    config = Config(seed=3, align_layers=(1,))
+    assert configurator.differences(config) == {"seed": 3, "align_layers": (1,)}
+    assert configurator.show(config).split() == ["seed", "3", "align_layers", "(1,)"]
+    assert configurator.show(Config()) == ""
+
+
+def test_every_range_names_a_field_and_holds_its_default():
+    names = {f.name: f.default for f in fields(Config)}
+    for key, (low, high) in Config.ranges.items():
+        assert (low is None or names[key] >= low) and (high is None or names[key] <= high), key
+
+
+# ---- round trip
+
+
+def random_value(rng: np.random.Generator, hint, key: str):
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    low, high = Config.ranges.get(key, (None, None))
+    if origin is typing.Literal:
+        return args[rng.integers(len(args))]
+    if origin is tuple:
+        return tuple(random_value(rng, args[0], "") for _ in range(rng.integers(4)))
+    if hint is bool:
+        return bool(rng.integers(2))
+    if hint is int:
+        return int(rng.integers(-1000 if low is None else low, high if high is not None else 10**9))
+    if hint is float:
+        value = float(rng.normal() * 10.0 ** rng.integers(-8, 8))
+        value = value if low is None else low + abs(value)
+        return value if high is None else min(value, high)
+    letters = list("ab /=,.-_'\"#é\\ 1eE")
+    return "".join(rng.choice(letters, rng.integers(12))).lstrip("-")
+
+
+def test_any_config_survives_its_command_line_and_file(rng, tmp_path):
+    hints = typing.get_type_hints(Config)
+    for _ in range(50):
+        config = Config(**{f.name: random_value(rng, hints[f.name], f.name) for f in fields(Config)})
+        argv = []
+        for key, value in asdict(config).items():
+            words = [
+                repr(v) if isinstance(v, float) else str(v) for v in (value if isinstance(value, tuple) else [value])
+            ]
+            if isinstance(value, tuple) and rng.random() < 0.5:
+                argv += [f"--{key}", *words] if words else [f"--{key}="]
+            elif rng.random() < 0.5:
+                argv += [f"--{key}", *words] if not isinstance(value, tuple) else [f"--{key}={','.join(words)}"]
+            else:
+                argv.append(f"--{key}={','.join(words)}")
+        assert configure(Config, "", argv) == config
+        path = tmp_path / "c.py"
+        path.write_text("".join(f"{k} = {v!r}\n" for k, v in asdict(config).items()))
+        assert configure(Config, "", [str(path)]) == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
+def test_every_config_file_loads(path):
+    config, namespace = configure(Config, "", [str(path)]), {}
+    exec(path.read_text(), namespace)
+    assigned = {k: v for k, v in namespace.items() if not k.startswith("_")}
+    assert assigned and all(getattr(config, k) == v for k, v in assigned.items())
+    assert set(configurator.differences(config)) <= set(assigned)
+
+
+# ---- the scripts
+
+
+def run(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_a_typo_is_answered_in_one_line_before_torch():
+    done = run("train.py", "config/demo.py", "--lerning_rate=1")
+    assert done.returncode == 2 and done.stdout == ""
+    expected = "train.py: unknown key 'lerning_rate' (from --lerning_rate=1): did you mean 'learning_rate'?\n"
+    assert done.stderr == expected
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_loads_torch_to_refuse(script):
+    code = f"""
+import runpy, sys
+sys.path.insert(0, "."); sys.argv = ["{script}.py", "--no_such_key=1"]
+try:
+    runpy.run_path("{script}.py", run_name="__main__")
+except SystemExit as stop:
+    print(stop.code, sorted({{"torch", "numpy", "transformers"}} & set(sys.modules)))
+"""
+    done = run("-c", code)
+    assert done.stdout == "2 []\n" and done.stderr.startswith(f"{script}.py: unknown key 'no_such_key'"), done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_every_field_with_its_default_and_comment(script):
+    done = run(f"{script}.py", "--help")
+    module = importlib.import_module(script)
+    cls = getattr(module, SCRIPTS[script])
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith(module.__doc__.strip())
+    for field in fields(cls):
+        shown = re.search(rf"^  --{field.name}=(.*)  \(.*\)\n {{8}}(.*)$", done.stdout, re.MULTILINE)
+        assert shown and shown[1] == repr(field.default), field.name
+        assert len(shown[2]) > 5, f"{field.name} has no comment"
+    assert done.stdout.count("\n  --") == len(fields(cls))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_defaults_of_every_script_are_themselves_allowed(script):
+    cls = getattr(importlib.import_module(script), SCRIPTS[script])
+    assert from_dict(cls, dataclasses.asdict(cls()), "defaults") == cls()
