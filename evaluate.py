@@ -114,7 +114,7 @@ def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> dict:
     domain = held.index["domain"][ids]
     options = settings(args, run)
     start = time.time()
-    waves = {"generated": resynthesise(model, held, ids, vocoder, options)}
+    waves = {"generated": resynthesise(model, held, ids, vocoder, options, run["dtype"])}
     spent = time.time() - start
     waves["original"] = read_waves(held, ids)
     waves["vocoded"] = vocoded(held, ids, vocoder, run["mel_floor"])

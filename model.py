@@ -254,6 +254,13 @@ class DiT(nn.Module):
         return (v, states) if hidden else v
 
 
+def precision(device: str, dtype: str) -> torch.autocast:
+    """Autocast to bfloat16 where `dtype` says so; "auto": where the machine multiplies it fast."""
+    kind = device.split(":")[0]
+    fast = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(kind, torch.bfloat16, enabled=fast if dtype == "auto" else dtype == "bfloat16")
+
+
 def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 

@@ -49,7 +49,7 @@ import torch
 import audio
 import checkpoint
 from data import Dataset
-from model import DiT, load_model, sample
+from model import DiT, load_model, precision, sample
 
 
 def settings(args, run: dict) -> dict:
@@ -59,7 +59,13 @@ def settings(args, run: dict) -> dict:
 
 
 def resynthesise(
-    model: DiT, dataset: Dataset, ids: np.ndarray, vocoder: Callable, options: dict, batch_frames: int = 4000
+    model: DiT,
+    dataset: Dataset,
+    ids: np.ndarray,
+    vocoder: Callable,
+    options: dict,
+    dtype: str = "auto",
+    batch_frames: int = 4000,
 ) -> list[np.ndarray]:
     """Waveforms (L,) of clips `ids` from their tokens alone, no reference mel; sorted by length into batches inside."""
     frames = dataset.index["frames"][ids]
@@ -72,7 +78,7 @@ def resynthesise(
             size += 1
         group, pending = pending[:size], pending[size:]
         batch = dataset.batch(ids[group]).to(device)
-        with torch.inference_mode():
+        with torch.inference_mode(), precision(str(device), dtype):
             mel = model.denormalise(sample(model, model.embed_condition(batch), **options))
         for i, m, n in zip(group, mel, batch.frames.tolist(), strict=True):
             waves[i] = vocoder(m[:n].float())
@@ -97,7 +103,7 @@ def main(args: SampleArgs) -> None:
     ids = first_of_each_domain(dataset, args.n)
     options = settings(args, run)
     start = time.time()
-    waves = resynthesise(model, dataset, ids, vocoder, options)
+    waves = resynthesise(model, dataset, ids, vocoder, options, run["dtype"])
     spent, seconds = time.time() - start, sum(map(len, waves)) / audio.SAMPLE_RATE
     out_dir = Path(args.out_dir or used.parent / "samples")
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -39,7 +38,7 @@ import data
 import fetch
 import probe
 import tokenizer
-from model import AlignHeads, DiT, Shape, count_parameters, flow_matching_loss, masked_mse, noised
+from model import AlignHeads, DiT, Shape, count_parameters, flow_matching_loss, masked_mse, noised, precision
 
 INTERRUPTED = 75  # exit code of a run stopped by a signal after saving (EX_TEMPFAIL: run it again)
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
@@ -59,10 +58,10 @@ class Machine:
     rank: int
     world: int
     device: str
-    autocast: bool
+    dtype: str  # auto | float32 | bfloat16
 
-    def precision(self):
-        return torch.autocast(self.device.split(":")[0], torch.bfloat16) if self.autocast else nullcontext()
+    def precision(self) -> torch.autocast:
+        return precision(self.device, self.dtype)
 
 
 class Objective(nn.Module):
@@ -162,9 +161,7 @@ def init_tokens_from_codebooks(model: DiT, config: Config) -> None:
 
 
 def make_optimiser(module: nn.Module, config: Config) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        decay_groups(module, config), config.learning_rate, betas=(0.9, config.beta2), fused=not _on_meta(module)
-    )
+    return torch.optim.AdamW(decay_groups(module, config), config.learning_rate, betas=(0.9, config.beta2), fused=True)
 
 
 def decay_groups(module: nn.Module, config: Config) -> list[dict]:
@@ -174,10 +171,6 @@ def decay_groups(module: nn.Module, config: Config) -> list[dict]:
         {"params": [p for p in params if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
     ]
-
-
-def _on_meta(module: nn.Module) -> bool:
-    return next(module.parameters()).is_meta
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -224,40 +217,46 @@ def update_ema(ema: DiT, model: DiT, decay: float) -> None:
 
 
 @torch.no_grad()
-def held_out_loss(model: DiT, batches: list[data.Batch], sigma: float, machine: Machine) -> dict[str, float]:
-    """L_FM of each domain on fixed clips, noise and t (EVAL_TIMES); the mean over clips' valid frames and t."""
-    totals, frames = torch.zeros(len(DOMAINS)), torch.zeros(len(DOMAINS))
+def held_out_loss(model: DiT, batch: data.Batch, sigma: float, machine: Machine) -> dict[str, float]:
+    """L_FM of each domain on fixed clips and noise, the mean over EVAL_TIMES; global random state unchanged."""
+    totals = [0.0] * len(DOMAINS)
     with probe.probing(model, 0), machine.precision():
-        for batch in batches:
-            cond = model.embed_condition(batch)
-            for t in EVAL_TIMES:
-                ts = batch.mel.new_full((len(batch.frames),), t)
-                x_t, target = noised(model, batch.mel, ts, sigma)
-                v = model.velocity(x_t, ts, cond)
-                for d in range(len(DOMAINS)):
-                    mask = cond.mask & (batch.domain == d)[:, None]
-                    if mask.any():
-                        totals[d] += (masked_mse(v, target, mask) * mask.sum()).cpu()
-                        frames[d] += mask.sum().cpu()
-    return {f"held_out_{name}": (totals[d] / frames[d]).item() for d, name in enumerate(DOMAINS) if frames[d]}
+        cond = model.embed_condition(batch)
+        for t in EVAL_TIMES:
+            ts = batch.mel.new_full((len(batch.frames),), t)
+            x_t, target = noised(model, batch.mel, ts, sigma)
+            v = model.velocity(x_t, ts, cond)
+            for d in range(len(DOMAINS)):
+                own = cond.mask & (batch.domain == d)[:, None]
+                totals[d] += masked_mse(v, target, own).item() / len(EVAL_TIMES)
+    return {f"held_out_{name}": totals[d] for d, name in enumerate(DOMAINS) if (batch.domain == d).any()}
 
 
 # ---- the switch from probing to intervening
 
 
 def probe_now(run: Run, batch: data.Batch, machine: Machine) -> dict:
-    with machine.precision():
-        result = probe.probe(run.objective.model, batch, run.config.probe_times, run.config.sigma, run.config.seed)
-    for name in DOMAINS:
-        layers = probe.top_layers(result[name]["foga"], run.config.top_k)
-        scores = " ".join(f"L{l} {result[name]['foga'][l - 1]:.3f}" for l in layers)
-        print(f"probe at step {run.step}: {name:6s} FoG-A top {scores}; BiT-C {result[name]['bitc']:.3f}", flush=True)
-    return result
+    """Probes the model on rank 0, as it is (not its average, which lags early on), and shares the result."""
+    shared = [None]
+    if machine.rank == 0:
+        with machine.precision():
+            shared = [
+                probe.probe(run.objective.model, batch, run.config.probe_times, run.config.sigma, run.config.seed)
+            ]
+        for name in DOMAINS:
+            scores = shared[0][name]
+            top = " ".join(
+                f"L{l} {scores['foga'][l - 1]:.3f}" for l in probe.top_layers(scores["foga"], run.config.top_k)
+            )
+            print(f"probe at step {run.step}: {name:6s} FoG-A top {top}; BiT-C {scores['bitc']:.3f}", flush=True)
+    if machine.world > 1:
+        dist.broadcast_object_list(shared)
+    return shared[0]
 
 
-def intervene(run: Run) -> None:
+def intervene(run: Run, selection: list[dict[int, float]] | None = None) -> None:
     """Ends phase I: freezes S and lambda (eq. 10-11) by this run's own strategy and adds the heads to the optimiser."""
-    run.objective.select(probe.select(run.config, run.probes[-1]["result"], run.config.n_layer))
+    run.objective.select(selection or probe.select(run.config, run.probes[-1]["result"], run.config.n_layer))
     run.selected = True
     if run.objective.heads:
         for group in decay_groups(run.objective.heads, run.config):
@@ -271,7 +270,7 @@ def save(run: Run, name: str = "ckpt.pt") -> None:
     checkpoint.save(Path(run.config.out_dir) / name, run.state())
 
 
-def restore(run: Run, path: Path, machine: Machine) -> None:
+def restore(run: Run, path: Path) -> None:
     """Loads ckpt.pt or warmup.pt into `run`. Raises CheckpointError when it was made with incompatible settings."""
     state, used = checkpoint.load(path, set_aside=path.parent == Path(run.config.out_dir))
     mine, theirs = asdict(run.config), state["config"]
@@ -287,12 +286,9 @@ def restore(run: Run, path: Path, machine: Machine) -> None:
     run.ema.load_state_dict(state["ema"])
     run.step, run.probes, run.seconds = state["step"], state["probes"], state["seconds"]
     if state["selected"]:
-        run.objective.select(state["selection"])
-        run.selected = True
+        intervene(run, state["selection"])
         if run.objective.heads:
             run.objective.heads.load_state_dict(state["heads"])
-            for group in decay_groups(run.objective.heads, run.config):
-                run.optimiser.add_param_group(group)
     run.optimiser.load_state_dict(state["optimiser"])
 
 
@@ -324,7 +320,7 @@ class Log:
 
 
 def set_up(config: Config) -> Machine:
-    """Joins the process group when torchrun started us, and picks device and precision."""
+    """Joins the process group when torchrun started us, and picks the device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = config.device
     if device == "auto":
@@ -336,11 +332,7 @@ def set_up(config: Config) -> Machine:
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    if config.dtype == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
-    else:
-        fast = config.dtype == "bfloat16"
-    return Machine(rank, world, device, fast)
+    return Machine(rank, world, device, config.dtype)
 
 
 def announce(config: Config, run: Run, batches: data.Batches, machine: Machine) -> None:
@@ -350,7 +342,7 @@ def announce(config: Config, run: Run, batches: data.Batches, machine: Machine) 
     print(show(config))
     print(
         f"{count_parameters(model) / 1e6:.1f} M parameters, {model.shape.n_layer} layers; {machine.world} x "
-        f"{machine.device}, {'bfloat16 autocast' if machine.autocast else 'float32'}"
+        f"{machine.device}, {'bfloat16 autocast' if machine.precision()._enabled else 'float32'}"
     )
     frames = batches.lengths.sum()
     print(
@@ -361,34 +353,38 @@ def announce(config: Config, run: Run, batches: data.Batches, machine: Machine) 
     )
 
 
-def train(config: Config, machine: Machine) -> Run:
-    """Trains to max_steps or to a signal; returns the run. Rank 0 alone prints and writes."""
-    lead = machine.rank == 0
-    if lead:
-        meta = data.ensure_prepared(config)
+def open_run(config: Config, machine: Machine) -> tuple[Run, data.Dataset, data.Dataset]:
+    """The run as it stands in out_dir, or branched, or new; and the training and held-out data, prepared if missing."""
+    if machine.rank == 0:
+        data.ensure_prepared(config)
     if machine.world > 1:
         dist.barrier()
-    meta = data.read_meta(config.data_dir)
-    dataset, held_out = data.Dataset(config.data_dir, "train"), data.Dataset(config.data_dir, "held_out")
-    batches = data.Batches(dataset, config, machine.rank, machine.world)
-    run = new_run(config, meta, machine)
-    out_dir = Path(config.out_dir)
-    if checkpoint.exists(out_dir / "ckpt.pt"):
-        restore(run, out_dir / "ckpt.pt", machine)
+    run = new_run(config, data.read_meta(config.data_dir), machine)
+    path = Path(config.out_dir) / "ckpt.pt"
+    if checkpoint.exists(path):
+        restore(run, path)
     elif config.branch_from:
-        restore(run, Path(config.branch_from), machine)
+        restore(run, Path(config.branch_from))
     if run.step == config.warmup_steps and not run.selected and run.probes:
         intervene(run)
+    if config.compile:
+        for block in run.objective.model.blocks:
+            block.compile()
+    return run, data.Dataset(config.data_dir, "train"), data.Dataset(config.data_dir, "held_out")
+
+
+def train(config: Config, machine: Machine) -> Run:
+    """Trains to max_steps or to a signal; returns the run. Rank 0 alone prints and writes."""
+    lead, out_dir = machine.rank == 0, Path(config.out_dir)
+    run, dataset, held_out = open_run(config, machine)
+    batches = data.Batches(dataset, config, machine.rank, machine.world)
+    probe_batch = data.fixed_batch(dataset, config.probe_clips, config.seed, config.probe_frames).to(machine.device)
+    eval_batch = data.fixed_batch(held_out, config.eval_clips, 0, config.probe_frames).to(machine.device)
     if lead:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "config.json").write_text(json.dumps(asdict(config), indent=1))
         announce(config, run, batches, machine)
         log = Log(out_dir / "log.csv", run.step)
-    probe_batch = data.fixed_batch(dataset, config.probe_clips, config.seed, config.probe_frames).to(machine.device)
-    eval_batches = [data.fixed_batch(held_out, config.eval_clips, 0, config.probe_frames).to(machine.device)]
-    if config.compile:
-        for block in run.objective.model.blocks:
-            block.compile()
 
     def wrapped() -> nn.Module:
         return DistributedDataParallel(run.objective) if machine.world > 1 else run.objective
@@ -399,51 +395,49 @@ def train(config: Config, machine: Machine) -> Run:
         batch = batches(run.step).to(machine.device)
         numbers = train_step(run, objective, batch, machine)
         frames += int(batch.frames.sum()) * machine.world
+        smooth = numbers["fm"] if smooth is None else 0.95 * smooth + 0.05 * numbers["fm"]
         bad = 0 if math.isfinite(numbers["grad_norm"]) else bad + 1
         if bad:
             print(f"step {run.step}: non-finite gradient, nothing updated; clips {batch.ids.tolist()}", file=sys.stderr)
         if bad == MAX_BAD_STEPS:
             raise FloatingPointError(f"{bad} non-finite steps in a row; the last good state is in {out_dir}/ckpt.pt")
-        smooth = numbers["fm"] if smooth is None else 0.95 * smooth + 0.05 * numbers["fm"]
-        due = {k: run.step % getattr(config, f"{k}_every") == 0 for k in ("log", "eval", "save")}
-        last = run.step == config.max_steps
-        if not run.selected and (run.step % config.probe_every == 0 or run.step == config.warmup_steps):
-            result = probe_now(run, probe_batch, machine) if lead else None
-            if machine.world > 1:
-                shared = [result]
-                dist.broadcast_object_list(shared)
-                result = shared[0]
-            run.probes.append({"step": run.step, "result": result})
-            if run.step == config.warmup_steps:
-                if lead:
-                    save(run, "warmup.pt")
-                intervene(run)
-                objective = wrapped()
-                if lead:
-                    finish_phase_one(run)
-        if lead and (due["log"] or last):
-            now = time.time()
-            run.seconds += now - since
-            rate, since = frames / (now - since), now
-            frames = 0
-            held = held_out_loss(run.ema, eval_batches, config.sigma, machine) if due["eval"] or last else {}
+        switch, last = run.step == config.warmup_steps, run.step == config.max_steps
+        due = {k: run.step % getattr(config, f"{k}_every") == 0 or last for k in ("log", "eval", "save")}
+        if not run.selected and (run.step % config.probe_every == 0 or switch):
+            run.probes.append({"step": run.step, "result": probe_now(run, probe_batch, machine)})
+        if switch and not run.selected:
+            if lead:
+                save(run, "warmup.pt")
+            intervene(run)
+            objective = wrapped()
+            if lead:
+                optional(lambda: finish_phase_one(run, probe_batch))
+        if lead and (due["log"] or due["eval"]):
+            run.seconds, rate, since, frames = (
+                run.seconds + time.time() - since,
+                frames / (time.time() - since),
+                time.time(),
+                0,
+            )
+            held = held_out_loss(run.ema, eval_batch, config.sigma, machine) if due["eval"] else {}
             log.row(step=run.step, phase=1 + run.selected, frames_per_s=rate, seconds=run.seconds, **numbers, **held)
             progress(run, numbers, smooth, rate, held)
-        if lead and (due["save"] or last):
+        if lead and due["save"]:
             save(run)
     if lead and run.step < config.max_steps:
         save(run)
     return run
 
 
-def finish_phase_one(run: Run) -> None:
-    """Shows what the probes found and what was selected, beside the random-init control, and writes probe.json/png."""
-    result = run.probes[-1]["result"]
-    print(probe.table(result, None, run.objective.selection))
+def finish_phase_one(run: Run, batch: data.Batch) -> None:
+    """Shows what the probes found, beside a random-init control, and what was selected; writes probe.json and .png."""
+    result, model = run.probes[-1]["result"], run.objective.model
+    control = probe.control_scores(model, batch, run.config.probe_times, run.config.sigma, run.config.seed)
+    print(probe.table(result, control, run.objective.selection))
     for name, layers in zip(DOMAINS, run.objective.selection, strict=True):
         chosen = ", ".join(f"L{l} (weight {w:.3f})" for l, w in layers.items()) or "nothing"
         print(f"phase II aligns for {name}: {chosen}", flush=True)
-    optional(lambda: probe.report(Path(run.config.out_dir), result, None, run.objective.selection))
+    probe.report(Path(run.config.out_dir), result, control, run.objective.selection)
 
 
 def optional(work) -> None:

@@ -18,7 +18,7 @@ import data
 import train
 from train import Machine
 
-MACHINE = Machine(0, 1, "cpu", False)
+MACHINE = Machine(0, 1, "cpu", "float32")
 ROOT = Path(__file__).parent.parent
 
 
