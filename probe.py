@@ -235,8 +235,11 @@ def select(config, result: dict, n_layer: int) -> list[dict[int, float]]:
             "foga": top_layers(scores["foga"], config.top_k),
         }[config.align]
         a = np.array([scores["foga"][l - 1] for l in layers])
-        weights = {"foga": a, "normalized": a / a.sum(), "equal": np.full(len(a), 1 / len(a))}[config.weighting]
-        selection.append(dict(zip(layers, (config.align_weight * weights).tolist(), strict=True)))
+        if config.weighting == "equal":
+            a = np.full(len(a), 1 / len(a))
+        elif config.weighting == "normalized":
+            a = a / a.sum()
+        selection.append(dict(zip(layers, (config.align_weight * a).tolist(), strict=True)))
     return selection
 
 
@@ -279,6 +282,7 @@ def figure(result: dict, control: dict | None, path: Path) -> None:
                 values, aspect="auto", origin="lower", extent=extent, cmap="viridis", interpolation="nearest"
             )
             ax.set(title=f"{title} ({name})", xlabel="layer", ylabel="t (0 noise, 1 data)")
+            ax.set_xticks(range(1, L + 1, max(1, L // 12)))
             fig.colorbar(image, ax=ax)
         x = np.arange(1, L + 1)
         row[2].bar(x - 0.2, s["foga"], 0.4, label="trained", color="tab:orange")

@@ -33,7 +33,7 @@ def test_command_is_accepted(line):
 
 
 def test_file_tree_is_complete():
-    tree = re.search(r"```\n(\S.*?configurator\.py.*?)```", README, re.S)[1]
+    tree = re.search(r"```\n(configurator\.py.*?)```", README, re.S)[1]
     named = set(re.findall(r"^(\w+\.py)", tree, re.M))
     assert named == {f.name for f in ROOT.glob("*.py")}
 
