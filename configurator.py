@@ -9,13 +9,13 @@ key, the value, where it came from and what was expected, and exit code 2, befor
 
 import difflib
 import inspect
-import math
+import json
 import re
 import sys
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -84,16 +84,22 @@ class Config:
     probe_frames: int = 1000  # probe clips are cut to this
     bitc_weight: float = 1.0  # weight of L_BiTC
     align: Literal["none", "fixed", "random", "lasp", "gradnorm", "foga"] = "foga"  # how layers are selected
+    align_head: Literal["mlp", "conv1d", "conv2d"] = "mlp"  # mlp on the pooled descriptor, conv on the sequence
+    align_teacher: Literal["external", "self"] = "external"  # self: a deeper layer of the model, detached (LayerSync)
     align_layers: tuple[int, ...] = ()  # the layers, 1..n_layer, for align=fixed
     top_k: int = 3  # layers selected per domain
     weighting: Literal["foga", "normalized", "equal"] = "foga"  # align_weight * score; with sum align_weight; or equal
     align_weight: float = 2.0  # scale of the alignment weights
+    timestep_adaptive: bool = False  # select layers for each part of the t grid of the probe, for align=foga
+    refresh_every: int = 0  # steps between new probes and selections in phase II; 0: selected once
+    align_stop: int = 0  # step after which the alignment term is off (HASTE); 0: never
     head_dim: int = 0  # hidden width of the alignment heads; 0: n_embd
     # reporting
     log_every: int = 10  # steps between rows of log.csv
     eval_every: int = 2000  # steps between held-out losses
     eval_clips: int = 64  # held-out clips per domain for the held-out loss
     save_every: int = 2000  # steps between checkpoints
+    evaluate_every: int = 0  # steps between runs of evaluate.py, for curves of FAD and WER; 0: only at the end
     # sampling and evaluation at the end of a run
     nfe: int = 32  # velocity evaluations per clip
     cfg: float = 3.0  # guidance: v_u + cfg (v_c - v_u); 1 is none
@@ -104,17 +110,19 @@ class Config:
     evaluate: bool = True  # run probe.py and evaluate.py on the finished checkpoint
 
     ranges: ClassVar[dict[str, tuple]] = {
-        **dict.fromkeys(("min_seconds", "max_seconds", "sigma", "learning_rate", "grad_clip"), (1e-12, None)),
+        **dict.fromkeys("min_seconds max_seconds sigma learning_rate grad_clip".split(), (1e-12, None)),
+        **dict.fromkeys("held_out token_drop prompt_drop prompt_max dropout lr_warmup beta2 ema_decay".split(), (0, 1)),
         **dict.fromkeys(
-            ("held_out", "token_drop", "prompt_drop", "prompt_max", "dropout", "lr_warmup", "beta2"), (0, 1)
+            "speech_codes audio_codes tokenizer_steps n_layer n_head n_embd ff_mult max_steps batch_frames batch_size "
+            "warmup_steps probe_every probe_clips probe_times probe_frames top_k log_every eval_every eval_clips "
+            "save_every nfe".split(),
+            (1, None),
         ),
-        **dict.fromkeys(("speech_codes", "audio_codes", "tokenizer_steps", "n_layer", "n_head", "n_embd"), (1, None)),
-        **dict.fromkeys(("max_steps", "batch_frames", "batch_size", "probe_every", "probe_clips"), (1, None)),
-        **dict.fromkeys(("probe_times", "probe_frames", "top_k", "log_every", "eval_every", "eval_clips"), (1, None)),
-        **dict.fromkeys(("save_every", "nfe", "ff_mult", "warmup_steps"), (1, None)),
-        **dict.fromkeys(("seed", "data_seed", "reference_clips", "crop_frames", "weight_decay", "head_dim"), (0, None)),
-        **dict.fromkeys(("bitc_weight", "align_weight"), (0, None)),
-        "ema_decay": (0, 1),
+        **dict.fromkeys(
+            "seed data_seed reference_clips crop_frames weight_decay head_dim refresh_every align_stop evaluate_every "
+            "bitc_weight align_weight".split(),
+            (0, None),
+        ),
     }
 
 
@@ -125,11 +133,12 @@ class ConfigError(ValueError):
 T = TypeVar("T")
 
 
-def configure(cls: type[T], doc: str, argv: Sequence[str] | None = None) -> T:
+def configure(cls: type[T], doc: str, argv: Sequence[str] | None = None, files: bool = True) -> T:
     """The settings of a script: `cls` is its dataclass, `doc` its docstring, shown by --help.
 
-    Words without dashes are config files, `--key=value` and `--key value` override them, the last one wins; a tuple
-    takes several words or commas. Exits with code 2 and one line on stderr when anything does not fit.
+    Words without dashes are config files (none are taken when `files` is False), `--key=value` and `--key value`
+    override them, the last one wins; a tuple or list takes several words or commas. Exits with code 2 and one line on
+    stderr when anything does not fit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     script = Path(sys.argv[0]).name
@@ -137,13 +146,15 @@ def configure(cls: type[T], doc: str, argv: Sequence[str] | None = None) -> T:
         print(help_text(cls, doc))
         sys.exit(0)
     try:
-        return cls(**_parse(cls, argv))
+        values = _parse(cls, argv, files)
+        _complete([f.name for f in fields(cls) if _default(f) is MISSING], values, "the command line")
+        return cls(**values)
     except ConfigError as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{script}:", *str(error).splitlines(), file=sys.stderr)  # a value or a message may hold line breaks
         sys.exit(2)
 
 
-def _parse(cls: type, argv: list[str]) -> dict[str, Any]:
+def _parse(cls: type, argv: list[str], files: bool) -> dict[str, Any]:
     values: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     i = 0
@@ -151,6 +162,8 @@ def _parse(cls: type, argv: list[str]) -> dict[str, Any]:
         word = argv[i]
         i += 1
         if not word.startswith("--"):
+            if not files:
+                raise ConfigError(f"unexpected word {word!r}: this script takes --key=value only")
             for key, value in _read_file(word).items():
                 values[key] = _check(cls, key, value, word)
             continue
@@ -159,7 +172,7 @@ def _parse(cls: type, argv: list[str]) -> dict[str, Any]:
         hint, words = hints[key], [text]
         if not equals:
             stop = next((j for j in range(i, len(argv)) if argv[j].startswith("--")), len(argv))
-            several = typing.get_origin(hint) is tuple
+            several = typing.get_origin(hint) in (tuple, list)
             words = argv[i : stop if several else min(i + 1, stop)]
             if hint is bool and (not words or words[0].lower() not in BOOLS):
                 words = ["true"]  # a bare --flag
@@ -177,14 +190,19 @@ def _read_file(path: str) -> dict[str, Any]:
     if not file.is_file():
         there = ", ".join(sorted(str(f) for f in Path("config").glob("*.py"))) or "none"
         raise ConfigError(f"config file {path}: no such file (there are: {there})")
-    namespace: dict[str, Any] = {}
+    namespace: dict[str, Any] = {"__file__": path}
     try:
-        exec(compile(file.read_text(), path, "exec"), namespace)
-    except Exception as error:
-        line = getattr(error, "lineno", None) or getattr(error.__traceback__.tb_next, "tb_lineno", "?")
-        raise ConfigError(f"config file {path}, line {line}: {type(error).__name__}: {error}") from error
-    skip = (types.ModuleType, types.FunctionType, type)
-    return {k: v for k, v in namespace.items() if not k.startswith("_") and not isinstance(v, skip)}
+        exec(compile(file.read_bytes(), path, "exec"), namespace)
+    except (Exception, SystemExit) as error:
+        inside, line = error.__traceback__.tb_next, None
+        if isinstance(error, SyntaxError) and error.filename == path:  # not one in a module that the file imports
+            line = error.lineno
+        elif inside and inside.tb_frame.f_code.co_filename == path:
+            line = inside.tb_lineno
+        at = f", line {line}" if line else ""
+        raise ConfigError(f"config file {path}{at}: {type(error).__name__}: {error}") from error
+    helper = {k for k, v in namespace.items() if callable(v) or isinstance(v, types.ModuleType)}
+    return {k: v for k, v in namespace.items() if not k.startswith("_") and k not in helper}
 
 
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -198,13 +216,23 @@ def _known(cls: type, key: str, where: str) -> None:
         raise ConfigError(f"unknown key {key!r} (from {where}): {hint}")
 
 
+def _default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _complete(needed: list[str], values: dict[str, Any], where: str) -> None:
+    missing = [key for key in needed if key not in values]
+    if missing:
+        raise ConfigError(f"missing {', '.join(missing)} (from {where}): no value was given")
+
+
 def _from_text(hint: Any, text: str, key: str, where: str) -> Any:
     """A command line's text as the declared type; what does not convert is left for _check to refuse."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return None if text.lower() == "none" else _from_text(args[0], text, key, where)
-    if origin is tuple:
-        return tuple(_from_text(args[0], word.strip(), key, where) for word in text.split(",") if word.strip())
+    if origin in (tuple, list):
+        return origin(_from_text(args[0], word.strip(), key, where) for word in text.split(",") if word.strip())
     if hint is bool:
         return BOOLS.get(text.lower(), text)
     if hint in (int, float):
@@ -212,7 +240,7 @@ def _from_text(hint: Any, text: str, key: str, where: str) -> Any:
             number = int(text) if re.fullmatch(r"[+-]?\d[\d_]*", text) else float(text)
         except ValueError:
             return text
-        return int(number) if hint is int and math.isfinite(number) and number == int(number) else number
+        return int(number) if hint is int and isinstance(number, float) and number.is_integer() else number
     return text
 
 
@@ -224,7 +252,8 @@ def _check(cls: type, key: str, value: Any, where: str) -> Any:
     if not fits:
         raise ConfigError(f"{key} = {value!r} (from {where}): expected {_name(hint)}")
     low, high = getattr(cls, "ranges", {}).get(key, (None, None))
-    if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
+    each = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
+    if any((low is not None and v < low) or (high is not None and v > high) for v in each):
         bounds = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
         raise ConfigError(f"{key} = {value!r} (from {where}): expected {bounds}")
     return value
@@ -236,16 +265,14 @@ def _fit(hint: Any, value: Any) -> tuple[bool, Any]:
         return value in args, value
     if origin in (types.UnionType, typing.Union):
         return (True, None) if value is None else _fit(args[0], value)
-    if origin is tuple:
+    if origin in (tuple, list):
         if not isinstance(value, (tuple, list)):
             return False, value
-        inner = args[0]
-        if typing.get_origin(inner) is not tuple:
-            fitted = [_fit(inner, v) for v in value]
-            return all(ok for ok, _ in fitted), tuple(v for _, v in fitted)
-        return True, tuple(value)
-    if hint is float:
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        fitted = [_fit(args[0], v) for v in value]
+        return all(ok for ok, _ in fitted), origin(v for _, v in fitted)
+    if hint is float:  # the comparison also refuses nan, infinities and integers too large for a float
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        ok = number and abs(value) <= sys.float_info.max
         return ok, float(value) if ok else value
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool), value
@@ -258,7 +285,7 @@ def _name(hint: Any) -> str:
         return "one of " + ", ".join(map(str, args))
     if origin in (types.UnionType, typing.Union):
         return f"{_name(args[0])} or None"
-    if origin is tuple:
+    if origin in (tuple, list):
         return f"a list of {_name(args[0])}"
     return "true or false" if hint is bool else hint.__name__
 
@@ -271,7 +298,7 @@ def help_text(cls: type, doc: str) -> str:
         if re.match(r"    # ", line):
             lines.append(f"\n{line.strip()[2:]}:")
         elif field and field[1] in {f.name for f in fields(cls)}:
-            default = next(f.default for f in fields(cls) if f.name == field[1])
+            default = next(_default(f) for f in fields(cls) if f.name == field[1])
             shown = "required" if default is MISSING else repr(default)
             lines.append(f"  --{field[1]}={shown}  ({_name(hints[field[1]])})\n        {field[2] or ''}")
     return "\n".join(lines)
@@ -279,14 +306,26 @@ def help_text(cls: type, doc: str) -> str:
 
 def differences(config: Any) -> dict[str, Any]:
     """The fields that differ from their defaults."""
-    return {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    return {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != _default(f)}
 
 
 def show(config: Any) -> str:
-    """One line per field that differs from its default."""
-    return "\n".join(f"  {k:18s} {v!r}" for k, v in differences(config).items())
+    """One line per field that differs from its default, values aligned."""
+    changed = differences(config)
+    width = max(map(len, changed), default=0)
+    return "\n".join(f"  {k:{width}} {v!r}" for k, v in changed.items())
+
+
+def to_json(config: Any) -> str:
+    """Every field as JSON, which `from_dict(cls, json.loads(text), where)` reads back."""
+    return json.dumps(asdict(config), indent=1)
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """The dataclass from a stored dict (a checkpoint's or config.json's). Raises ConfigError as `configure` does."""
-    return cls(**{k: _check(cls, k, v, where) for k, v in values.items()})
+    """The dataclass from a stored dict (a checkpoint's or config.json's), lists turned back into tuples.
+
+    Raises ConfigError for a field that is unknown, missing, of the wrong type or out of range (`where` is the source).
+    """
+    checked = {k: _check(cls, k, v, where) for k, v in values.items()}
+    _complete([f.name for f in fields(cls)], checked, where)
+    return cls(**checked)

@@ -289,24 +289,73 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return F.cosine_similarity(a.to(wide), b.to(wide), dim=-1)
 
 
-class AlignHeads(nn.Module):
-    """H_l of eq. 12: a two-layer MLP of its own for each selected (domain, layer), on the pooled descriptor."""
+class MLPHead(nn.Sequential):
+    """The paper's head: two layers on the pooled descriptor, (B, T, D) -> (B, E)."""
 
-    def __init__(self, shape: Shape, layers: Iterable[Iterable[int]], head_dim: int = 0):
+    def __init__(self, D: int, width: int, E: int):
+        super().__init__(nn.Linear(D, width), nn.GELU(), nn.Linear(width, E))
+
+    def forward(self, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(descriptor(h, mask))
+
+
+class ConvHead(nn.Module):
+    """A convolution on the unpooled sequence, pooled after: (B, T, D) -> (B, E). bands=1 convolves over time; more
+    bands fold D into a (time, band) plane and convolve over both, as iREPA does over an image's patches."""
+
+    def __init__(self, D: int, width: int, E: int, bands: int):
         super().__init__()
-        width = head_dim or shape.n_embd
-        self.heads = nn.ModuleDict(
-            {
-                f"{DOMAINS[d]}_{l}": nn.Sequential(
-                    nn.Linear(shape.n_embd, width), nn.GELU(), nn.Linear(width, shape.teachers[d][1])
-                )
-                for d, selected in enumerate(layers)
-                for l in selected
-            }
-        )
+        self.bands = bands
+        reach = 1 if bands > 1 else 0
+        self.conv = nn.Conv2d(D // bands, width // bands, (3, 1 + 2 * reach), padding=(1, reach))
+        self.out = nn.Linear(width // bands * bands, E)
 
-    def forward(self, domain: int, layer: int, z: torch.Tensor) -> torch.Tensor:
-        return self.heads[f"{DOMAINS[domain]}_{layer}"](z)
+    def forward(self, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        B, T, D = h.shape
+        x = F.layer_norm(h, (D,)) * mask[..., None]
+        x = x.view(B, T, self.bands, D // self.bands).permute(0, 3, 1, 2)  # (B, D / bands, T, bands)
+        x = F.gelu(self.conv(x)).permute(0, 2, 3, 1).flatten(2)  # (B, T, width)
+        return self.out(masked_mean(x, mask))
+
+
+# for each domain {layer: its weight lambda_l in each of G equal parts of t}; G is 1 unless sets depend on t
+Selection = Sequence[dict[int, Sequence[float]]]
+
+
+class AlignHeads(nn.Module):
+    """H_l of eq. 12: a head of its own for each (domain, layer) of a selection. `kind`: mlp | conv1d | conv2d.
+
+    `teacher`: external, the domain's frozen encoder; self, a deeper layer of the model (LayerSync).
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        layers: Iterable[Iterable[int]],
+        width: int = 0,
+        kind: str = "mlp",
+        teacher: str = "external",
+    ):
+        super().__init__()
+        self.teacher, D = teacher, shape.n_embd
+        width = width or D
+        make = {
+            "mlp": lambda E: MLPHead(D, width, E),
+            "conv1d": lambda E: ConvHead(D, width, E, bands=1),
+            "conv2d": lambda E: ConvHead(D, width, E, bands=math.gcd(16, math.gcd(D, width))),
+        }[kind]
+        self.heads = nn.ModuleDict()
+        for d, selected in enumerate(layers):
+            for l in selected:
+                self.heads[f"{DOMAINS[d]}_{l}"] = make(shape.teachers[d][1] if teacher == "external" else D)
+
+    def forward(self, domain: int, layer: int, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.heads[f"{DOMAINS[domain]}_{layer}"](h, mask)
+
+
+def deeper_layer(layer: int, n_layer: int) -> int:
+    """The layer that teaches `layer` in self-alignment: a third of the depth further on, at most the last."""
+    return min(n_layer, layer + max(1, n_layer // 3))
 
 
 def noised(model: DiT, mel: torch.Tensor, t: torch.Tensor, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -332,18 +381,31 @@ def bitc_loss(model: DiT, batch, cond: Condition, weights: Sequence[float] = (0.
 
 
 def alignment_loss(
-    model: DiT, heads: AlignHeads, batch, z: Sequence[torch.Tensor], selection: Sequence[dict[int, float]]
+    model: DiT,
+    heads: AlignHeads,
+    batch,
+    mask: torch.Tensor,
+    states: Sequence[torch.Tensor],
+    t: torch.Tensor,
+    selection: Selection,
 ) -> torch.Tensor:
-    """Last term of eq. 12: over each domain d and its selected layers {l: lambda_l}, lambda_l (1 - cos(H_l(z_l), e_d)).
+    """Last term of eq. 12: over each domain d and its selected layers, lambda_l (1 - cos(H_l(h_l), e_d)).
 
-    `z` is [z_0..z_L]; the mean is over the clips of the domain. A batch without the domain contributes exactly zero.
+    `states` is [h_0..h_L], `mask` (B, T); the mean is over the domain's clips. e_d is the clip's teacher embedding, or
+    with self-alignment the detached descriptor of a deeper layer. A domain without clips contributes zero.
     """
-    loss = z[0].new_zeros((), dtype=torch.float32)
+    loss = states[0].new_zeros((), dtype=torch.float32)
     for d, layers in enumerate(selection):
         chosen = batch.domain == d
-        for l, weight in layers.items():
-            score = cosine(heads(d, l, z[l]), batch.teacher[model.shape.teachers[d][0]])
-            loss = loss + weight * ((1 - score) * chosen).sum() / chosen.sum().clamp_min(1)
+        for l, weights in layers.items():
+            weight = torch.as_tensor(weights, device=t.device, dtype=t.dtype)
+            weight = weight[(t * len(weight)).long().clamp_max(len(weight) - 1)] * chosen  # (B,)
+            if heads.teacher == "self":
+                target = descriptor(states[deeper_layer(l, len(states) - 1)], mask).detach()
+            else:
+                target = batch.teacher[model.shape.teachers[d][0]]
+            score = cosine(heads(d, l, states[l], mask), target)
+            loss = loss + (weight * (1 - score)).sum() / chosen.sum().clamp_min(1)
     return loss
 
 
@@ -353,7 +415,7 @@ def flow_matching_loss(
     sigma: float = 0.5,
     token_drop: float = 0.0,
     heads: AlignHeads | None = None,
-    selection: Sequence[dict[int, float]] = (),
+    selection: Selection = (),
 ) -> dict[str, torch.Tensor]:
     """The training losses of one batch, each a scalar: fm (eq. 23), bitc (eq. 5) and, with heads, align (eq. 12)."""
     cond = model.embed_condition(batch, token_drop)
@@ -362,7 +424,7 @@ def flow_matching_loss(
     v, states = model.velocity(x_t, t, cond, hidden=True)
     losses = {"fm": masked_mse(v, target, cond.mask), "bitc": bitc_loss(model, batch, cond)}
     if heads is not None:
-        losses["align"] = alignment_loss(model, heads, batch, descriptors(cond, states), selection)
+        losses["align"] = alignment_loss(model, heads, batch, cond.mask, states, t, selection)
     return losses
 
 

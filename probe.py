@@ -49,7 +49,7 @@ import torch
 
 import checkpoint
 from data import Batch, Dataset, fixed_batch
-from model import Condition, DiT, cosine, descriptors, load_model, masked_mse, noised
+from model import Condition, DiT, Selection, cosine, descriptors, load_model, masked_mse, noised
 
 EPS = 1e-8  # of eq. 9
 
@@ -210,40 +210,54 @@ def top_layers(scores: Sequence[float], k: int) -> list[int]:
     return [int(i) + 1 for i in np.argsort(-np.asarray(scores), kind="stable")[:k]]
 
 
-def select(config, result: dict, n_layer: int) -> list[dict[int, float]]:
-    """S_d and lambda_l of eq. 10-11 for each domain, as {layer: weight}, by config.align and config.weighting.
+def select(config, result: dict, n_layer: int) -> list[dict[int, list[float]]]:
+    """S_d and lambda_l of eq. 10-11 by config.align and .weighting: for each domain {layer: weights over parts of t}.
 
-    Weights come from FoG-A whatever selected the layers. Raises ValueError when the velocity is numerically zero, so
-    that there is nothing to attribute, or when a fixed layer does not exist.
+    Weights come from FoG-A whatever selected the layers. With config.timestep_adaptive every point of the t grid
+    selects its own layers. Raises ValueError when the velocity is numerically zero, so that there is nothing to
+    attribute, or when a layer does not exist.
     """
     if config.align == "none":
         return [{} for _ in DOMAINS]
-    bad = [l for l in config.align_layers if not 1 <= l <= n_layer]
+    candidates = n_layer - (config.align_teacher == "self")  # the last layer has no deeper one to learn from
+    bad = [l for l in config.align_layers if not 1 <= l <= candidates]
     if bad or (config.align == "fixed" and not config.align_layers):
-        raise ValueError(f"align_layers={config.align_layers}: name layers from 1 to {n_layer}")
+        raise ValueError(f"align_layers={config.align_layers}: name layers from 1 to {candidates}")
+    if config.timestep_adaptive and config.align != "foga":
+        raise ValueError(f"timestep_adaptive needs align=foga, not {config.align!r}")
     rng = np.random.default_rng(config.seed)
     selection = []
     for name in DOMAINS:
         scores = result[name]
         if not 1e-6 < scores["velocity_norm"] < float("inf"):
             raise ValueError("the velocity is zero or not finite: FoG-A has no ranking; raise warmup_steps")
-        layers = {
-            "fixed": list(dict.fromkeys(config.align_layers)),
-            "random": sorted((rng.permutation(n_layer)[: config.top_k] + 1).tolist()),
-            "lasp": top_layers(scores["lasp"][1:], config.top_k),
-            "gradnorm": top_layers(scores["gradnorm"], config.top_k),
-            "foga": top_layers(scores["foga"], config.top_k),
-        }[config.align]
-        a = np.array([scores["foga"][l - 1] for l in layers])
-        if config.weighting == "equal":
-            a = np.full(len(a), 1 / len(a))
-        elif config.weighting == "normalized":
-            a = a / a.sum()
-        selection.append(dict(zip(layers, (config.align_weight * a).tolist(), strict=True)))
+        rows = scores["foga_map"] if config.timestep_adaptive else [scores["foga"]]
+        parts = []
+        for foga_row in rows:
+            layers = {
+                "fixed": list(dict.fromkeys(config.align_layers)),
+                "random": sorted((rng.permutation(candidates)[: config.top_k] + 1).tolist()),
+                "lasp": top_layers(scores["lasp"][1 : candidates + 1], config.top_k),
+                "gradnorm": top_layers(scores["gradnorm"][:candidates], config.top_k),
+                "foga": top_layers(foga_row[:candidates], config.top_k),
+            }[config.align]
+            parts.append(dict(zip(layers, _weights(config, [foga_row[l - 1] for l in layers]), strict=True)))
+        union = list(dict.fromkeys(l for part in parts for l in part))
+        selection.append({l: [part.get(l, 0.0) for part in parts] for l in union})
     return selection
 
 
-def table(result: dict, control: dict | None, selection: Sequence[dict[int, float]] = ()) -> str:
+def _weights(config, scores: list[float]) -> list[float]:
+    """lambda_l of eq. 11 and its two alternatives."""
+    a = np.array(scores)
+    if config.weighting == "equal":
+        a = np.full(len(a), 1 / len(a))
+    elif config.weighting == "normalized":
+        a = a / a.sum()
+    return (config.align_weight * a).tolist()
+
+
+def table(result: dict, control: dict | None, selection: Selection = ()) -> str:
     """The probes side by side, a row a layer; * marks the layers that were selected for alignment."""
     lines = []
     for d, name in enumerate(DOMAINS):
@@ -253,7 +267,7 @@ def table(result: dict, control: dict | None, selection: Sequence[dict[int, floa
         for l in range(1, len(s["foga"]) + 1):
             a = s["foga"][l - 1]
             extra = f"  {c['foga'][l - 1]:7.4f}  {a - c['foga'][l - 1]:+7.4f}" if c else ""
-            mark = "*" if selection and l in selection[d] else " "
+            mark = "*" if selection and any(selection[d].get(l, ())) else " "
             lines.append(f"  {l:4d}{mark}  {s['lasp'][l]:6.3f}  {a:6.4f}{extra}   {s['gradnorm'][l - 1]:9.4f}")
         lines.append(f"  top: FoG-A {top_layers(s['foga'], 3)}, LASP {top_layers(s['lasp'][1:], 3)}")
         if c and top_layers(s["foga"], len(s["foga"])) == top_layers(c["foga"], len(s["foga"])):
@@ -295,7 +309,7 @@ def figure(result: dict, control: dict | None, path: Path) -> None:
     plt.close(fig)
 
 
-def report(out_dir: Path, result: dict, control: dict | None, selection: Sequence[dict[int, float]] = ()) -> None:
+def report(out_dir: Path, result: dict, control: dict | None, selection: Selection = ()) -> None:
     """Writes probe.json and probe.png into out_dir."""
     stored = result | {"control": control, "selection": [{str(l): w for l, w in s.items()} for s in selection]}
     part = out_dir / ".probe.json.part"

@@ -38,7 +38,7 @@ import data
 import fetch
 import probe
 import tokenizer
-from model import AlignHeads, DiT, Shape, count_parameters, flow_matching_loss, masked_mse, noised, precision
+from model import AlignHeads, DiT, Selection, Shape, count_parameters, flow_matching_loss, masked_mse, noised, precision
 
 INTERRUPTED = 75  # exit code of a run stopped by a signal after saving (EX_TEMPFAIL: run it again)
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
@@ -46,9 +46,12 @@ EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # t of the held-out loss
 # settings that a continued run may change, and those that a branch from the end of phase I may change as well
 MAY_DIFFER = (
     "out_dir branch_from device dtype compile data_dir log_every eval_every eval_clips save_every "
-    "nfe cfg sway vocoder asr fad_model evaluate"
+    "nfe cfg sway vocoder asr fad_model evaluate evaluate_every"
 ).split()
-BRANCH_MAY_DIFFER = "align align_layers top_k weighting align_weight head_dim".split()
+BRANCH_MAY_DIFFER = (
+    "align align_layers align_head align_teacher timestep_adaptive refresh_every align_stop top_k weighting "
+    "align_weight head_dim"
+).split()
 
 
 @dataclass
@@ -71,15 +74,20 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         self.heads: AlignHeads | None = None
-        self.selection: list[dict[int, float]] = [{} for _ in DOMAINS]
+        self.selection: Selection = [{} for _ in DOMAINS]
 
-    def select(self, selection: list[dict[int, float]]) -> None:
-        """Gives every selected layer its head, drawn from config.seed so that branches start alike."""
+    def select(self, selection: Selection) -> None:
+        """Aligns these layers from now on, each with a head of its own, drawn from config.seed so that branches start
+        alike. A selection that will be refreshed gets a head for every layer at once, weight 0 where not selected."""
+        c = self.config
+        if c.refresh_every and any(selection):
+            last = self.model.shape.n_layer - (c.align_teacher == "self")
+            selection = [{l: s.get(l, [0.0]) for l in range(1, last + 1)} for s in selection]
         self.selection = selection
-        if any(selection):
+        if any(selection) and self.heads is None:
             with torch.random.fork_rng([]):
-                torch.manual_seed(self.config.seed)
-                self.heads = AlignHeads(self.model.shape, selection, self.config.head_dim)
+                torch.manual_seed(c.seed)
+                self.heads = AlignHeads(self.model.shape, selection, c.head_dim, c.align_head, c.align_teacher)
             self.heads.to(next(self.model.parameters()).device)
 
     def forward(self, batch: data.Batch) -> dict[str, torch.Tensor]:
@@ -196,7 +204,8 @@ def train_step(run: Run, objective: nn.Module, batch: data.Batch, machine: Machi
     torch.manual_seed(hash((config.seed, run.step, machine.rank)) % 2**63)
     with machine.precision():
         losses = objective(batch)
-    loss = losses["fm"] + config.bitc_weight * losses["bitc"] + losses.get("align", 0.0)
+    on = not config.align_stop or run.step < config.align_stop  # 0 * keeps the heads in the graph, for DDP
+    loss = losses["fm"] + config.bitc_weight * losses["bitc"] + on * losses.get("align", 0.0)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(run.objective.parameters(), config.grad_clip)
     rate = learning_rate(run.step, config)
@@ -254,7 +263,7 @@ def probe_now(run: Run, batch: data.Batch, machine: Machine) -> dict:
     return shared[0]
 
 
-def intervene(run: Run, selection: list[dict[int, float]] | None = None) -> None:
+def intervene(run: Run, selection: Selection | None = None) -> None:
     """Ends phase I: freezes S and lambda (eq. 10-11) by this run's own strategy and adds the heads to the optimiser."""
     run.objective.select(selection or probe.select(run.config, run.probes[-1]["result"], run.config.n_layer))
     run.selected = True
@@ -412,6 +421,9 @@ def train(config: Config, machine: Machine) -> Run:
             objective = wrapped()
             if lead:
                 optional(lambda: finish_phase_one(run, probe_batch))
+        elif run.selected and config.refresh_every and run.step % config.refresh_every == 0 and run.objective.heads:
+            run.probes.append({"step": run.step, "result": probe_now(run, probe_batch, machine)})
+            run.objective.select(probe.select(config, run.probes[-1]["result"], config.n_layer))
         if lead and (due["log"] or due["eval"]):
             run.seconds, rate, since, frames = (
                 run.seconds + time.time() - since,
@@ -422,8 +434,12 @@ def train(config: Config, machine: Machine) -> Run:
             held = held_out_loss(run.ema, eval_batch, config.sigma, machine) if due["eval"] else {}
             log.row(step=run.step, phase=1 + run.selected, frames_per_s=rate, seconds=run.seconds, **numbers, **held)
             progress(run, numbers, smooth, rate, held)
-        if lead and due["save"]:
+        evaluation = bool(config.evaluate_every) and run.step % config.evaluate_every == 0 and not last
+        if lead and (due["save"] or evaluation):
             save(run)
+        if lead and evaluation:
+            run_script("evaluate.py", out_dir / "ckpt.pt")
+            since, frames = time.time(), 0  # evaluating is not training time
     if lead and run.step < config.max_steps:
         save(run)
     return run
@@ -435,7 +451,8 @@ def finish_phase_one(run: Run, batch: data.Batch) -> None:
     control = probe.control_scores(model, batch, run.config.probe_times, run.config.sigma, run.config.seed)
     print(probe.table(result, control, run.objective.selection))
     for name, layers in zip(DOMAINS, run.objective.selection, strict=True):
-        chosen = ", ".join(f"L{l} (weight {w:.3f})" for l, w in layers.items()) or "nothing"
+        means = {l: sum(w) / len(w) for l, w in layers.items() if any(w)}
+        chosen = ", ".join(f"L{l} (weight {w:.3f})" for l, w in means.items()) or "nothing"
         print(f"phase II aligns for {name}: {chosen}", flush=True)
     probe.report(Path(run.config.out_dir), result, control, run.objective.selection)
 
@@ -446,6 +463,13 @@ def optional(work) -> None:
         work()
     except Exception as error:
         print(f"warning: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def run_script(name: str, ckpt: Path) -> None:
+    """Runs probe.py or evaluate.py in a process of its own, so that its memory and its failures are not training's."""
+    script = Path(__file__).resolve().parent / name
+    if subprocess.run([sys.executable, str(script), "--ckpt", str(ckpt)]).returncode:
+        print(f"warning: {name} failed; training goes on and {ckpt} is saved", file=sys.stderr)
 
 
 def progress(run: Run, numbers: dict, smooth: float, rate: float, held: dict) -> None:
@@ -496,11 +520,8 @@ def main(config: Config) -> int:
         print(f"stopped at step {run.step}, saved in {path}; the same command continues")
         return INTERRUPTED
     print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path}", flush=True)
-    if config.evaluate:  # in a process of its own: it needs memory of its own, and its failure must not look like ours
-        here = Path(__file__).resolve().parent
-        for script in ("probe.py", "evaluate.py"):
-            if subprocess.run([sys.executable, str(here / script), "--ckpt", str(path)]).returncode:
-                print(f"warning: {script} failed; the training is complete and saved", file=sys.stderr)
+    for script in ("probe.py", "evaluate.py") if config.evaluate else ():
+        run_script(script, path)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -24,6 +25,18 @@ class Optional:
     steps: int | None = None  # how many
     scale: float | None = 2.0  # how much
     needed: bool = True  # whether
+
+
+@dataclass
+class Several:
+    """A required field, a list, bounds on each entry, tuples in a tuple."""
+
+    name: str  # must be given
+    ckpt: list[str] = dataclasses.field(default_factory=list)  # files
+    layers: tuple[int, ...] = (4,)  # which
+    pairs: tuple[tuple[int, ...], ...] = ()  # nested
+
+    ranges: typing.ClassVar[dict] = {"layers": (1, 8)}
 
 
 # ---- what fits
@@ -85,6 +98,35 @@ def test_none():
     assert configure(Optional, "", ["--steps=7", "--scale=3"]) == Optional(7, 3.0)
 
 
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ("--name=x", {}),
+        ("--ckpt a.pt b.pt --name=x", {"ckpt": ["a.pt", "b.pt"]}),
+        ("--ckpt=a.pt,b.pt --name=x", {"ckpt": ["a.pt", "b.pt"]}),
+        ("--ckpt= --name=x --layers=", {"layers": ()}),
+        ("--layers=1,8 --name x", {"layers": (1, 8)}),
+    ],
+)
+def test_lists_and_required_fields(argv, expected):
+    assert configure(Several, "", argv.split(), files=False) == Several("x", **expected)
+    assert configurator.differences(Several("x")) == {"name": "x"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from math import sqrt\nseed = int(sqrt(9))",  # a helper is not a key
+        "import functools\nhalf = functools.partial(int)\nseed = 3",
+        "from pathlib import Path\nseed = len(Path(__file__).stem) + 2",
+        "seed = 3  # \u00e9",
+    ],
+)
+def test_helpers_in_a_file_are_not_keys(tmp_path, source):
+    (tmp_path / "c.py").write_text(source + "\n", encoding="utf-8")
+    assert configure(Config, "", [str(tmp_path / "c.py")]) == Config(seed=3)
+
+
 def test_files_in_order_then_the_command_line(tmp_path):
     a, b = tmp_path / "a.py", tmp_path / "b.py"
     a.write_text(
@@ -101,10 +143,10 @@ def test_files_in_order_then_the_command_line(tmp_path):
 # ---- what does not fit
 
 
-def refused(argv: list[str], capsys, cls: type = Config) -> str:
+def refused(argv: list[str], capsys, cls: type = Config, files: bool = True) -> str:
     """The one line on stderr of a command line that is refused."""
     with pytest.raises(SystemExit) as stop:
-        configure(cls, "", argv)
+        configure(cls, "", argv, files)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and err.endswith("\n")
     return err
@@ -128,6 +170,8 @@ def refused(argv: list[str], capsys, cls: type = Config) -> str:
         ("--dropout=1.5", ["dropout = 1.5", "from --dropout=1.5", "expected from 0 to 1"]),
         ("--dropout=-0.1", ["dropout = -0.1", "expected from 0 to 1"]),
         ("--learning_rate=nan", ["learning_rate = nan", "expected float"]),
+        ("--learning_rate=-inf", ["learning_rate = -inf", "expected float"]),
+        (f"--learning_rate=1{'0' * 400}", ["learning_rate = 1", "expected float"]),  # too large for a float
         ("--learning_rate=0", ["learning_rate = 0.0", "expected at least"]),
         ("--compile=maybe", ["compile = 'maybe'", "expected true or false"]),
         ("--compile=", ["compile = ''", "expected true or false"]),
@@ -139,6 +183,25 @@ def refused(argv: list[str], capsys, cls: type = Config) -> str:
 )
 def test_refused_on_the_command_line(argv, parts, capsys):
     line = refused(argv.split(), capsys)
+    assert all(p in line for p in parts), line
+
+
+def test_a_line_break_in_a_value_does_not_break_the_line(capsys):
+    assert "from --seed=a b): expected int" in refused(["--seed=a\nb"], capsys)
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        ("", ["missing name (from the command line)"]),
+        ("stray --name=x", ["unexpected word 'stray'", "--key=value only"]),
+        ("--name=x --ckpt", ["--ckpt needs a value (a list of str)"]),
+        ("--name=x --layers=0,3", ["layers = (0, 3)", "expected from 1 to 8"]),
+        ("--name=x --pairs=1,x", ["pairs = ((1,), ('x',))", "expected a list of a list of int"]),
+    ],
+)
+def test_refused_by_a_script_without_config_files(argv, parts, capsys):
+    line = refused(argv.split(), capsys, Several, files=False)
     assert all(p in line for p in parts), line
 
 
@@ -164,6 +227,10 @@ def test_refused_on_the_command_line(argv, parts, capsys):
         ("def f():\n    return 1 / 0\n\nseed = f()", ["line 4", "ZeroDivisionError"]),
         ("import no_such_module", ["line 1", "ModuleNotFoundError"]),
         ("seed = 1\n  seed = 2", ["line 2", "IndentationError"]),
+        ("raise ValueError('one\\ntwo')", ["line 1: ValueError: one two"]),
+        ("seed = 1\nraise SystemExit(3)", ["line 2: SystemExit: 3"]),  # not a silent end with the file's own exit code
+        ("import json\n\njson.loads('{')", ["line 3: JSONDecodeError"]),  # the config's line, not the JSON's
+        ("learning_rate = 10**400", ["learning_rate = 1000", "expected float"]),
     ],
 )
 def test_refused_in_a_file(tmp_path, source, parts, capsys):
@@ -171,6 +238,16 @@ def test_refused_in_a_file(tmp_path, source, parts, capsys):
     path.write_text(source + "\n")
     line = refused([str(path), "--seed=1"], capsys)
     assert str(path) in line and all(p in line for p in parts), line
+
+
+def test_a_fault_outside_the_file_is_not_given_its_line_number(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "c.py"
+    (tmp_path / "broken_module.py").write_text("\n\n\n\nx = = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path.write_text("seed = 1\nimport broken_module\n")
+    assert f"{path}, line 2: SyntaxError" in refused([str(path)], capsys)
+    path.write_bytes(b"seed = 1\nout_dir = '\xff'\n")
+    assert f"config file {path}, line 2: SyntaxError" in refused([str(path)], capsys)
 
 
 def test_a_missing_file_lists_those_there_are(tmp_path, capsys, monkeypatch):
@@ -186,6 +263,10 @@ def test_a_missing_file_lists_those_there_are(tmp_path, capsys, monkeypatch):
 def test_from_dict():
     config = Config(align_layers=(1, 2), seed=3)
     assert from_dict(Config, asdict(config) | {"align_layers": [1, 2]}, "x.json") == config
+    assert from_dict(Config, json.loads(configurator.to_json(config)), "x.json") == config
+    without = {k: v for k, v in asdict(config).items() if k not in ("seed", "align_layers")}
+    with pytest.raises(ConfigError, match=r"missing seed, align_layers \(from x.json\)"):
+        from_dict(Config, without, "x.json")
     with pytest.raises(ConfigError, match=r"seed = 'a' \(from x.json\): expected int"):
         from_dict(Config, {"seed": "a"}, "x.json")
     with pytest.raises(ConfigError, match="unknown key 'sede'.*did you mean 'seed'"):
@@ -197,6 +278,7 @@ def test_differences_and_show():
     assert configurator.differences(config) == {"seed": 3, "align_layers": (1,)}
     assert configurator.show(config).split() == ["seed", "3", "align_layers", "(1,)"]
     assert configurator.show(Config()) == ""
+    assert configurator.show(config).splitlines() == ["  seed         3", "  align_layers (1,)"]
 
 
 def test_every_range_names_a_field_and_holds_its_default():

@@ -19,6 +19,8 @@ from model import (
     alignment_loss,
     bitc_loss,
     count_parameters,
+    deeper_layer,
+    descriptor,
     descriptors,
     flow_matching_loss,
     load_model,
@@ -141,12 +143,13 @@ def test_gates_of_one_are_no_gates_and_a_half_is_between(rng):
 # ---- padding
 
 
+@pytest.mark.parametrize("head, teacher", [("mlp", "external"), ("conv1d", "self"), ("conv2d", "external")])
 @pytest.mark.parametrize("second, interleave", [(0, "pair"), (5, "pair"), (5, "sequence")])
-def test_a_clip_is_the_same_alone_and_padded(rng, second, interleave):
+def test_a_clip_is_the_same_alone_and_padded(rng, second, interleave, head, teacher):
     shape = replace(SHAPE, second_codes=second, interleave=interleave)
     model, batch = awake(shape), random_batch(rng, shape)
-    heads = AlignHeads(shape, [(1, 3), (2, 4)]).double()
-    selection = [{1: 0.7, 3: 0.2}, {2: 1.1, 4: 0.4}]
+    heads = AlignHeads(shape, [(1, 3), (2, 3)], 0, head, teacher).double()
+    selection = [{1: [0.7], 3: [0.2, 0.9]}, {2: [1.1], 3: [0.4]}]
     (v, states), x_t, t, cond, target = forward(model, batch, hidden=True)
     z = descriptors(cond, states)
     fm, bitc, align = 0.0, [[], []], [[], []]
@@ -161,11 +164,13 @@ def test_a_clip_is_the_same_alone_and_padded(rng, second, interleave):
         fm += n * masked_mse(v_alone, target[b : b + 1, :n], c.mask)
         d = int(batch.domain[b])
         bitc[d].append(bitc_loss(model, clip, c, (1.0, 1.0)))
-        align[d].append(alignment_loss(model, heads, clip, z_alone, selection))
+        align[d].append(alignment_loss(model, heads, clip, c.mask, h_alone, t[b : b + 1], selection))
     close(masked_mse(v, target, cond.mask), fm / batch.frames.sum())
     mean = [torch.stack(s).mean() for s in bitc]
     close(bitc_loss(model, batch, cond), 0.5 * mean[0] + 1.0 * mean[1])
-    close(alignment_loss(model, heads, batch, z, selection), sum(torch.stack(s).mean() for s in align))
+    close(
+        alignment_loss(model, heads, batch, cond.mask, states, t, selection), sum(torch.stack(s).mean() for s in align)
+    )
 
 
 def test_stretch_is_linear_interpolation_of_each_clip(rng):
@@ -270,7 +275,7 @@ def test_velocity_starts_at_zero_and_blocks_at_identity(rng):
 
 def test_flow_matching_loss_is_its_parts(rng):
     model, batch = awake(), random_batch(rng)
-    heads, selection = AlignHeads(SHAPE, [(2,), (1, 4)]).double(), [{2: 0.3}, {1: 0.5, 4: 0.25}]
+    heads, selection = AlignHeads(SHAPE, [(2,), (1, 4)]).double(), [{2: [0.3]}, {1: [0.5], 4: [0.25]}]
     seed, B = int(rng.integers(1 << 31)), len(FRAMES)
     torch.manual_seed(seed)
     losses = flow_matching_loss(model, batch, 0.6, 0.4, heads, selection)
@@ -285,7 +290,7 @@ def test_flow_matching_loss_is_its_parts(rng):
     error = [((v - x1 + x0)[b, :n] ** 2).mean(1) for b, n in enumerate(FRAMES)]
     close(losses["fm"], torch.cat(error).mean(), 1e-9)
     close(losses["bitc"], bitc_loss(model, batch, cond))
-    close(losses["align"], alignment_loss(model, heads, batch, descriptors(cond, states), selection))
+    close(losses["align"], alignment_loss(model, heads, batch, cond.mask, states, t, selection))
     assert set(flow_matching_loss(model, batch)) == {"fm", "bitc"}
 
 
@@ -357,38 +362,82 @@ def test_projections_start_orthogonal():
 
 def test_alignment_is_a_loop_over_clips(rng):
     model, batch = awake(), random_batch(rng)
-    heads = AlignHeads(SHAPE, [(1, 3), (3, 4)], head_dim=9).double()
+    heads = AlignHeads(SHAPE, [(1, 3), (3, 4)], width=9).double()
     assert sorted(heads.heads) == ["audio_3", "audio_4", "speech_1", "speech_3"]
-    selection = [{1: 0.7, 3: 0.2}, {3: 1.1, 4: 0.4}]
-    z = [torch.randn(len(FRAMES), SHAPE.n_embd, dtype=torch.float64) for _ in range(SHAPE.n_layer + 1)]
+    selection = [{1: [0.7], 3: [0.1, 0.2, 0.3]}, {3: [1.1, 0.0], 4: [0.4]}]
+    (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
+    z = descriptors(cond, states)
     expected = 0.0
     for d, name in enumerate(("speech", "audio")):
         clips = [b for b in range(len(FRAMES)) if batch.domain[b] == d]
-        for l, weight in selection[d].items():
+        for l, weights in selection[d].items():
             first, _, last = heads.heads[f"{name}_{l}"]
             for b in clips:
                 x = first.weight @ z[l][b] + first.bias
                 x = last.weight @ (x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))) + last.bias
                 e = batch.teacher[SHAPE.teachers[d][0]][b]
+                weight = weights[min(int(t[b] * len(weights)), len(weights) - 1)]  # of the clip's own part of t
                 expected += weight * (1 - (x @ e) / (x.norm() * e.norm())) / len(clips)
-    close(alignment_loss(model, heads, batch, z, selection), expected)
+    close(alignment_loss(model, heads, batch, cond.mask, states, t, selection), expected)
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "conv2d"])
+def test_convolutional_heads_see_neighbours_and_bands(rng, kind):
+    """Against a loop over (frame, band) of the valid frames, zeros around them."""
+    shape = replace(SHAPE, n_embd=32)
+    head = AlignHeads(shape, [(1,), ()], 16, kind).double().heads["speech_1"]
+    n, T, D, bands = 5, 8, 32, head.bands
+    assert bands == {"conv1d": 1, "conv2d": 16}[kind]
+    h, mask = torch.randn(1, T, D, dtype=torch.float64), (torch.arange(T) < n)[None]
+    x = torch.stack([(f - f.mean()) / (f.var(correction=0) + 1e-5).sqrt() for f in h[0, :n]]).view(n, bands, D // bands)
+    reach = 1 if bands > 1 else 0
+    pooled = torch.zeros(bands, 16 // bands, dtype=torch.float64)
+    for i in range(n):
+        for b in range(bands):
+            y = head.conv.bias.clone()
+            for di in (-1, 0, 1):
+                for db in range(-reach, reach + 1):
+                    if 0 <= i + di < n and 0 <= b + db < bands:
+                        y = y + head.conv.weight[:, :, di + 1, db + reach] @ x[i + di, b + db]
+            pooled[b] += 0.5 * y * (1 + torch.erf(y / math.sqrt(2))) / n
+    close(head(h, mask)[0], head.out.weight @ pooled.flatten() + head.out.bias)
+
+
+def test_self_alignment_learns_from_a_deeper_layer_and_does_not_move_it(rng):
+    model, batch = awake(), random_batch(rng)
+    heads = AlignHeads(SHAPE, [(1,), (1,)], teacher="self").double()
+    (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
+    assert [deeper_layer(l, 12) for l in (1, 6, 10, 11)] == [5, 10, 12, 12] and deeper_layer(1, 2) == 2
+    deep = descriptor(states[deeper_layer(1, SHAPE.n_layer)], cond.mask)
+    expected = 0.0
+    for d in range(2):
+        own = batch.domain == d
+        x = heads(d, 1, states[1], cond.mask)[own]
+        expected += (1 - (x * deep[own]).sum(1) / (x.norm(dim=1) * deep[own].norm(dim=1))).mean()
+    loss = alignment_loss(model, heads, batch, cond.mask, states, t, [{1: [1.0]}, {1: [1.0]}])
+    close(loss, expected)
+    loss.backward()
+    assert any(p.grad is not None for p in model.blocks[0].parameters())
+    assert all(p.grad is None for block in model.blocks[1:] for p in block.parameters())
 
 
 @pytest.mark.parametrize("present", [0, 1])
 def test_a_missing_domain_adds_zero_but_its_heads_get_gradients(rng, present):
     model = awake()
     batch = random_batch(rng, domain=torch.full((len(FRAMES),), present))
-    heads, selection = AlignHeads(SHAPE, [(2,), (2,)]).double(), [{2: 0.5}, {2: 0.5}]
-    (_, states), _, _, cond, _ = forward(model, batch, hidden=True)
-    z = descriptors(cond, states)
-    loss = alignment_loss(model, heads, batch, z, selection)
-    assert loss == alignment_loss(model, heads, batch, z, [s if d == present else {} for d, s in enumerate(selection)])
+    heads, selection = AlignHeads(SHAPE, [(2,), (2,)]).double(), [{2: [0.5]}, {2: [0.5]}]
+    (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
+
+    def loss_of(selection):
+        return alignment_loss(model, heads, batch, cond.mask, states, t, selection)
+
+    loss = loss_of(selection)
+    assert loss == loss_of([s if d == present else {} for d, s in enumerate(selection)])
     loss.backward()
     for name, p in heads.named_parameters():  # DDP waits for every parameter
         assert p.grad is not None and p.grad.isfinite().all()
         assert bool(p.grad.any()) == name.startswith(f"heads.{('speech', 'audio')[present]}")
-    absent = alignment_loss(model, heads, batch, z, [{} if d == present else s for d, s in enumerate(selection)])
-    assert absent == 0
+    assert loss_of([{} if d == present else s for d, s in enumerate(selection)]) == 0
 
 
 # ---- the condition

@@ -276,9 +276,10 @@ def test_select(result, align, weighting, k):
             "normalized": {l: 1.7 * a / sum(raw.values()) for l, a in raw.items()},
             "equal": {l: 1.7 / k for l in raw},
         }[weighting]
-        close(list(chosen.values()), list(expected.values()), 1e-12)
+        assert all(len(w) == 1 for w in chosen.values())
+        close([w[0] for w in chosen.values()], list(expected.values()), 1e-12)
         if weighting != "foga":
-            assert abs(sum(chosen.values()) - 1.7) < 1e-12
+            assert abs(sum(w[0] for w in chosen.values()) - 1.7) < 1e-12
 
 
 def test_random_layers_depend_on_the_seed_and_reach_every_layer(result):
@@ -287,6 +288,24 @@ def test_random_layers_depend_on_the_seed_and_reach_every_layer(result):
     for d in range(2):
         assert {l for s in drawn for l in s[d]} == set(range(1, 7))
     assert any(set(s[0]) != set(s[1]) for s in drawn)
+
+
+def test_sets_that_depend_on_t(result):
+    for name in DOMAINS:
+        result[name]["foga_map"] = [[6, 1, 1, 5, 0, 0], [0, 0, 7, 0, 8, 1]]
+    config = replace(Config(), timestep_adaptive=True, top_k=2, align_weight=2.0)
+    assert probe.select(config, result, 6)[0] == {1: [12, 0], 4: [10, 0], 5: [0, 16], 3: [0, 14]}
+    with pytest.raises(ValueError, match="timestep_adaptive"):
+        probe.select(replace(config, align="lasp"), result, 6)
+
+
+def test_the_last_layer_has_nobody_to_learn_from(result):
+    for name in DOMAINS:
+        result[name]["foga"] = [1, 2, 3, 4, 5, 6]
+    config = replace(Config(), align_teacher="self", top_k=2)
+    assert [set(s) for s in probe.select(config, result, 6)] == [{5, 4}, {5, 4}]
+    with pytest.raises(ValueError, match="from 1 to 5"):
+        probe.select(replace(config, align="fixed", align_layers=(6,)), result, 6)
 
 
 @pytest.mark.parametrize("layers", [(), (0,), (7,), (-1, 2), (3, 7)])
@@ -323,7 +342,7 @@ def test_probe_is_its_parts(rng):
 
 def test_table_has_a_row_for_every_layer(probed):
     result, control = probed
-    for text in (probe.table(result, control, [{2: 0.1}, {4: 0.2}]), probe.table(result, None)):
+    for text in (probe.table(result, control, [{2: [0.1]}, {4: [0.0, 0.2]}]), probe.table(result, None)):
         for d, (name, block) in enumerate(zip(DOMAINS, text.split(f"{DOMAINS[1]} (")[:2], strict=True)):
             lines = block.splitlines()
             starts = [line.split()[0].rstrip("*") for line in lines if line.startswith("  ")]

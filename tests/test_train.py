@@ -83,7 +83,7 @@ def test_phases(tiny_config):
     assert all(len(s) == tiny_config.top_k for s in run.objective.selection)
     scores = run.probes[-1]["result"]["speech"]["foga"]
     for layer, weight in run.objective.selection[0].items():
-        assert weight == pytest.approx(2 * scores[layer - 1])  # lambda = 2 A_l
+        assert weight == [pytest.approx(2 * scores[layer - 1])]  # lambda = 2 A_l
     out = Path(tiny_config.out_dir)
     written = {f.name for f in out.iterdir()}
     assert {"ckpt.pt", "warmup.pt", "config.json", "log.csv", "probe.json", "probe.png"} <= written
@@ -92,6 +92,45 @@ def test_phases(tiny_config):
         rows = list(csv.DictReader(file))
     assert [r["phase"] for r in rows] == ["1"] * 5 + ["2"] * 7
     assert all(bool(r["align"]) == (int(r["step"]) > 6) for r in rows)
+
+
+VARIANTS = {
+    "conv1d": {"align_head": "conv1d"},
+    "conv2d": {"align_head": "conv2d"},
+    "self": {"align_teacher": "self"},
+    "adaptive": {"timestep_adaptive": True},
+    "refresh": {"refresh_every": 2, "top_k": 1},
+    "stop": {"align_stop": 9},
+    "lasp": {"align": "lasp", "weighting": "equal"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_train_branch_and_continue(tiny_config, tmp_path, monkeypatch, name):
+    train.train(replace(tiny_config, align="none", max_steps=12), MACHINE)
+    config = replace(
+        tiny_config, branch_from=f"{tiny_config.out_dir}/warmup.pt", out_dir=str(tmp_path / "v"), **VARIANTS[name]
+    )
+    whole = train.train(replace(config, out_dir=str(tmp_path / "whole")), MACHINE)
+    with monkeypatch.context() as m:
+        stop_after(m, 3)
+        assert train.train(config, MACHINE).step == 9
+    continued = train.train(config, MACHINE)
+    for key in ("model", "heads", "optimiser", "selection"):
+        assert same(whole.state()[key], continued.state()[key]), key
+    if name == "refresh":
+        assert [p["step"] for p in whole.probes] == [3, 6, 8, 10, 12] and len(whole.objective.heads.heads) == 8
+        assert all(sum(any(w) for w in s.values()) == 1 for s in whole.objective.selection)
+    if name == "adaptive":
+        assert all(len(w) == 2 for s in whole.objective.selection for w in s.values())
+
+
+def test_alignment_stops(tiny_config, tmp_path):
+    """From align_stop on, the model moves as if nothing were aligned."""
+    stopped = train.train(replace(tiny_config, align_stop=6), MACHINE)  # off from the first step of phase II
+    none = train.train(replace(tiny_config, align="none", out_dir=str(tmp_path / "none")), MACHINE)
+    for a, b in zip(stopped.objective.model.parameters(), none.objective.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
 def test_probes_and_held_out_losses_change_nothing(tiny_config, tmp_path):
