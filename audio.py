@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -86,10 +87,11 @@ def _read_av(data, suffix: str) -> tuple[np.ndarray, int]:
     return np.concatenate(frames, axis=1).T if frames else np.zeros((0, 1), np.float32), rate
 
 
-def write(path: str | Path, wav: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
-    """Writes (L,) float samples as 16-bit wav; a peak above 1 is scaled down rather than clipped."""
+def write(target: str | Path | BinaryIO, wav: np.ndarray, sample_rate: int = SAMPLE_RATE, kind: str = "WAV") -> None:
+    """Writes (L,) float samples as 16-bit WAV or FLAC; a peak above 1 is scaled down rather than clipped."""
     wav = np.asarray(wav, np.float32)
-    soundfile.write(str(path), wav / max(1.0, float(np.abs(wav).max(initial=0))), sample_rate, subtype="PCM_16")
+    wav = wav / max(1.0, float(np.abs(wav).max(initial=0)))
+    soundfile.write(target, wav, sample_rate, subtype="PCM_16", format=kind)
 
 
 @cache

@@ -106,7 +106,7 @@ class Config:
     sway: float = -1.0  # sway sampling coefficient; negative dwells near the noise
     vocoder: str = "charactr/vocos-mel-24khz"  # hub name or folder of a Vocos, or griffin_lim, which needs no weights
     asr: str = "openai/whisper-large-v3"  # recogniser for WER: hub name or folder; "demo": Whisper tiny.en
-    fad_model: Literal["yamnet", "none"] = "yamnet"  # network under the Frechet audio distance
+    fad_model: Literal["yamnet", "vggish", "aisfx", "whisper", "none"] = "yamnet"  # network under FAD; not a teacher
     evaluate: bool = True  # run probe.py and evaluate.py on the finished checkpoint
 
     ranges: ClassVar[dict[str, tuple]] = {

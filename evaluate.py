@@ -1,13 +1,15 @@
 """WER, FAD and the held-out loss of a checkpoint, each beside its two references.
 
-    python evaluate.py --ckpt out/demo/ckpt.pt        # table, eval.json, samples/ beside the checkpoint
-    python evaluate.py --compare out/table2/*/        # the comparison table over runs and seeds; table.md, .json, .png
+    python evaluate.py --ckpt out/demo/ckpt.pt            # table, eval.json, samples/, index.html beside the checkpoint
+    python evaluate.py --compare out/table2/*/            # the table over runs and seeds; table.md, .json, .png
+    python evaluate.py --listening_test out/none out/lasp # a blind listening test, one page; and key.json
+    python evaluate.py --mos ratings/*.csv                # its scores and paired t-tests; with --compare, two columns
 
 Every number stands beside the same number for the original recordings, and for the originals through the same mel and
 vocoder: the floor that no model behind this vocoder can pass. Generated clips come from held-out tokens alone. WER:
 Whisper transcribes, Whisper's English normaliser and jiwer score, over clips of at least MIN_WORDS words. FAD: against
-the original training recordings, under a network that no run is trained with; FAD-inf is its extrapolation to
-infinitely many clips, because the FAD of few clips is biased upwards. Every evaluation adds a row to evals.csv.
+the original training recordings, under a network that taught nobody; FAD-inf is its extrapolation to infinitely many
+clips, because the FAD of few clips is biased upwards. Every evaluation adds a row to evals.csv.
 """
 
 from dataclasses import dataclass
@@ -27,16 +29,22 @@ class EvalArgs:
     sway: float | None = None  # sway sampling coefficient
     method: Literal["euler", "midpoint"] = "euler"  # integrator; midpoint spends two evaluations a step
     vocoder: str = ""  # hub name or folder of a Vocos, or griffin_lim
-    asr: str = ""  # recogniser: hub name or folder of a Whisper; "demo": tiny.en
+    asr: str = ""  # recogniser: hub name or folder of a Whisper; "demo": tiny.en; pocketsphinx, where installed
+    fad_model: Literal["", "yamnet", "vggish", "aisfx", "whisper", "none"] = ""  # network under FAD
+    fad_weights: str = ""  # its weights, a path; empty: the demo's packages, for vggish a download
     seed: int = 0  # seeds the noise
     max_clips: int = 200  # most held-out clips per domain
+    worst: int = 0  # list this many of the worst transcriptions
     compare: tuple[str, ...] = ()  # run directories NAME_sSEED to compare; nothing is evaluated anew
     fad_target: float | None = None  # speech FAD whose first reaching is compared; None: that of the run named none
-    out: str = ""  # where the comparison's table.md, table.json and table.png go; empty: beside the runs
-    worst: int = 0  # list this many of the worst transcriptions
-    device: str = "cpu"  # cpu | cuda
+    listening_test: tuple[str, ...] = ()  # evaluated run directories to hear side by side
+    listening_clips: int = 10  # clips per domain of a listening test
+    mos: tuple[str, ...] = ()  # the listeners' CSV files
+    mos_key: str = "out/listening/key.json"  # the key.json written with their listening test
+    out: str = ""  # where a comparison or a listening test goes; empty: beside the runs, and out/listening
+    device: str = "auto"  # auto | cpu | cuda
 
-    ranges: ClassVar[dict] = dict.fromkeys(("nfe", "max_clips"), (1, None))
+    ranges: ClassVar[dict] = dict.fromkeys(("nfe", "max_clips", "listening_clips"), (1, None))
 
 
 if __name__ == "__main__":
@@ -56,12 +64,16 @@ import torch
 import audio
 import checkpoint
 import fetch
+import judges
+import report
 from data import SPEECH, Dataset
-from model import load_model
+from model import load_model, pick_device
+from report import read_csv
 from sample import first_of_each_domain, resynthesise, settings
 from teachers import Teacher, load_teacher
 
 MIN_WORDS = 4  # a WER over single words says little
+SHOWN = 6  # clips per domain on a run's page
 SYSTEMS = ("original", "vocoded", "generated")
 
 
@@ -80,7 +92,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Squared Frechet distance between Gaussians fitted to embeddings (n, E) and (m, E), in float64; never negative.
 
     |mu_a - mu_b|^2 + Tr(A + B - 2 (A B)^(1/2)), where the last trace is the sum of the singular values of
-    X_a^T X_b for centred, scaled X with A = X_a^T X_a: no matrix square root, nothing complex, any rank. NaN where one
+    X_a X_b^T for centred, scaled X with A = X_a^T X_a: no matrix square root, nothing complex, any rank. NaN where one
     side has fewer than two embeddings or one that is not finite.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -88,8 +100,10 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
         return float("nan")
     mean_a, mean_b = a.mean(0), b.mean(0)
     xa, xb = (a - mean_a) / np.sqrt(len(a) - 1), (b - mean_b) / np.sqrt(len(b) - 1)
-    cross = np.linalg.svd(xa @ xb.T, compute_uv=False).sum()  # singular values of A^(1/2) B^(1/2)
-    return max(0.0, float(((mean_a - mean_b) ** 2).sum() + (xa**2).sum() + (xb**2).sum() - 2 * cross))
+    distance = ((mean_a - mean_b) ** 2).sum() + (xa**2).sum() + (xb**2).sum()
+    if min(len(a), len(b)) > a.shape[1]:
+        xa, xb = np.linalg.qr(xa, mode="r"), np.linalg.qr(xb, mode="r")  # the same A and B from fewer rows
+    return max(0.0, float(distance - 2 * np.linalg.svd(xa @ xb.T, compute_uv=False).sum()))
 
 
 def embeddings(judge: Teacher, waves: list[np.ndarray]) -> np.ndarray:
@@ -121,11 +135,10 @@ def fad_infinity(own: np.ndarray, reference: np.ndarray, seed: int = 0, sizes: i
     return float(np.polyfit(1 / counts, scores, 1)[1])
 
 
-def score_wer(waves: dict[str, list], texts: list[str], ids: list[int], asr: str, device: str) -> dict:
+def score_wer(waves: dict[str, list], texts: list[str], ids: list[int], recogniser) -> dict:
     """WER of each system's clips of at least MIN_WORDS words, and what was heard in the generated ones."""
-    recogniser = load_teacher("whisper", fetch.fetch("whisper_tiny") if asr == "demo" else asr, device)
     rows = [k for k, text in enumerate(texts) if len(text.split()) >= MIN_WORDS]
-    result = {"asr": asr, "clips": len(rows), "words": sum(len(texts[k].split()) for k in rows)}
+    result = {"clips": len(rows), "words": sum(len(texts[k].split()) for k in rows)}
     for name in SYSTEMS:
         speech = [soxr.resample(waves[name][k], audio.SAMPLE_RATE, recogniser.sample_rate) for k in rows]
         heard = recogniser.transcribe(speech)
@@ -145,25 +158,27 @@ def score_fad(waves: dict[str, list], reference_waves: list, judge: Teacher) -> 
     return result | counts
 
 
-def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> dict:
-    """All numbers of one checkpoint, as a dict for eval.json; writes the generated clips to out_dir/samples."""
-    run = state["config"]
-    model = load_model(state, device=args.device)
+def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
+    """All numbers of one checkpoint, as a dict for eval.json, and {"speech_0012": (text, original, generated)} of the
+    first clips of each domain; writes the generated clips to out_dir/samples."""
+    run, device = state["config"], pick_device(args.device)
+    model = load_model(state, device=device)
     data_dir = args.data_dir or run["data_dir"]
     held, train = Dataset(data_dir, "held_out"), Dataset(data_dir, "train")
-    vocoder = audio.load_vocoder(args.vocoder or run["vocoder"], args.device)
+    vocoder = audio.load_vocoder(args.vocoder or run["vocoder"], device)
     ids, options = first_of_each_domain(held, args.max_clips), settings(args, run)
     domain, start = held.index["domain"][ids], time.time()
     waves = {"generated": resynthesise(model, held, ids, vocoder, options, run["dtype"])}
     spent = time.time() - start
     waves |= {"original": read_waves(held, ids), "vocoded": vocoded(held, ids, vocoder, run["mel_floor"])}
-    result = {"step": state["step"], "seconds": state["seconds"], "sampler": options}
-    result["vocoder"] = args.vocoder or run["vocoder"]
+    result = {"step": state["step"], "seconds": state["seconds"], "sampler": options, "data_dir": data_dir}
+    result["vocoder"], result["asr"] = args.vocoder or run["vocoder"], args.asr or run["asr"]
     result["real_time_factor"] = spent / (sum(map(len, waves["generated"])) / audio.SAMPLE_RATE)
     result["held_out_fm"] = last_held_out(out_dir)
     (out_dir / "samples").mkdir(parents=True, exist_ok=True)
-    for i, d, wav in zip(ids.tolist(), domain, waves["generated"], strict=True):
-        audio.write(out_dir / "samples" / f"{DOMAINS[d]}_{i:04d}.wav", wav)
+    names = [f"{DOMAINS[d]}_{i:04d}" for i, d in zip(ids.tolist(), domain, strict=True)]
+    for name, wav in zip(names, waves["generated"], strict=True):
+        audio.write(out_dir / "samples" / f"{name}.wav", wav)
 
     def of_domain(d: int) -> dict[str, list]:
         return {
@@ -172,21 +187,17 @@ def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> dict:
 
     speech = ids[domain == SPEECH].tolist()
     texts = [held.name_and_text(i)[1] for i in speech]
-    result["wer"] = score_wer(of_domain(SPEECH), texts, speech, args.asr or run["asr"], args.device)
-    if run["fad_model"] != "none":
-        judge = load_teacher(run["fad_model"], fetch.fetch(run["fad_model"]), args.device)
-        result["fad"] = {"model": run["fad_model"]}
+    result["wer"] = score_wer(of_domain(SPEECH), texts, speech, load_recogniser(result["asr"], device))
+    judge_name = args.fad_model or run["fad_model"]
+    if judge_name != "none":
+        judge = judges.load_judge(judge_name, args.fad_weights, device)
+        result["fad"] = {"model": judge_name, "is_teacher": judge_name in dict(state["shape"]["teachers"])}
         for d, name in enumerate(DOMAINS):
             kept = np.array([i for i in np.flatnonzero(train.index["domain"] == d) if train.wav_path(i).exists()])
             result["fad"][name] = score_fad(of_domain(d), read_waves(train, kept), judge)
-    return result
-
-
-def read_csv(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    shown = [k for d in range(len(DOMAINS)) for k in np.flatnonzero(domain == d)[:SHOWN]]
+    texts = {k: held.name_and_text(int(ids[k]))[1] for k in shown}
+    return result, {names[k]: (texts[k], waves["original"][k], waves["generated"][k]) for k in shown}
 
 
 def last_held_out(out_dir: Path) -> dict[str, float]:
@@ -233,97 +244,22 @@ def table(result: dict) -> str:
         lines.append(f"{'held-out FM loss, ' + name:34s}{'':22s}{value:11.4f}")
     lines.append(
         f"real-time factor {result['real_time_factor']:.2f} at nfe {result['sampler']['nfe']}, "
-        f"vocoder {result['vocoder']}"
+        f"vocoder {result['vocoder']}, recogniser {result['asr']}"
     )
+    if result.get("fad", {}).get("is_teacher"):
+        judge = result["fad"]["model"]
+        lines.append(f"warning: {judge} taught this run, so FAD under it flatters; --fad_model=yamnet was no teacher")
     return "\n".join(lines)
 
 
-# ---- comparison of runs
-
-COLUMNS = {  # name in table.json: heading, and how many decimals
-    "held_out_speech": ("held-out FM, speech", 4),
-    "held_out_audio": ("held-out FM, audio", 4),
-    "wer": ("speech WER %", 1),
-    "speech_fad": ("speech FAD", 2),
-    "audio_fad": ("audio FAD", 2),
-    "steps_to_target": ("steps to FAD", 0),
-    "seconds_to_target": ("seconds to FAD", 0),
-}
+def load_recogniser(asr: str, device: str) -> Teacher | judges.Sphinx:
+    """What turns speech into words: "demo", a Whisper by hub name or folder, or pocketsphinx."""
+    if asr == "pocketsphinx":
+        return judges.Sphinx()
+    return load_teacher("whisper", fetch.fetch("whisper_tiny") if asr == "demo" else asr, device)
 
 
-def read_run(path: Path, fad_target: float | None) -> dict[str, float]:
-    """The columns of one evaluated run; what was not measured is not there."""
-    result = json.loads((path / "eval.json").read_text())
-    row = {f"held_out_{name}": value for name, value in result["held_out_fm"].items()}
-    row["wer"] = 100 * result["wer"]["generated"]
-    row |= {f"{name}_fad": result["fad"][name]["generated"] for name in DOMAINS if "fad" in result}
-    curve = [r for r in read_csv(path / "evals.csv") if r.get("speech_fad")]
-    reached = [r for r in curve if fad_target is not None and float(r["speech_fad"]) <= fad_target]
-    if reached and len(curve) > 1:  # a single evaluation at the end says nothing about when
-        row |= {"steps_to_target": float(reached[0]["step"]), "seconds_to_target": float(reached[0]["seconds"])}
-    return row
-
-
-def compare(paths: list[Path], fad_target: float | None) -> dict[str, dict]:
-    """{name: {column: (mean, standard error or None, n)}} over the seeds of each run NAME_sSEED, plus "gain": how much
-    lower the speech FAD is than that of the run named none, in percent."""
-    groups: dict[str, list[Path]] = {}
-    for path in paths:
-        groups.setdefault(re.sub(r"_s\d+$", "", path.name), []).append(path)
-    if fad_target is None and "none" in groups:
-        fads = [read_run(p, None).get("speech_fad") for p in groups["none"]]
-        fad_target = float(np.mean(fads)) if None not in fads else None
-    rows = {}
-    for name, members in groups.items():
-        runs = [read_run(p, fad_target) for p in members]
-        rows[name] = {}
-        for column in COLUMNS:
-            values = [r[column] for r in runs if column in r]
-            if len(values) == len(runs):  # a mean over some of the seeds would compare unlike with like
-                error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-                rows[name][column] = (float(np.mean(values)), error, len(values))
-    base = rows.get("none", {}).get("speech_fad")
-    for row in rows.values():
-        if base and "speech_fad" in row:
-            row["gain"] = (100 * (1 - row["speech_fad"][0] / base[0]), None, row["speech_fad"][2])
-    return rows
-
-
-def comparison_table(rows: dict[str, dict]) -> str:
-    """The comparison as a Markdown table; empty cells were not measured."""
-    columns = COLUMNS | {"gain": ("gain %", 1)}
-    lines = ["| run | seeds | " + " | ".join(heading for heading, _ in columns.values()) + " |"]
-    lines.append("|---" * (len(columns) + 2) + "|")
-    for name, row in rows.items():
-        cells = []
-        for column, (_, digits) in columns.items():
-            mean, error, _ = row.get(column, (None, None, 0))
-            shown = "" if mean is None else f"{mean:.{digits}f}"
-            cells.append(shown + (f" ± {error:.{digits}f}" if error is not None else ""))
-        seeds = max((n for _, _, n in row.values()), default=0)
-        lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def convergence_figure(paths: list[Path], out: Path) -> None:
-    """Held-out loss and speech FAD against steps, a line a run; written to `out`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    panels = (("log.csv", "held_out_speech", "held-out FM loss, speech"), ("evals.csv", "speech_fad", "speech FAD"))
-    for ax, (file, column, title) in zip(axes, panels, strict=True):
-        for path in paths:
-            rows = [r for r in read_csv(path / file) if r.get(column)]
-            ax.plot(
-                [int(r["step"]) for r in rows], [float(r[column]) for r in rows], ".-", label=path.name, linewidth=1
-            )
-        ax.set(title=title, xlabel="step")
-    axes[0].legend(fontsize=7)
-    fig.savefig(out, dpi=110)
-    plt.close(fig)
+# ---- several runs
 
 
 def main_compare(args: EvalArgs) -> None:
@@ -334,28 +270,63 @@ def main_compare(args: EvalArgs) -> None:
     paths = [p for p in paths if str(p) not in unfinished]
     if not paths:
         raise ValueError("no evaluated run among --compare; run evaluate.py --ckpt RUN/ckpt.pt first")
-    rows, out = compare(paths, args.fad_target), Path(args.out or paths[0].parent)
+    out = Path(args.out or paths[0].parent)
+    rows = report.compare(paths, args.fad_target, report.mean_scores(read_ratings(args)))
+    text = report.comparison_table(rows)
     out.mkdir(parents=True, exist_ok=True)
-    text = comparison_table(rows)
     (out / "table.md").write_text(text + "\n")
     (out / "table.json").write_text(json.dumps(rows, indent=1))
-    convergence_figure(paths, out / "table.png")
+    report.convergence_figure(paths, out / "table.png")
     print(text)
     print(f"wrote {out / 'table.md'}, table.json and table.png")
+
+
+def main_listening_test(args: EvalArgs) -> None:
+    """A page with the same held-out clips of every run, and the recordings themselves as one more system."""
+    systems: dict[str, dict] = {}
+    for run in map(Path, args.listening_test):
+        found = sorted(p for p in (run / "samples").glob("*.wav") if re.fullmatch(r"[a-z]+_\d+", p.stem))
+        chosen = [p for d in DOMAINS for p in [p for p in found if p.stem.startswith(d)][: args.listening_clips]]
+        systems[run.name] = {p.stem: audio.read(p, audio.SAMPLE_RATE) for p in chosen}
+    if not any(systems.values()):
+        raise ValueError(f"no samples in {args.listening_test[0]}/samples: run evaluate.py --ckpt RUN/ckpt.pt first")
+    held = Dataset(args.data_dir or report.read_eval(Path(args.listening_test[0]))["data_dir"], "held_out")
+    first = next(iter(systems.values()))
+    systems["original"] = {clip: audio.read(held.wav_path(int(clip[-4:])), audio.SAMPLE_RATE) for clip in first}
+    out = Path(args.out or "out/listening")
+    key = report.listening_test(systems, out, args.seed)
+    print(
+        f"{len(key)} clips of {', '.join(systems)}; send {out / 'listening.html'} to listeners, keep {out / 'key.json'}"
+    )
+
+
+def read_ratings(args: EvalArgs) -> list[dict]:
+    return (
+        report.read_ratings([Path(p) for p in args.mos], json.loads(Path(args.mos_key).read_text())) if args.mos else []
+    )
+
+
+def main_evaluate(args: EvalArgs) -> None:
+    state, used = checkpoint.load(args.ckpt)
+    out_dir = used.parent
+    result, clips = evaluate(state, args, out_dir)
+    record(out_dir, result)
+    report.index_page(out_dir, table(result), clips)
+    for u in sorted(result["wer"]["utterances"], key=lambda u: -u["wer"])[: args.worst]:
+        print(f"{100 * u['wer']:5.0f} %  said: {u['text']}\n         heard: {u['heard']}")
+    print(table(result))
+    print(f"wrote {out_dir / 'eval.json'}, {out_dir / 'samples'} and {out_dir / 'index.html'}")
 
 
 def main(args: EvalArgs) -> None:
     if args.compare:
         main_compare(args)
-        return
-    state, used = checkpoint.load(args.ckpt)
-    out_dir = used.parent
-    result = evaluate(state, args, out_dir)
-    record(out_dir, result)
-    for u in sorted(result["wer"]["utterances"], key=lambda u: -u["wer"])[: args.worst]:
-        print(f"{100 * u['wer']:5.0f} %  said: {u['text']}\n         heard: {u['heard']}")
-    print(table(result))
-    print(f"wrote {out_dir / 'eval.json'} and {out_dir / 'samples'}")
+    elif args.listening_test:
+        main_listening_test(args)
+    elif args.mos:
+        print(report.mos_table(read_ratings(args)))
+    else:
+        main_evaluate(args)
 
 
 if __name__ == "__main__":

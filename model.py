@@ -50,6 +50,9 @@ class Condition(NamedTuple):
     def repeat(self, n: int) -> "Condition":
         return Condition(*(x.repeat(n, *(1,) * (x.dim() - 1)) for x in self))
 
+    def clips(self, rows: torch.Tensor) -> "Condition":
+        return Condition(*(x[rows] for x in self))
+
     def null(self) -> "Condition":
         """The unconditional c of classifier-free guidance."""
         return Condition(self.tokens * 0, self.prompt * 0, self.mask, self.kept & False)
@@ -252,6 +255,11 @@ class DiT(nn.Module):
                 states.append(h)
         v = self.head(h, context)
         return (v, states) if hidden else v
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is cuda where there is one, else the CPU; anything else is itself."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def precision(device: str, dtype: str) -> torch.autocast:

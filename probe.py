@@ -1,11 +1,13 @@
 """What each layer stores (BiT-C, LASP) and what it contributes (FoG-A, gradient norm), and the layers to align.
 
     python probe.py --ckpt out/demo/ckpt.pt                # table, probe.json and probe.png beside the checkpoint
-    python probe.py --ckpt out/demo/ckpt.pt --clips=16 --times=16
+    python probe.py --ckpt out/demo/ckpt.pt --clips=32 --control=false
+    python probe.py --ckpt out/demo/warmup.pt out/demo/ckpt.pt      # does the ranking last? (the paper's table 7)
 
 Store: s_T(l) = cos(P_T z_l, e_T), one frozen projection for all depths (eq. 4, 6). Contribute: the relative change of
 the velocity when a layer's gate is set to 0 (eq. 8-9). Every attribution is shown beside a random-init control of the
 same architecture, because the first layers score high before any training; what exceeds it, training put there.
+Intervals are 95 % bootstrap intervals over clips.
 
 B clips, T frames, M mel bins, D width, L layers, G points of the t grid.
 """
@@ -20,17 +22,20 @@ from configurator import DOMAINS, configure
 class ProbeArgs:
     """Settings of `python probe.py`."""
 
-    ckpt: str = "out/demo/ckpt.pt"  # a checkpoint of train.py
+    ckpt: tuple[str, ...] = ("out/demo/ckpt.pt",)  # a checkpoint of train.py; several: how far their rankings agree
     data_dir: str = ""  # prepared data; empty: the one the checkpoint was trained on
     split: Literal["train", "held_out"] = "train"  # which clips
-    clips: int = 4  # clips per domain
+    clips: int = 8  # clips per domain
     times: int = 8  # points of the t grid
-    frames: int = 300  # clips are cut to this; time and memory grow with clips x frames x layers
+    frames: int = 300  # clips are cut to this
+    top_k: int = 3  # layers in a Top-K
     seed: int = 0  # draws the clips and the noise
     control: bool = True  # also probe a random-init copy
     out_dir: str = ""  # where probe.json and probe.png go; empty: beside the checkpoint
+    device: str = "auto"  # auto | cpu | cuda
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto takes bfloat16 where the machine has it
 
-    ranges: ClassVar[dict] = dict.fromkeys(("clips", "times", "frames"), (1, None))
+    ranges: ClassVar[dict] = dict.fromkeys(("clips", "times", "frames", "top_k"), (1, None))
 
 
 if __name__ == "__main__":
@@ -45,13 +50,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 import torch
 
 import checkpoint
 from data import Batch, Dataset, fixed_batch
-from model import Condition, DiT, Selection, cosine, descriptors, load_model, masked_mse, noised
+from model import Condition, DiT, Selection, cosine, descriptors, load_model, masked_mse, noised, pick_device, precision
 
 EPS = 1e-8  # of eq. 9
+SWEEP_FRAMES = 40_000  # clips x frames x (L + 1) of one growing batch, which bounds its memory
 
 
 def time_points(n: int) -> torch.Tensor:
@@ -102,12 +109,18 @@ def foga_map(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: float = 0
     scores, norms = [], []
     with probing(model, seed):
         cond = model.embed_condition(batch)
+        B, T = cond.mask.shape
+        parts = torch.arange(B, device=cond.mask.device).split(max(1, SWEEP_FRAMES // (T * (len(model.blocks) + 1))))
         for t in t_grid:
             torch.manual_seed(seed)  # the same noise at every t, so that a row differs from the next by t alone
-            ts = batch.mel.new_full((len(batch.frames),), float(t))
+            ts = batch.mel.new_full((B,), float(t))
             x_t, _ = noised(model, batch.mel, ts, sigma)
-            s, n = foga_scores(ablated_velocities(model, x_t, ts, cond), cond.mask)
-            scores.append(s), norms.append(n)
+            conds = [cond.clips(rows) for rows in parts]
+            each = [
+                foga_scores(ablated_velocities(model, x_t[rows], ts[rows], c), c.mask)
+                for rows, c in zip(parts, conds, strict=True)
+            ]
+            scores.append(torch.cat([s for s, _ in each])), norms.append(torch.cat([n for _, n in each]))
     return torch.stack(scores), torch.stack(norms)
 
 
@@ -141,24 +154,46 @@ def lasp_map(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: float = 0
     return torch.stack(rows)
 
 
-def gradient_norms(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: float = 0.5, seed: int = 0) -> dict:
-    """||dL_FM / dtheta_l||_2 of each block, per domain, averaged over t_grid: {domain: (L,)}. Leaves .grad alone."""
-    present = [d for d in range(len(DOMAINS)) if (batch.domain == d).any()]
-    totals = {DOMAINS[d]: torch.zeros(len(model.blocks), dtype=torch.float64) for d in present}
-    with probing(model, seed), torch.enable_grad():
-        for t in t_grid:
+def gradient_products(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: float = 0.5, seed: int = 0):
+    """Inner products of the clips' gradients in each block, (G, L, B, B) float64, for squared errors summed over a
+    clip's frames. Any batch drawn from these clips has a gradient norm that follows from them. Leaves .grad alone.
+    """
+    products = torch.zeros(len(t_grid), len(model.blocks), len(batch.frames), len(batch.frames), dtype=torch.float64)
+    with probing(model, seed):
+        with torch.no_grad():
             cond = model.embed_condition(batch)
+        for g, t in enumerate(t_grid):
             torch.manual_seed(seed)
             ts = batch.mel.new_full((len(batch.frames),), float(t))
             x_t, target = noised(model, batch.mel, ts, sigma)
-            v = model.velocity(x_t, ts, cond)
-            for d in present:  # one forward pass serves both domains
-                loss = masked_mse(v, target, cond.mask & (batch.domain == d)[:, None])
-                grads = iter(torch.autograd.grad(loss, list(model.blocks.parameters()), retain_graph=d != present[-1]))
-                for l, block in enumerate(model.blocks):
-                    own = [next(grads) for _ in block.parameters()]
-                    totals[DOMAINS[d]][l] += sum(g.double().square().sum() for g in own).sqrt().cpu() / len(t_grid)
-    return totals
+            gradients = [[] for _ in model.blocks]
+            for b in range(len(ts)):
+                with torch.enable_grad():
+                    own = cond.clips(torch.tensor([b], device=ts.device))
+                    v = model.velocity(x_t[b : b + 1], ts[b : b + 1], own)
+                    error = masked_mse(v, target[b : b + 1], own.mask) * batch.frames[b]
+                    grads = iter(torch.autograd.grad(error, list(model.blocks.parameters())))
+                for block, rows in zip(model.blocks, gradients, strict=True):
+                    rows.append(torch.cat([next(grads).flatten() for _ in block.parameters()]))
+            for l, rows in enumerate(gradients):
+                stacked = torch.stack(rows).double()  # (B, parameters of the block)
+                products[g, l] = (stacked @ stacked.T).cpu()
+    return products
+
+
+def norms_of_batches(products: np.ndarray, frames: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """||dL_FM / dtheta_l||_2 averaged over t, (R, L), of R batches that hold clip b counts[r, b] times."""
+    counts = np.asarray(counts, np.float64)
+    squares = np.einsum("rb,glbc,rc->rgl", counts, products, counts, optimize=True)
+    return np.sqrt(squares.clip(0)).mean(1) / (counts @ frames)[:, None]
+
+
+def gradient_norms(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: float = 0.5, seed: int = 0) -> dict:
+    """||dL_FM / dtheta_l||_2 of each block, per domain, averaged over t_grid: {domain: (L,)}."""
+    products = gradient_products(model, batch, t_grid, sigma, seed).numpy()
+    frames, domain = batch.frames.cpu().numpy(), batch.domain.cpu().numpy()
+    present = {name: (domain == d)[None] for d, name in enumerate(DOMAINS) if (domain == d).any()}
+    return {name: norms_of_batches(products, frames, own)[0] for name, own in present.items()}
 
 
 def random_control(model: DiT, seed: int = 0) -> DiT:
@@ -173,35 +208,76 @@ def random_control(model: DiT, seed: int = 0) -> DiT:
 
 
 def control_scores(model: DiT, batch: Batch, times: int, sigma: float, seed: int = 0) -> dict:
-    """FoG-A of the random-init control, as plain lists: {domain: {"foga": (L)}}."""
-    scores = foga(random_control(model, seed), batch, time_points(times), sigma, seed)
-    return {name: {"foga": s.tolist()} for name, s in scores.items()}
+    """FoG-A of the random-init control, as plain lists: {domain: {"foga": (L), "foga_clips": (B, L)}}."""
+    scores = foga_map(random_control(model, seed), batch, time_points(times), sigma, seed)[0].mean(0)
+    own = {name: scores[batch.domain == d] for d, name in enumerate(DOMAINS)}
+    return {name: {"foga": s.mean(0).tolist(), "foga_clips": s.tolist()} for name, s in own.items() if len(s)}
 
 
-def probe(model: DiT, batch: Batch, times: int, sigma: float, seed: int = 0) -> dict:
+# ---- what a score is worth: intervals, and agreement of rankings
+
+
+def resampled(clips: int, draws: int = 1000, seed: int = 0) -> np.ndarray:
+    """How often each clip is drawn in each bootstrap sample, (draws, clips)."""
+    return np.random.default_rng(seed).multinomial(clips, np.full(clips, 1 / clips), draws)
+
+
+def interval(values: np.ndarray) -> list:
+    """The 95 % percentile interval over the first axis: [low, high]."""
+    return np.quantile(values, (0.025, 0.975), axis=0).tolist()
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of scores (..., L) over layers; NaN where one side is constant."""
+    a, b = (scipy.stats.rankdata(x, axis=-1) - (np.shape(x)[-1] + 1) / 2 for x in (a, b))
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+
+
+def top_overlap(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
+    """How many layers the Top-K of scores (..., L) share, 0..k."""
+    tops = [np.argsort(-np.asarray(x), axis=-1, kind="stable")[..., :k] for x in (a, b)]
+    return (tops[0][..., :, None] == tops[1][..., None, :]).sum((-1, -2))
+
+
+def probe(model: DiT, batch: Batch, times: int, sigma: float, seed: int = 0, k: int = 3) -> dict:
     """All probes of one model on one batch, as plain lists for probe.json.
 
-    Per domain: foga (L), foga_map (G, L), lasp (L + 1), lasp_map (G, L + 1), bitc, gradnorm (L), velocity_norm.
+    Per domain: foga (L), foga_map (G, L), foga_clips (B, L), lasp (L + 1), lasp_map (G, L + 1), bitc, gradnorm (L),
+    velocity_norm; NAME_interval is [low, high] over clips. rank_correlation and top_overlap, each [value, low, high],
+    are the Store-Contribute Dissociation: LASP of layers 1..L against FoG-A.
     """
     start, grid = time.time(), time_points(times)
-    scores, norms = foga_map(model, batch, grid, sigma, seed)
+    scores, norms = (x.cpu().numpy() for x in foga_map(model, batch, grid, sigma, seed))
     foga_seconds = time.time() - start
-    lasp = lasp_map(model, batch, grid, sigma, seed)
-    gradnorm = gradient_norms(model, batch, grid, sigma, seed)
-    result = {"t": grid.tolist(), "clips": [int((batch.domain == d).sum()) for d in range(len(DOMAINS))]}
+    lasp = lasp_map(model, batch, grid, sigma, seed).cpu().numpy()
+    products = gradient_products(model, batch, grid, sigma, seed).numpy()
+    domain, frames = batch.domain.cpu().numpy(), batch.frames.cpu().numpy()
+    result = {"t": grid.tolist(), "k": k, "clips": [int((domain == d).sum()) for d in range(len(DOMAINS))]}
     for d, name in enumerate(DOMAINS):
-        own = (batch.domain == d).cpu()
+        own = domain == d
         if not own.any():
             continue
+        foga_clips, lasp_clips = scores[:, own].mean(0), lasp[:, own].mean(0)
+        # row 0 is the clips as they are, so values and their intervals come from one formula
+        counts = np.concatenate([np.ones((1, own.sum()), int), resampled(own.sum(), seed=seed)])
+        drawn = {"foga": counts @ foga_clips / own.sum(), "lasp": counts @ lasp_clips / own.sum()}
+        drawn["gradnorm"] = norms_of_batches(products[:, :, own][..., own], frames[own], counts)
+        drawn["rank_correlation"] = rank_correlation(drawn["lasp"][:, 1:], drawn["foga"])
+        drawn["top_overlap"] = top_overlap(drawn["lasp"][:, 1:], drawn["foga"], k)
         result[name] = {
-            "foga": scores[:, own].mean((0, 1)).tolist(),
             "foga_map": scores[:, own].mean(1).tolist(),
-            "lasp": lasp[:, own].mean((0, 1)).tolist(),
+            "foga_clips": foga_clips.tolist(),
             "lasp_map": lasp[:, own].mean(1).tolist(),
             "bitc": lasp[:, own, 0].mean().item(),
-            "gradnorm": gradnorm[name].tolist(),
             "velocity_norm": norms[:, own].mean().item(),
         }
+        # a batch that repeats clips has a larger gradient throughout: only the spread of these draws is of use
+        drawn["gradnorm"][1:] += drawn["gradnorm"][0] - drawn["gradnorm"][1:].mean(0)
+        for key in ("foga", "lasp", "gradnorm"):
+            result[name] |= {key: drawn[key][0].tolist(), f"{key}_interval": interval(drawn[key][1:])}
+        for key in ("rank_correlation", "top_overlap"):
+            result[name][key] = [float(drawn[key][0]), *interval(drawn[key][1:])]
     return result | {"foga_seconds": foga_seconds, "seconds": time.time() - start}
 
 
@@ -258,20 +334,62 @@ def _weights(config, scores: list[float]) -> list[float]:
 
 
 def table(result: dict, control: dict | None, selection: Selection = ()) -> str:
-    """The probes side by side, a row a layer; * marks the layers that were selected for alignment."""
-    lines = []
+    """The probes side by side, a row a layer, [95 % interval]; * marks the layers selected for alignment."""
+    lines, k = [], result["k"]
     for d, name in enumerate(DOMAINS):
         s, c = result[name], control[name] if control else None
+        excess = np.subtract(s["foga_clips"], c["foga_clips"]) if c else None  # paired: the same clips and noise
+        bounds = interval(resampled(len(excess)) @ excess / len(excess)) if c else None
         lines.append(f"{name} ({result['clips'][d]} clips; BiT-C at the interface {s['bitc']:.3f})")
-        lines.append("  layer   LASP   FoG-A" + ("  control   excess" if c else "") + "   grad norm")
-        for l in range(1, len(s["foga"]) + 1):
-            a = s["foga"][l - 1]
-            extra = f"  {c['foga'][l - 1]:7.4f}  {a - c['foga'][l - 1]:+7.4f}" if c else ""
-            mark = "*" if selection and any(selection[d].get(l, ())) else " "
-            lines.append(f"  {l:4d}{mark}  {s['lasp'][l]:6.3f}  {a:6.4f}{extra}   {s['gradnorm'][l - 1]:9.4f}")
-        lines.append(f"  top: FoG-A {top_layers(s['foga'], 3)}, LASP {top_layers(s['lasp'][1:], 3)}")
-        if c and top_layers(s["foga"], len(s["foga"])) == top_layers(c["foga"], len(s["foga"])):
-            lines.append("  the FoG-A ranking is the same as before any training")
+        lines.append(
+            f"  layer   {'LASP':22s}{'FoG-A':24s}" + (f"control  {'excess over it':26s}" if c else "") + "gradient norm"
+        )
+        for l in range(len(s["foga"])):
+            mark = "*" if selection and any(selection[d].get(l + 1, ())) else " "
+            row = f"  {l + 1:4d}{mark}  {_with_interval(s['lasp'], s['lasp_interval'], l + 1, '6.3f')}   "
+            row += f"{_with_interval(s['foga'], s['foga_interval'], l, '6.4f')}   "
+            if c:
+                row += f"{c['foga'][l]:6.4f}  {_with_interval(excess.mean(0), bounds, l, '+7.4f')}   "
+            lines.append(row + _with_interval(s["gradnorm"], s["gradnorm_interval"], l, "6.4f"))
+        rank, shared = s["rank_correlation"], s["top_overlap"]
+        lines.append(
+            f"  top {k}: FoG-A {top_layers(s['foga'], k)}, LASP {top_layers(s['lasp'][1:], k)}, "
+            f"gradient norm {top_layers(s['gradnorm'], k)}"
+        )
+        lines.append(
+            f"  LASP and FoG-A: rank correlation {rank[0]:+.2f} [{rank[1]:+.2f} {rank[2]:+.2f}], "
+            f"top {k} share {shared[0]:.0f} [{shared[1]:.0f} {shared[2]:.0f}] of {k} layers"
+        )
+        if c:
+            lines.append(f"  {against_control(s['foga'], c['foga'], k)}")
+    return "\n".join(lines)
+
+
+def _with_interval(values: Sequence[float], bounds: Sequence, l: int, form: str) -> str:
+    return f"{values[l]:{form}} [{bounds[0][l]:{form}} {bounds[1][l]:{form}}]"
+
+
+def against_control(scores: Sequence[float], control: Sequence[float], k: int) -> str:
+    """What a FoG-A ranking owes to the architecture alone, in a sentence."""
+    same, r = int(top_overlap(scores, control, k)), float(rank_correlation(scores, control))
+    if top_layers(scores, len(scores)) == top_layers(control, len(scores)):
+        return "the FoG-A ranking is the same as before any training: it says nothing about what was learned"
+    if same == min(k, len(scores)):
+        return f"FoG-A's top {k} are those of random weights, before any training (rank correlation {r:+.2f})"
+    return f"FoG-A's top {k} shares {same} of {k} layers with random weights (rank correlation {r:+.2f})"
+
+
+def stability(results: dict[str, dict], k: int) -> str:
+    """The paper's table 7 for {checkpoint: probe result}: each FoG-A Top-K, and what it shares with the first's."""
+    first = next(iter(results.values()))
+    lines = [f"{'':40s}" + "".join(f"{f'{name} top {k}':18s}{'shared':8s}{'rank corr.':12s}" for name in DOMAINS)]
+    for path, result in results.items():
+        line = f"{path:40s}"
+        for name in DOMAINS:
+            a, b = result[name]["foga"], first[name]["foga"]
+            top = " ".join(map(str, top_layers(a, k)))
+            line += f"{top:18s}{f'{top_overlap(a, b, k)}/{k}':8s}{rank_correlation(a, b):<+12.2f}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -299,43 +417,68 @@ def figure(result: dict, control: dict | None, path: Path) -> None:
             ax.set_xticks(range(1, L + 1, max(1, L // 12)))
             fig.colorbar(image, ax=ax)
         x = np.arange(1, L + 1)
-        row[2].bar(x - 0.2, s["foga"], 0.4, label="trained", color="tab:orange")
+        reach = np.abs(np.subtract(s["foga_interval"], s["foga"]))
+        row[2].bar(x - 0.2, s["foga"], 0.4, yerr=reach, label="FoG-A, trained", color="tab:orange", ecolor="grey")
         if control:
-            row[2].bar(x + 0.2, control[name]["foga"], 0.4, label="random init", color="lightgrey")
+            row[2].bar(x + 0.2, control[name]["foga"], 0.4, label="FoG-A, random init", color="lightgrey")
         row[2].plot(x, s["lasp"][1:], "o-", color="tab:blue", label="LASP", markersize=3)
-        row[2].set(title=f"mean over t ({name})", xlabel="layer", ylabel="score")
-        row[2].legend(fontsize=8)
+        row[2].set(title=f"mean over t ({name})", xlabel="layer", ylabel="score", xticks=row[0].get_xticks())
+        row[2].margins(y=0.3)  # room for the legend
+        row[2].legend(fontsize=7, ncols=3, loc="upper center", handlelength=1, columnspacing=1)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
+def write_json(path: Path, content: dict) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=1))
+    part.replace(path)
+
+
 def report(out_dir: Path, result: dict, control: dict | None, selection: Selection = ()) -> None:
     """Writes probe.json and probe.png into out_dir."""
-    stored = result | {"control": control, "selection": [{str(l): w for l, w in s.items()} for s in selection]}
-    part = out_dir / ".probe.json.part"
-    part.write_text(json.dumps(stored, indent=1))
-    part.replace(out_dir / "probe.json")
+    chosen = [{str(l): w for l, w in s.items()} for s in selection]
+    write_json(out_dir / "probe.json", result | {"control": control, "selection": chosen})
     figure(result, control, out_dir / "probe.png")
 
 
+def cost(result: dict, n_layer: int, state: dict) -> str:
+    """What the probes cost, here and in training."""
+    forwards, naive = (n_layer + 1) / 2 * len(result["t"]), (n_layer + 1) * len(result["t"])
+    here = f"FoG-A of {n_layer} layers: {result['foga_seconds']:.1f} s, the work of {forwards:.0f} forward passes"
+    spent = sum(p["result"]["seconds"] for p in state["probes"])
+    share = f" ({100 * spent / state['seconds']:.1f} % of it)" if state["seconds"] else ""
+    return (
+        f"{here} instead of {naive}; all probes {result['seconds']:.1f} s\n"
+        f"in training: {len(state['probes'])} probes, {spent:.1f} s of {state['seconds']:.0f} s{share}"
+    )
+
+
 def main(args: ProbeArgs) -> None:
-    state, used = checkpoint.load(args.ckpt)
-    model, run = load_model(state), state["config"]
-    dataset = Dataset(args.data_dir or run["data_dir"], args.split)
-    batch = fixed_batch(dataset, args.clips, args.seed, args.frames)
-    result = probe(model, batch, args.times, run["sigma"], args.seed)
-    control = control_scores(model, batch, args.times, run["sigma"], args.seed) if args.control else None
-    selection = state["selection"]
+    loaded, device = [checkpoint.load(path) for path in args.ckpt], pick_device(args.device)
+    if len({state["config"]["n_layer"] for state, _ in loaded}) > 1:
+        raise ValueError("the checkpoints of --ckpt have different depths: their layers cannot be compared")
+    dataset = Dataset(args.data_dir or loaded[0][0]["config"]["data_dir"], args.split)
+    batch, results = fixed_batch(dataset, args.clips, args.seed, args.frames).to(device), {}
+    for state, used in loaded:
+        model, run = load_model(state, device=device), state["config"]
+        with precision(device, args.dtype):
+            results[str(used)] = probe(model, batch, args.times, run["sigma"], args.seed, args.top_k)
     out_dir = Path(args.out_dir or used.parent)
     out_dir.mkdir(parents=True, exist_ok=True)
-    report(out_dir, result, control, selection)
-    print(f"{used}, step {state['step']}; t on {args.times} points; * aligned in training")
-    print(table(result, control, selection))
-    forwards = (len(model.blocks) + 1) / 2 * args.times
-    print(
-        f"FoG-A of {len(model.blocks)} layers: {result['foga_seconds']:.1f} s, "
-        f"the work of {forwards:.0f} forward passes"
-    )
+    if len(results) > 1:
+        write_json(out_dir / "stability.json", results)
+        print(stability(results, args.top_k))
+        print(f"wrote {out_dir / 'stability.json'}")
+        return
+    result, control = results[str(used)], None
+    if args.control:
+        with precision(device, args.dtype):
+            control = control_scores(model, batch, args.times, run["sigma"], args.seed)
+    report(out_dir, result, control, state["selection"])
+    print(f"{used}, step {state['step']}; t on {args.times} points; * aligned in training; [95 % interval over clips]")
+    print(table(result, control, state["selection"]))
+    print(cost(result, len(model.blocks), state))
     print(f"wrote {out_dir / 'probe.json'} and {out_dir / 'probe.png'}")
 
 

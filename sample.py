@@ -28,7 +28,7 @@ class SampleArgs:
     vocoder: str = ""  # hub name or folder of a Vocos, or griffin_lim
     seed: int = 0  # seeds the noise
     out_dir: str = ""  # empty: samples/ beside the checkpoint
-    device: str = "cpu"  # cpu | cuda | mps
+    device: str = "auto"  # auto | cpu | cuda | mps
 
     ranges: ClassVar[dict] = dict.fromkeys(("n", "nfe"), (1, None))
 
@@ -49,7 +49,7 @@ import torch
 import audio
 import checkpoint
 from data import Dataset
-from model import DiT, load_model, precision, sample
+from model import DiT, load_model, pick_device, precision, sample
 
 
 def settings(args, run: dict) -> dict:
@@ -96,10 +96,10 @@ def first_of_each_domain(dataset: Dataset, n: int, min_frames: int = 0) -> np.nd
 
 def main(args: SampleArgs) -> None:
     state, used = checkpoint.load(args.ckpt)
-    run = state["config"]
-    model = load_model(state, device=args.device)
+    run, device = state["config"], pick_device(args.device)
+    model = load_model(state, device=device)
     dataset = Dataset(args.data_dir or run["data_dir"], args.split)
-    vocoder = audio.load_vocoder(args.vocoder or run["vocoder"], args.device)
+    vocoder = audio.load_vocoder(args.vocoder or run["vocoder"], device)
     ids = first_of_each_domain(dataset, args.n)
     options = settings(args, run)
     start = time.time()

