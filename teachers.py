@@ -4,6 +4,7 @@
     teacher.encode(wavs)  # list of (N_i, D) float32, `rate` per second
     teacher.embed(wavs)   # (B, D) float32, pooled over valid frames only
     teacher.transcribe(wavs)       # Whisper only: list of str
+    load_teacher("beats", "BEATs_iter3_plus_AS2M.pt")  # audio teacher; with a tokenizer's file it also gives codes
     load_teacher("aisfx", wheel)   # sound-effects CNN, the demo's audio teacher
 
 Waveforms are mono float32 arrays at the encoder's own `sample_rate`; the caller resamples. Wheels are read as archives
@@ -13,9 +14,11 @@ Letters: B clips, N features of a clip, D feature width, T spectrogram frames, S
 
 import io
 import json
+import math
+import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +52,10 @@ class Teacher:
 
 
 def load_teacher(name: str, source: str | Path, device: str | torch.device = "cpu") -> Teacher:
-    """The encoder called `name` ('whisper' | 'aisfx') with weights from `source`. `source` is the path of a
+    """The encoder called `name` ('whisper' | 'beats' | 'aisfx') with weights from `source`. `source` is the path of a
     wheel or of its unpacked folder; for Whisper also a transformers folder or hub name. Raises ValueError, in one line
     that names the fix, for an unknown name or weights that are not there."""
-    teachers = {"whisper": Whisper, "aisfx": SoundCNN}
+    teachers = {"whisper": Whisper, "beats": BEATs, "aisfx": SoundCNN}
     if name not in teachers:
         raise ValueError(f"unknown teacher '{name}': use one of {', '.join(teachers)}")
     return teachers[name].load(source, device)
@@ -307,6 +310,139 @@ def _ctranslate2_whisper(source: Path) -> tuple[torch.nn.Module, object, list[in
         model = WhisperForConditionalGeneration(config)
     model.load_state_dict(state, assign=True)
     return model, tokenizer, settings["suppress_ids"], settings["suppress_ids_begin"]
+
+
+class BEATs(Teacher):
+    """BEATs (Chen et al. 2023, arXiv:2212.09058): audio teacher, and with a tokenizer's checkpoint the second stream of
+    config B. 16 kHz, 768-d. A patch spans 160 ms and one of 8 frequency bands; features come time-major, 8 per 160 ms:
+    50 per second, the last incomplete 160 ms dropped (10 s give 496). Weights by the official checkpoints' names."""
+
+    name, sample_rate, rate = "beats", 16000, 50.0
+    patch, bands = 16, 8  # fbank frames and bins per patch side; patches over 128 bins
+    shortest = 400 + 160 * (16 - 1)  # samples in one row of patches; a shorter clip is padded with silence
+
+    def __init__(self, cfg: dict, weights: dict[str, torch.Tensor], device: str | torch.device = "cpu"):
+        super().__init__(device)
+        self.cfg, self.w = cfg, {k: v.float().to(self.device) for k, v in weights.items()}
+        self.dim, self.heads = cfg["encoder_embed_dim"], cfg["encoder_attention_heads"]
+        self.alpha = (2 * cfg["encoder_layers"]) ** 0.25 if cfg.get("deep_norm") else 1.0
+        v, g = self.w.pop("encoder.pos_conv.0.weight_v"), self.w.pop("encoder.pos_conv.0.weight_g")
+        self.w["encoder.pos_conv.0.weight"] = v * (g / v.norm(dim=(0, 1), keepdim=True))  # weight norm over the kernel
+
+    @classmethod
+    def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "BEATs":
+        """From an official .pt file, of the encoder or of a tokenizer. Raises ValueError for another file, or none."""
+        try:
+            stored = torch.load(source, map_location="cpu", weights_only=True)
+            cfg, weights = dict(stored["cfg"]), stored["model"]
+        except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"no BEATs checkpoint in {source} ({type(error).__name__}): pass the path of BEATs_iter3_plus_AS2M.pt, "
+                "or for tokens of Tokenizer_iter3_plus_AS2M.pt, from github.com/microsoft/unilm/tree/master/beats"
+            ) from error
+        if cfg.get("layer_norm_first") or cfg.get("activation_fn", "gelu") != "gelu" or cfg["input_patch_size"] != 16:
+            raise ValueError(f"{source}: only post-norm BEATs with gelu and 16 x 16 patches are read here")
+        return cls(cfg, weights, device)
+
+    def fbank(self, wav: np.ndarray) -> torch.Tensor:
+        """Kaldi's log-mel of the clip scaled to 16 bits, normalised as in training: (frames, 128)."""
+        torchaudio()
+        from torchaudio.compliance import kaldi
+
+        x = torch.from_numpy(wav).to(self.device)[None] * 2**15
+        x = F.pad(x, (0, max(0, self.shortest - x.shape[1])))
+        x = kaldi.fbank(x, num_mel_bins=128, sample_frequency=16000, frame_length=25, frame_shift=10)
+        return (x - 15.41663) / (2 * 6.55582)
+
+    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
+
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.w[f"{name}.weight"], self.w[f"{name}.bias"])
+
+    def _position_bias(self, N: int) -> torch.Tensor:
+        """T5's bucketed relative positions, one table for all layers: (H, N, N)."""
+        buckets, furthest = self.cfg["num_buckets"] // 2, self.cfg["max_distance"]
+        at = torch.arange(N, device=self.device)
+        offset = at - at[:, None]
+        exact, size = buckets // 2, offset.abs()
+        far = (size.clamp(min=1).float() / exact).log() / math.log(furthest / exact) * (buckets - exact)
+        bucket = torch.where(size < exact, size, (exact + far.long()).clamp(max=buckets - 1)) + (offset > 0) * buckets
+        return self.w["encoder.layers.0.self_attn.relative_attention_bias.weight"][bucket].permute(2, 0, 1)
+
+    def _attention(self, x: torch.Tensor, name: str, bias: torch.Tensor | None, keys: torch.Tensor | None):
+        """x (B, N, D); bias (H, N, N), gated by the query where the model has gates; keys (B, 1, 1, N) bool."""
+        B, N, D = x.shape
+        q, k, v = (self._linear(x, f"{name}.{p}_proj").view(B, N, self.heads, -1).transpose(1, 2) for p in "qkv")
+        if bias is not None:
+            if self.cfg.get("gru_rel_pos"):
+                gates = self._linear(q, f"{name}.grep_linear").unflatten(-1, (2, 4)).sum(-1).sigmoid()  # (B, H, N, 2)
+                a, b = gates.chunk(2, dim=-1)
+                bias = (a * (b * self.w[f"{name}.grep_a"] - 1) + 2) * bias
+            else:
+                bias = bias.expand(B, -1, -1, -1)
+            mask = bias if keys is None else bias.masked_fill(~keys, -torch.inf)
+        else:
+            mask = keys
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, N, D / H)
+        return self._linear(y.transpose(1, 2).reshape(B, N, D), f"{name}.out_proj")
+
+    def _states(self, fbank: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) of fbanks (B, T, 128), of which the first `counts` (B,) patches are valid; N = 8 (T // 16)."""
+        x = F.conv2d(fbank[:, None], self.w["patch_embedding.weight"], self.w.get("patch_embedding.bias"), self.patch)
+        x = self._norm(x.flatten(2).transpose(1, 2), "layer_norm")  # (B, 512, T / 16, 8) -> (B, N, 512)
+        if "post_extract_proj.weight" in self.w:
+            x = self._linear(x, "post_extract_proj")
+        valid = torch.arange(x.shape[1], device=self.device) < counts[:, None]  # (B, N)
+        x = x * valid[..., None]
+        kernel = self.w["encoder.pos_conv.0.weight"].shape[2]
+        conv = F.conv1d(
+            x.transpose(1, 2),
+            self.w["encoder.pos_conv.0.weight"],
+            self.w["encoder.pos_conv.0.bias"],
+            padding=kernel // 2,
+            groups=self.cfg["conv_pos_groups"],
+        )
+        x = self._norm(x + F.gelu(conv[..., : x.shape[1]].transpose(1, 2)), "encoder.layer_norm")
+        keys = None if valid.all() else valid[:, None, None]
+        bias = self._position_bias(x.shape[1]) if self.cfg.get("relative_position_embedding") else None
+        for l in range(self.cfg["encoder_layers"]):
+            name = f"encoder.layers.{l}"
+            x = self.alpha * x + self._attention(x, f"{name}.self_attn", bias, keys)
+            x = self._norm(x, f"{name}.self_attn_layer_norm")
+            y = self._linear(F.gelu(self._linear(x, f"{name}.fc1")), f"{name}.fc2")
+            x = self._norm(self.alpha * x + y, f"{name}.final_layer_norm")
+        return x
+
+    def _each(self, wavs: list[np.ndarray], finish: Callable[[torch.Tensor], torch.Tensor]) -> list[np.ndarray]:
+        fbanks = [self.fbank(w) for w in checked(wavs)]
+        counts = [len(f) // self.patch * self.bands for f in fbanks]
+        out = [np.empty(0)] * len(wavs)
+        for batch in _batches([len(f) for f in fbanks], self.budget):
+            x = pad_sequence([fbanks[i] for i in batch], batch_first=True)
+            states = finish(self._states(x, torch.tensor([counts[i] for i in batch], device=self.device))).cpu().numpy()
+            for i, rows in zip(batch, states, strict=True):
+                out[i] = rows[: counts[i]].copy()
+        return out
+
+    @torch.inference_mode()
+    def encode(self, wavs: list[np.ndarray]) -> list[np.ndarray]:
+        """Features of every clip, (N_i, 768), N_i = 8 per whole 160 ms, at least 8."""
+        return self._each(wavs, lambda x: x)
+
+    @torch.inference_mode()
+    def codes(self, wavs: list[np.ndarray]) -> list[np.ndarray]:
+        """The tokenizer's code of every patch, (N_i,) integers, in the order of `encode`. Raises ValueError without a
+        tokenizer's checkpoint."""
+        if "quantize.embedding.weight" not in self.w:
+            raise ValueError("this BEATs has no codebook: load Tokenizer_iter3_plus_AS2M.pt for tokens")
+        book = self.w["quantize.embedding.weight"]
+
+        def nearest(x: torch.Tensor) -> torch.Tensor:
+            z = self._linear(self._linear(x, "quantize_layer.0").tanh(), "quantize_layer.2")
+            return (book.square().sum(1) - 2 * F.normalize(z, dim=-1) @ book.T).argmin(-1)
+
+        return self._each(wavs, nearest)
 
 
 class SoundCNN(Teacher):

@@ -246,6 +246,188 @@ def test_sound_checkpoint_runs_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+# BEATs
+
+CFG = {
+    "input_patch_size": 16,
+    "embed_dim": 24,
+    "encoder_layers": 2,
+    "encoder_embed_dim": 32,
+    "encoder_ffn_embed_dim": 48,
+    "encoder_attention_heads": 4,
+    "deep_norm": True,
+    "layer_norm_first": False,
+    "conv_pos": 8,
+    "conv_pos_groups": 4,
+    "relative_position_embedding": True,
+    "num_buckets": 16,
+    "max_distance": 40,
+    "gru_rel_pos": True,
+}
+
+
+@pytest.fixture(scope="module")
+def beats_file(tmp_path_factory) -> Path:
+    """A small BEATs tokenizer of random weights under the official names."""
+    torch.manual_seed(1)
+    D, E, F_, K = 32, 24, 48, CFG["conv_pos"]
+    shapes = {
+        "patch_embedding.weight": (E, 1, 16, 16),
+        "layer_norm.weight": (E,),
+        "layer_norm.bias": (E,),
+        "post_extract_proj.weight": (D, E),
+        "post_extract_proj.bias": (D,),
+        "encoder.pos_conv.0.weight_v": (D, D // 4, K),
+        "encoder.pos_conv.0.weight_g": (1, 1, K),
+        "encoder.pos_conv.0.bias": (D,),
+        "encoder.layer_norm.weight": (D,),
+        "encoder.layer_norm.bias": (D,),
+        "quantize_layer.0.weight": (D, D),
+        "quantize_layer.0.bias": (D,),
+        "quantize_layer.2.weight": (12, D),
+        "quantize_layer.2.bias": (12,),
+        "quantize.embedding.weight": (20, 12),
+    }
+    for l in range(2):
+        n = f"encoder.layers.{l}."
+        for p in "qkv":
+            shapes |= {f"{n}self_attn.{p}_proj.weight": (D, D), f"{n}self_attn.{p}_proj.bias": (D,)}
+        shapes |= {f"{n}self_attn.out_proj.weight": (D, D), f"{n}self_attn.out_proj.bias": (D,)}
+        shapes |= {f"{n}self_attn.grep_linear.weight": (8, 8), f"{n}self_attn.grep_linear.bias": (8,)}
+        shapes |= {f"{n}self_attn.grep_a": (1, 4, 1, 1), f"{n}self_attn.relative_attention_bias.weight": (16, 4)}
+        shapes |= {f"{n}fc1.weight": (F_, D), f"{n}fc1.bias": (F_,), f"{n}fc2.weight": (D, F_), f"{n}fc2.bias": (D,)}
+        for norm in ("self_attn_layer_norm", "final_layer_norm"):
+            shapes |= {f"{n}{norm}.weight": (D,), f"{n}{norm}.bias": (D,)}
+    weights = {k: 0.3 * torch.randn(s) for k, s in shapes.items()}
+    weights["quantize.embedding.weight"] = F.normalize(weights["quantize.embedding.weight"], dim=-1)
+    path = tmp_path_factory.mktemp("beats") / "beats.pt"
+    torch.save({"cfg": CFG, "model": weights}, path)
+    return path
+
+
+def kaldi_fbank(wav: np.ndarray) -> np.ndarray:
+    """Kaldi's log-mel with its defaults, float64: no dither, DC removed per frame, pre-emphasis 0.97, Povey window."""
+    x = wav.astype(np.float64) * 2**15
+    frames = np.array([x[s : s + 400] for s in range(0, len(x) - 400 + 1, 160)])
+    frames = frames - frames.mean(1, keepdims=True)
+    frames = frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], 1)
+    frames = frames * (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)) ** 0.85
+    power = np.abs(np.fft.rfft(frames, 512)) ** 2
+
+    def mel(f):
+        return 1127 * np.log(1 + f / 700)
+
+    edges, at = np.linspace(mel(20), mel(8000), 130), mel(np.arange(256) * 16000 / 512)
+    bank = np.array([
+        np.maximum(0, np.minimum((at - a) / (b - a), (c - at) / (c - b)))
+        for a, b, c in zip(edges, edges[1:], edges[2:], strict=False)
+    ])  # fmt: skip
+    return np.log(np.maximum(power[:, :256] @ bank.T, np.finfo(np.float32).eps))
+
+
+def beats_by_hand(path: Path, wav: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features and codes of one clip in float64, the paper's equations one head and one pair at a time."""
+    w = {k: v.double().numpy() for k, v in torch.load(path)["model"].items()}
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x, name):
+        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return y * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def gelu(x):
+        return F.gelu(torch.from_numpy(x)).numpy()
+
+    def bucket(offset):
+        size = abs(offset)
+        if size >= 4:
+            size = min(7, 4 + int(np.log(size / 4) / np.log(40 / 4) * 4))
+        return size + 8 * (offset > 0)
+
+    bank = (kaldi_fbank(wav) - 15.41663) / (2 * 6.55582)
+    patches = [bank[16 * t : 16 * t + 16, 16 * f : 16 * f + 16] for t in range(len(bank) // 16) for f in range(8)]
+    x = np.array([(w["patch_embedding.weight"][:, 0] * p).sum((1, 2)) for p in patches])
+    x = linear(norm(x, "layer_norm"), "post_extract_proj")
+    N, D = x.shape
+    v = w["encoder.pos_conv.0.weight_v"]
+    kernel = v / np.sqrt((v**2).sum((0, 1))) * w["encoder.pos_conv.0.weight_g"][0, 0]
+    padded, conv = np.concatenate([np.zeros((4, D)), x, np.zeros((4, D))]), np.zeros((N, D))
+    for i in range(N):
+        for out in range(D):
+            group = out // 8
+            window = padded[i : i + 8, 8 * group : 8 * group + 8]  # (K, D / groups)
+            conv[i, out] = (window.T * kernel[out]).sum() + w["encoder.pos_conv.0.bias"][out]
+    x = norm(x + gelu(conv), "encoder.layer_norm")
+    table = w["encoder.layers.0.self_attn.relative_attention_bias.weight"]
+    for l in range(2):
+        n = f"encoder.layers.{l}"
+        q, k, value = (linear(x, f"{n}.self_attn.{p}_proj") for p in "qkv")
+        y = np.zeros_like(x)
+        for h in range(4):
+            own = slice(8 * h, 8 * h + 8)
+            gates = linear(q[:, own], f"{n}.self_attn.grep_linear")
+            a, b = (1 / (1 + np.exp(-g.sum(1))) for g in (gates[:, :4], gates[:, 4:]))
+            scale = a * (b * w[f"{n}.self_attn.grep_a"][0, h, 0, 0] - 1) + 2
+            bias = np.array([[scale[i] * table[bucket(j - i), h] for j in range(N)] for i in range(N)])
+            scores = q[:, own] @ k[:, own].T / np.sqrt(8) + bias
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            y[:, own] = weights / weights.sum(1, keepdims=True) @ value[:, own]
+        alpha = 4**0.25
+        x = norm(alpha * x + linear(y, f"{n}.self_attn.out_proj"), f"{n}.self_attn_layer_norm")
+        x = norm(alpha * x + linear(gelu(linear(x, f"{n}.fc1")), f"{n}.fc2"), f"{n}.final_layer_norm")
+    z = linear(np.tanh(linear(x, "quantize_layer.0")), "quantize_layer.2")
+    z = z / np.sqrt((z**2).sum(1, keepdims=True))
+    return x, ((z[:, None] - w["quantize.embedding.weight"]) ** 2).sum(2).argmin(1)
+
+
+def test_beats_equals_the_equations_alone_and_padded(beats_file):
+    """In one batch of three lengths, so whatever padding leaks shows as a difference from the clip alone."""
+    beats = teachers.load_teacher("beats", beats_file)
+    wavs = [noise(0.6, 16000), noise(1.01, 16000, 1), noise(0.4, 16000, 2)]
+    for wav, got, codes in zip(wavs, beats.encode(wavs), beats.codes(wavs), strict=True):
+        expected, expected_codes = beats_by_hand(beats_file, wav)
+        assert got.shape == expected.shape == (8 * ((1 + (len(wav) - 400) // 160) // 16), 32)
+        np.testing.assert_allclose(got, expected, atol=2e-3)  # float32 logs of float32 powers
+        assert (codes == expected_codes).mean() > 0.95 and len(set(codes)) > 1  # near ties may differ
+
+
+def test_beats_features_are_the_same_alone_and_in_a_batch(beats_file):
+    beats = teachers.load_teacher("beats", beats_file)
+    wavs = [noise(0.6, 16000), noise(2.01, 16000, 1), noise(0.4, 16000, 2)]
+    for wav, got in zip(wavs, beats.encode(wavs), strict=True):
+        np.testing.assert_allclose(got, beats.encode([wav])[0], atol=1e-5)
+
+
+def test_beats_fbank_is_kaldis(beats_file):
+    wav = noise(0.7, 16000)
+    got = teachers.load_teacher("beats", beats_file).fbank(wav) * 2 * 6.55582 + 15.41663
+    np.testing.assert_allclose(got, kaldi_fbank(wav), atol=2e-3)
+
+
+def test_beats_takes_a_clip_below_one_patch(beats_file):
+    assert teachers.load_teacher("beats", beats_file).encode([noise(0.05, 16000)])[0].shape == (8, 32)
+
+
+def test_beats_without_a_codebook_has_no_codes(beats_file, tmp_path):
+    stored = torch.load(beats_file)
+    del stored["model"]["quantize.embedding.weight"]
+    torch.save(stored, tmp_path / "encoder.pt")
+    with pytest.raises(ValueError, match="no codebook"):
+        teachers.load_teacher("beats", tmp_path / "encoder.pt").codes([noise(1, 16000)])
+
+
+def test_other_files_are_not_beats(tmp_path):
+    (tmp_path / "text.pt").write_text("no zip")
+    torch.save({"model": {}}, tmp_path / "no_cfg.pt")
+    torch.save({"cfg": CFG | {"layer_norm_first": True}, "model": {}}, tmp_path / "pre_norm.pt")
+    for name, match in (("none", "pass the path"), ("text", "pass the path"), ("no_cfg", "KeyError"),
+                        ("pre_norm", "post-norm")):  # fmt: skip
+        with pytest.raises(ValueError, match=match) as error:
+            teachers.load_teacher("beats", tmp_path / f"{name}.pt")
+        assert "\n" not in str(error.value)
+
+
 # loading
 
 
@@ -258,7 +440,7 @@ def test_missing_weights_are_one_clear_line(name, tmp_path):
 
 
 def test_unknown_teacher():
-    with pytest.raises(ValueError, match="whisper, aisfx"):
+    with pytest.raises(ValueError, match="whisper, beats, aisfx"):
         teachers.load_teacher("beast", "x.whl")
 
 
