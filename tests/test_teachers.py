@@ -298,7 +298,7 @@ def beats_file(tmp_path_factory) -> Path:
         shapes |= {f"{n}fc1.weight": (F_, D), f"{n}fc1.bias": (F_,), f"{n}fc2.weight": (D, F_), f"{n}fc2.bias": (D,)}
         for norm in ("self_attn_layer_norm", "final_layer_norm"):
             shapes |= {f"{n}{norm}.weight": (D,), f"{n}{norm}.bias": (D,)}
-    weights = {k: 0.3 * torch.randn(s) for k, s in shapes.items()}
+    weights = {k: 0.3 * torch.randn(s) + ("norm.weight" in k) for k, s in shapes.items()}
     weights["quantize.embedding.weight"] = F.normalize(weights["quantize.embedding.weight"], dim=-1)
     path = tmp_path_factory.mktemp("beats") / "beats.pt"
     torch.save({"cfg": CFG, "model": weights}, path)
