@@ -15,7 +15,7 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -35,8 +35,11 @@ class Config:
     compile: bool = False  # torch.compile each block
     # corpus
     data_dir: str = "data/unified_b"  # prepared shards, shared by all runs on the same data
-    speech_dir: str = ""  # LibriSpeech layout, or audio files each with a same-named .txt; "demo": fetch a small corpus
-    audio_dir: str = ""  # audio files, caption from a same-named .txt or the file name; "demo": fetch a small corpus
+    speech_dir: str = ""  # any folder of recordings, each with a same-named .txt; "demo": fetch a small corpus
+    audio_dir: str = ""  # any folder of sounds, captioned by a same-named .txt or their name; "demo": fetch some
+    librispeech_dir: str = ""  # LibriSpeech, any of its splits
+    audioset_dir: str = ""  # AudioSet: *_segments.csv, ontology.json and clips named after their YouTube id
+    manifest: str = ""  # .jsonl of path, text, domain and where wanted start, end, group
     min_seconds: float = 0.5  # shorter clips are skipped
     max_seconds: float = 30.0  # longer clips are skipped; Whisper hears 30 s
     held_out: float = 0.02  # share of clips kept for validation and evaluation, in whole groups (speakers, texts)
@@ -44,8 +47,11 @@ class Config:
     reference_clips: int = 300  # training clips per domain whose waveform is kept, the reference of FAD
     # teachers and tokenizers
     whisper: str = "openai/whisper-large-v3"  # speech teacher: hub name or folder; "demo": Whisper tiny.en
-    audio_teacher: str = "beats"  # audio teacher: BEATs weights; "demo": the aisfx sound-effects network
+    audio_teacher: str = "BEATs_iter3_plus_AS2M.pt"  # path of BEATs' weights; "demo": the aisfx sound-effects network
     speech_tokenizer: Literal["s3", "whisper_vq"] = "s3"  # whisper_vq: VQ on the speech teacher's states, fitted here
+    s3: str = "speech_tokenizer_v1"  # S3's name in the s3tokenizer package, or the path of CosyVoice's .onnx file
+    audio_tokenizer: str = ""  # AST trained by tokenizer.py, a path; empty: fitted here on the training clips
+    beats_tokenizer: str = "Tokenizer_iter3_plus_AS2M.pt"  # path of the BEATs tokenizer behind beats_tokens
     speech_codes: int = 4096  # codebook size of the speech tokens
     audio_codes: int = 4096  # codebook size of the audio tokens
     beats_tokens: bool = True  # config B: a second stream of BEATs tokens beside the primary one
@@ -293,7 +299,8 @@ def _name(hint: Any) -> str:
 def help_text(cls: type, doc: str) -> str:
     """The script's docstring, then every field with its type, default and comment, as they stand in the source."""
     hints, lines = typing.get_type_hints(cls), [doc.strip(), ""]
-    for line in inspect.getsource(cls).splitlines():
+    sources = [inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c)]  # a base class's fields first
+    for line in "".join(sources).splitlines():
         field = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
         if re.match(r"    # ", line):
             lines.append(f"\n{line.strip()[2:]}:")

@@ -2,32 +2,44 @@
 
     python data.py config/demo.py                                        # prepare; train.py does it when missing
     python data.py config/demo.py --speech_dir=my/speech --audio_dir=my/sounds --data_dir=data/mine
+    torchrun --nproc_per_node=8 data.py config/unified_b.py --librispeech_dir=X --audioset_dir=Y    # one GPU each
+    python data.py --verify data/demo                                    # every file against its checksum
 
-A prepared folder holds meta.json (written last: without it the folder is unfinished), the tokenizers, and per split
-    index.npy     one record a clip: where its mel, tokens, text and teacher embedding lie
-    mel.bin       (frames, 100) float16 log-mel, all clips one after the other
-    tokens.bin    (tokens, streams) int32
-    text.bin      names and texts, utf-8
-    teacher_0.npy, teacher_1.npy    (clips of the domain, E) pooled embeddings of the domain's teacher
-    wav/          original waveforms, of every held-out clip and some of the others: what evaluation compares with
-Everything but wav/ is read by memory map. B clips, T frames, N tokens, M = 100 mel bins, E teacher width.
+Any number of processes, on any machines that share the disk, prepare one folder together: each takes the next shard
+that nobody holds. A preparation that was stopped goes on when the same command is given again. Beside what shards.py
+writes, the folder holds
+    plan.json               settings and corpus, written first: others are refused
+    speech_tokenizer.pt, audio_tokenizer.pt     fitted here, where the config says so
+T frames, N tokens, M = 100 mel bins, E teacher width.
 """
+
+from dataclasses import dataclass
 
 from configurator import DOMAINS, Config, configure
 
+
+@dataclass
+class DataArgs(Config):
+    """Config's keys, and:"""
+
+    verify: str = ""  # check the prepared folder of this name and do nothing else
+
+
 if __name__ == "__main__":
-    ARGS = configure(Config, __doc__)  # a typo is answered before torch is imported
+    ARGS = configure(DataArgs, __doc__)  # a typo is answered before torch is imported
 
 import collections
+import contextlib
+import fcntl
 import hashlib
+import importlib.util
 import json
 import os
-import re
 import shutil
 import sys
 import time
-from dataclasses import dataclass, fields, replace
-from fractions import Fraction
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,205 +47,52 @@ import torch
 from tqdm import tqdm
 
 import audio
+import corpora
 import fetch
 import teachers
 import tokenizer
 from audio import AudioError
+from corpora import SPEECH, Clip, DataError
+from shards import Prepared, join, read_meta, token_count, verify, write_json, write_shard
 
-SPEECH, AUDIO = 0, 1
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".opus", *audio.PYAV_SUFFIXES}
-TOKEN_RATE = (50, 25)  # primary tokens per second, by domain
-LOST_LIMIT = 0.05  # preparation stops when a larger share of the clips cannot be used
-INDEX = np.dtype(
-    [
-        ("mel", "<i8"),  # first row in mel.bin
-        ("frames", "<i4"),
-        ("token", "<i8"),  # first row in tokens.bin
-        ("tokens", "<i4"),
-        ("text", "<i8"),  # first byte in text.bin: name, newline, text
-        ("text_len", "<i4"),
-        ("teacher", "<i8"),  # row in teacher_{domain}.npy
-        ("domain", "<i1"),
-    ]
-)
+SHARD_CLIPS = 512
+FIT_CLIPS = 4000  # most training clips per domain that a tokenizer is fitted on here
+LOST_LIMIT = 0.05  # preparation fails when a larger share of the clips cannot be used
 # what a prepared folder depends on: a run with other values of these must not use it
 PREPARED_WITH = (
-    "speech_dir audio_dir min_seconds max_seconds held_out data_seed reference_clips whisper audio_teacher "
-    "speech_tokenizer speech_codes audio_codes beats_tokens tokenizer_steps mel_floor"
+    "speech_dir audio_dir librispeech_dir audioset_dir manifest min_seconds max_seconds held_out data_seed "
+    "reference_clips whisper audio_teacher speech_tokenizer s3 audio_tokenizer beats_tokenizer speech_codes "
+    "audio_codes beats_tokens tokenizer_steps mel_floor"
 ).split()
 
 
-class DataError(RuntimeError):
-    """A corpus or a prepared folder that cannot be used; one line that says what to do."""
-
-
-@dataclass
-class Clip:
-    """One recording before preparation. `group` keeps clips together on one side of the held-out split."""
-
-    name: str
-    source: Path | bytes
-    text: str
-    domain: int
-    group: str
-
-
-@dataclass
-class Prepared:
-    """One recording on its way to disk."""
-
-    clip: Clip
-    held_out: bool
-    mel: np.ndarray  # (T, M) float16
-    wav: np.ndarray  # (L,) at 24 kHz
-    teacher_wav: np.ndarray  # (L,) at the teacher's rate
-    tokens: np.ndarray | None = None  # (N,)
-    embedding: np.ndarray | None = None  # (E,)
-
-
-@dataclass
-class Batch:
-    """What the model sees of B clips; tensors on one device."""
-
-    mel: torch.Tensor  # (B, T, M) log-mel, 0 on padding
-    frames: torch.Tensor  # (B,) valid frames
-    tokens: torch.Tensor  # (B, N) or (B, N, 2)
-    token_len: torch.Tensor  # (B,)
-    domain: torch.Tensor  # (B,) 0 speech, 1 audio
-    teacher: dict[str, torch.Tensor]  # {name: (B, E)}, zero rows for clips of the other domain
-    prompt: torch.Tensor  # (B,) frames of reference mel given to the model
-    ids: torch.Tensor  # (B,) rows of the split's index
-
-    def to(self, device: str) -> "Batch":
-        move = {f.name: getattr(self, f.name) for f in fields(self)}
-        move = {k: v.to(device) for k, v in move.items() if k != "teacher"}
-        return Batch(**move, teacher={k: v.to(device) for k, v in self.teacher.items()})
-
-    def double(self) -> "Batch":
-        """The same in float64, for checks."""
-        teacher = {k: v.double() for k, v in self.teacher.items()}
-        return replace(self, mel=self.mel.double(), teacher=teacher)
-
-
-# ---- corpora
-
-
-def demo_speech() -> list[Clip]:
-    """The Asterisk prompts, one voice; prompts whose transcript is only a [stage direction] carry no words."""
-    import gzip
-
-    text_file = fetch.open_deb(fetch.fetch("asterisk_text"))
-    listing = gzip.decompress(next(v for k, v in text_file.items() if k.endswith("core-sounds-en.txt.gz"))).decode()
-    texts = dict(line.split(": ", 1) for line in listing.splitlines() if ": " in line and not line.startswith(";"))
-    clips = []
-    for path, content in sorted(fetch.open_deb(fetch.fetch("asterisk")).items()):
-        if path.endswith(".g722"):
-            name = path.split("en_US_f_Allison/")[1]
-            words = " ".join(re.sub(r"\[[^]]*\]", "", texts.get(name.removesuffix(".g722"), "")).split())
-            clips.append(Clip(name, content, words, SPEECH, _normal(words)))
-    return clips
-
-
-def demo_audio() -> list[Clip]:
-    """Sonic Pi's samples (the file name is the caption) and OpenSFX's effects (captioned in their container)."""
-    clips = []
-    for path, content in sorted(fetch.open_deb(fetch.fetch("sonic_pi")).items()):
-        if path.endswith(".flac"):
-            stem = Path(path).stem
-            clips.append(Clip(f"sonic_pi/{stem}.flac", content, stem.replace("_", " "), AUDIO, stem))
-    files = fetch.open_deb(fetch.fetch("opensfx"))
-    cat = next(v for k, v in files.items() if k.endswith("opensfx.cat"))
-    first = int.from_bytes(cat[:4], "little") & 0x7FFFFFFF
-    for i in range(first // 8):  # a table of (offset, length), then at each offset a name and a wav
-        offset = int.from_bytes(cat[8 * i : 8 * i + 4], "little") & 0x7FFFFFFF
-        length = int.from_bytes(cat[8 * i + 4 : 8 * i + 8], "little")
-        caption = cat[offset + 1 : offset + 1 + cat[offset]].split(b'".')[0].split(b"\0")[0].decode("latin-1").strip()
-        start = offset + 1 + cat[offset]
-        clips.append(Clip(f"opensfx/{i:02d}.wav", cat[start : start + length], caption, AUDIO, caption))
-    return clips
-
-
-def folder(path: str, domain: int) -> list[Clip]:
-    """Any folder: text from LibriSpeech's .trans.txt, a same-named .txt, or (audio only) the file's own name.
-
-    A speech clip is grouped by its folder where the layout is LibriSpeech's (speaker/chapter), else by its text.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        raise DataError(f"{DOMAINS[domain]}_dir={path}: no such folder; pass --{DOMAINS[domain]}_dir=FOLDER")
-    transcripts = {}
-    for listing in root.rglob("*.trans.txt"):
-        for line in listing.read_text(encoding="utf-8").splitlines():
-            key, _, text = line.partition(" ")
-            transcripts[listing.parent / key] = text
-    clips = []
-    for file in sorted(f for f in root.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES):
-        stem, own_text = file.with_suffix(""), file.with_suffix(".txt")
-        if stem in transcripts:
-            text, group = transcripts[stem], file.name.split("-")[0]  # LibriSpeech: SPEAKER-CHAPTER-NUMBER.flac
-        elif own_text.exists():
-            text = own_text.read_text(encoding="utf-8").strip()
-            group = _normal(text)
-        else:
-            text = file.stem.replace("_", " ") if domain == AUDIO else ""
-            group = file.stem
-        clips.append(Clip(str(file.relative_to(root)), file, text, domain, group))
-    if not clips:
-        raise DataError(f"{DOMAINS[domain]}_dir={path}: no audio files ({' '.join(sorted(AUDIO_SUFFIXES))}) in it")
-    return clips
+# ---- what a config needs
 
 
 def missing(config: Config) -> list[str]:
-    """What the config needs and this machine lacks, one line each: corpora and weights."""
+    """What the config needs and this machine lacks, one line each: corpora, weights and packages."""
     lines = []
     for d, name in enumerate(DOMAINS):
-        value = getattr(config, f"{name}_dir")
-        if value != "demo" and not Path(value or "-").is_dir():
-            corpus = (
-                "LibriSpeech (or any folder of recordings with texts)",
-                "AudioSet clips (or any folder of sounds)",
-            )[d]
-            lines.append(f"--{name}_dir=FOLDER  {corpus}; now {value!r}")
-    if config.audio_teacher != "demo" and not Path(config.audio_teacher).exists():
+        key = ("librispeech", "audioset")[d] + "_dir"
+        values = {k: getattr(config, k) for k in (f"{name}_dir", key)}
+        absent = [f"{k}={v!r}" for k, v in values.items() if v and v != "demo" and not Path(v).is_dir()]
+        if absent or not (any(values.values()) or config.manifest):
+            now = ", ".join(absent) or "none is given"
+            lines.append(f"--{key}=FOLDER, or --{name}_dir=FOLDER for any folder of recordings; now {now}")
+    if config.audio_teacher != "demo" and not Path(config.audio_teacher).is_file():
         lines.append(f"--audio_teacher=FILE  BEATs_iter3_plus_AS2M.pt; now {config.audio_teacher!r}")
-    if config.speech_tokenizer == "s3":
-        lines.append("--speech_tokenizer=whisper_vq  the S3 tokenizer's reader is not part of this version")
-    if config.beats_tokens:
-        lines.append("--beats_tokens=false  the BEATs token stream's reader is not part of this version")
+    if config.beats_tokens and not Path(config.beats_tokenizer).is_file():
+        lines.append(f"--beats_tokenizer=FILE  Tokenizer_iter3_plus_AS2M.pt; now {config.beats_tokenizer!r}")
+    if config.audio_tokenizer and not Path(config.audio_tokenizer).is_file():
+        lines.append(f"--audio_tokenizer=FILE  a checkpoint of tokenizer.py; now {config.audio_tokenizer!r}")
+    if config.speech_tokenizer == "s3" and not any(map(importlib.util.find_spec, ("s3tokenizer", "onnxruntime"))):
+        lines.append("pip install s3tokenizer  for S3 tokens (or onnxruntime, with --s3=PATH/speech_tokenizer_v1.onnx)")
     return lines
 
 
-def _normal(text: str) -> str:
-    return "".join(c for c in text.lower() if c.isalnum() or c == " ")
-
-
-def held_out(clips: list[Clip], share: float, seed: int) -> list[bool]:
-    """True for the held-out clips: whole groups in hash order until `share` of each domain's clips is reached."""
-    chosen = set()
-    for d in range(len(DOMAINS)):
-        sizes = collections.Counter(c.group for c in clips if c.domain == d)
-        order = sorted(sizes, key=lambda g: hashlib.sha256(f"{seed}/{d}/{g}".encode()).digest())
-        target, total = share * sum(sizes.values()), 0
-        for group in order:
-            if total >= target:
-                break
-            chosen.add((d, group))
-            total += sizes[group]
-    return [(c.domain, c.group) in chosen for c in clips]
-
-
-# ---- preparation
-
-
-def decode(clip: Clip, rates: tuple[int, ...], config: Config) -> list[np.ndarray]:
-    """The clip's waveform at each of the sample rates. Raises AudioError for a clip that cannot be used."""
-    if clip.domain == SPEECH and not _normal(clip.text).strip():
-        raise AudioError("no text")
-    wav, rate = audio.decode(clip.source, clip.name)
-    seconds = len(wav) / rate
-    if not config.min_seconds <= seconds <= config.max_seconds:
-        raise AudioError("too short" if seconds < config.min_seconds else "too long", f"{seconds:.2f} s")
-    return [audio.resample(wav, rate, to) for to in rates]
+def token_rates(config: Config) -> list[int]:
+    """Primary tokens per second of each domain: S3's (and Whisper's states') 50; AST's own, or the demo's 25."""
+    return [50, 25 if config.audio_teacher == "demo" else 50]
 
 
 def to_rate(features: np.ndarray, n: int) -> np.ndarray:
@@ -242,203 +101,314 @@ def to_rate(features: np.ndarray, n: int) -> np.ndarray:
     return torch.nn.functional.interpolate(x, n, mode="linear", align_corners=False)[0].T.numpy()
 
 
-def token_count(frames: int, domain: int) -> int:
-    return max(1, round(frames * TOKEN_RATE[domain] / audio.FRAME_RATE))
+def at_token_times(rows: np.ndarray, n: int, rate: float, own_rate: float) -> np.ndarray:
+    """The row of a sequence at `own_rate` per second that covers the middle of each of n tokens at `rate` per second:
+    how a stream of codes follows another in time, whatever their lengths. Past its end the last row is repeated."""
+    at = ((np.arange(n) + 0.5) / rate * own_rate).astype(np.int64)
+    return rows[np.minimum(at, len(rows) - 1)]
 
 
-def prepare(config: Config) -> None:
-    """Writes config.data_dir. Raises DataError when inputs are missing or too many clips are unusable.
+class Networks:
+    """The frozen networks of a config, loaded when first needed, and what was encoded once already."""
 
-    Clips are decoded once; each domain's teacher gives time-resolved features (for the tokens, whose codebook is fitted
-    on the training split alone) and pooled embeddings. The folder is built beside its final name and renamed.
-    """
-    lines = missing(config)
-    if lines:
-        raise DataError("this config needs what is not here:\n  " + "\n  ".join(lines))
-    start = time.time()
-    clips = demo_speech() if config.speech_dir == "demo" else folder(config.speech_dir, SPEECH)
-    clips += demo_audio() if config.audio_dir == "demo" else folder(config.audio_dir, AUDIO)
-    out_dir = Path(config.data_dir)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise DataError(f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER")  # never write over them
-    build = out_dir.with_name(f"{out_dir.name}.part{os.getpid()}")
-    build.mkdir(parents=True)
-    try:
-        _prepare_into(build, config, clips)
-        if not (out_dir / "meta.json").exists():  # another process may have been faster
-            build.rename(out_dir)
-    finally:
-        shutil.rmtree(build, ignore_errors=True)
-    print(f"prepared {out_dir} in {time.time() - start:.0f} s")
+    def __init__(self, config: Config):
+        self.config, self.rates = config, token_rates(config)
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        self.device = gpu if torch.cuda.is_available() and config.device in ("auto", "cuda") else "cpu"
+        self.features: dict[tuple, np.ndarray] = {}  # of the clips that a tokenizer was fitted on
+        self.seconds: collections.Counter = collections.Counter()  # spent in each stage
 
-
-def _prepare_into(build: Path, config: Config, clips: list[Clip]) -> None:
-    teacher = [teachers.load_teacher("whisper", _source(config.whisper, "whisper_tiny"))]
-    teacher.append(teachers.load_teacher("aisfx", _source(config.audio_teacher, "aisfx")))
-    prepared, lost = decode_all(clips, [t.sample_rate for t in teacher], config)
-    meta = {
-        "prepared_with": {k: getattr(config, k) for k in PREPARED_WITH},
-        "skipped": lost,
-        "teachers": [[t.name, t.dim] for t in teacher],
-    }
-    for d, name in enumerate(DOMAINS):
-        own = [p for p in prepared if p.clip.domain == d]
-        if not any(not p.held_out for p in own):
-            raise DataError(f"no usable {name} clip to train on; pass another --{name}_dir or a smaller --held_out")
-        waves = [p.teacher_wav for p in own]
-        pooled = teacher[d].embed(waves)
-        # S3's recipe quantises in the middle of the recogniser's encoder, where sound is not yet all turned into text
-        middle = {"layer": teacher[d].depth // 2 - 1} if d == SPEECH else {}
-        features = teacher[d].encode(waves, **middle)
-        features = [to_rate(f, token_count(len(p.mel), d)) for f, p in zip(features, own, strict=True)]
-        codes, meta[f"{name}_tokens"] = _tokenise(build, config, d, own, features)
-        for p, p_codes, embedding in zip(own, codes, pooled, strict=True):
-            p.tokens, p.embedding = p_codes, embedding
-    for split, wanted in (("train", False), ("held_out", True)):
-        meta[split] = write_split(
-            build / split, config, [p for p in prepared if p.held_out == wanted], meta["teachers"]
+    @cached_property
+    def encoders(self) -> list[teachers.Teacher]:
+        c = self.config
+        whisper = fetch.fetch("whisper_tiny") if c.whisper == "demo" else c.whisper
+        audio_name, weights = (
+            ("aisfx", fetch.fetch("aisfx")) if c.audio_teacher == "demo" else ("beats", c.audio_teacher)
         )
-    frames = np.concatenate([p.mel for p in prepared if not p.held_out]).astype(np.float64).clip(min=config.mel_floor)
-    meta["mel_mean"], meta["mel_std"] = frames.mean(0).tolist(), frames.std(0).clip(1e-3).tolist()
-    (build / "meta.json").write_text(json.dumps(meta, indent=1))
+        return [
+            teachers.load_teacher("whisper", whisper, self.device),
+            teachers.load_teacher(audio_name, weights, self.device),
+        ]
+
+    @cached_property
+    def s3(self) -> tokenizer.S3:
+        return tokenizer.S3(self.config.s3, self.device)
+
+    @cached_property
+    def beats_tokenizer(self) -> teachers.BEATs:
+        return teachers.BEATs.load(self.config.beats_tokenizer, self.device)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.time()
+        yield
+        self.seconds[stage] += time.time() - start
+
+    def encode(self, d: int, own: list[Prepared]) -> list[np.ndarray]:
+        """Features of domain d's clips at its token rate, (N, E) each: what its tokenizer reads."""
+        teacher, rate = self.encoders[d], self.rates[d]
+        new = [p for p in own if (d, p.clip.name) not in self.features]
+        # S3's recipe quantises in the middle of the recogniser's encoder, where sound is not yet all turned into text
+        layer = {"layer": teacher.depth // 2 - 1} if d == SPEECH else {}
+        fresh = iter(teacher.encode([p.teacher_wav for p in new], **layer) if new else [])
+        out = []
+        for p in own:
+            key, n = (d, p.clip.name), token_count(len(p.mel), rate)
+            if key in self.features:
+                out.append(self.features[key])
+            elif teacher.name == "beats":  # patches, 8 bands per 160 ms: a mean of neighbours would mix bands
+                out.append(at_token_times(next(fresh), n, rate, teacher.rate))
+            else:
+                out.append(to_rate(next(fresh), n))
+        return out
+
+    def tokens(self, d: int, own: list[Prepared], fitted: tokenizer.Tokenizer | None) -> list[np.ndarray]:
+        """Codes of domain d's clips, (N, streams) each; the second stream is BEATs' at the same times (eq. 15)."""
+        counts = [token_count(len(p.mel), self.rates[d]) for p in own]
+        if fitted is None:
+            codes = self.s3.encode([p.teacher_wav for p in own])
+            codes = [at_token_times(c, n, self.rates[d], self.s3.rate) for c, n in zip(codes, counts, strict=True)]
+        else:
+            codes = fitted.encode(self.encode(d, own))
+        if not self.config.beats_tokens:
+            return [c[:, None] for c in codes]
+        beats = self.beats_tokenizer
+        waves = [audio.resample(p.wav, audio.SAMPLE_RATE, beats.sample_rate) for p in own]
+        second = zip(beats.codes(waves), counts, strict=True)
+        second = [at_token_times(c, n, self.rates[d], beats.rate) for c, n in second]
+        return [np.stack(pair, 1) for pair in zip(codes, second, strict=True)]
 
 
-def decode_all(clips: list[Clip], teacher_rates: list[int], config: Config) -> tuple[list[Prepared], dict]:
-    """The usable clips, decoded, and the names of the others by reason. Raises DataError when too many are lost."""
-    split = held_out(clips, config.held_out, config.data_seed)
+# ---- preparation
+
+
+def decode(clip: Clip, rates: tuple[int, ...], config: Config) -> list[np.ndarray]:
+    """The clip's waveform at each of the sample rates. Raises AudioError for a clip that cannot be used."""
+    if clip.domain == SPEECH and not corpora.normal(clip.text).strip():
+        raise AudioError("no text")
+    wav, rate = audio.decode(clip.source, clip.name)
+    wav = wav[int(clip.start * rate) : None if clip.end is None else int(clip.end * rate)]
+    seconds = len(wav) / rate
+    if not config.min_seconds <= seconds <= config.max_seconds:
+        raise AudioError("too short" if seconds < config.min_seconds else "too long", f"{seconds:.2f} s")
+    return [audio.resample(wav, rate, to) for to in rates]
+
+
+def decode_all(clips: list[Clip], networks: Networks, bar: tqdm | None = None) -> tuple[list[Prepared], dict]:
+    """The usable clips, decoded, and the names of the others by reason."""
     prepared, lost = [], collections.defaultdict(list)
-    for clip, out in tqdm(list(zip(clips, split, strict=True)), desc="decode and mel", mininterval=1):
-        try:
-            wav, teacher_wav = decode(clip, (audio.SAMPLE_RATE, teacher_rates[clip.domain]), config)
-            mel = audio.log_mel(torch.from_numpy(wav)).half().numpy()
-            prepared.append(Prepared(clip, out, mel, wav, teacher_wav))
-        except AudioError as error:
-            lost[error.reason].append(clip.name)
-    for reason, names in lost.items():
-        print(f"skipped {len(names)} clips: {reason} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})")
-    count = len(clips) - len(prepared)
-    if count > LOST_LIMIT * len(clips):
-        raise DataError(f"{count} of {len(clips)} clips cannot be used (reasons above); mend the corpus")
+    rates = [t.sample_rate for t in networks.encoders]
+    with networks.timed("decode and mel"):
+        for clip in clips:
+            try:
+                wav, teacher_wav = decode(clip, (audio.SAMPLE_RATE, rates[clip.domain]), networks.config)
+                mel = audio.log_mel(torch.from_numpy(wav)).half().numpy()
+                prepared.append(Prepared(clip, mel, wav, teacher_wav))
+            except AudioError as error:
+                lost[error.reason].append(clip.name)
+            if bar:
+                bar.update()
     return prepared, dict(lost)
 
 
-def _source(value: str, role: str) -> str | Path:
-    return fetch.fetch(role) if value == "demo" else value
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock among processes, given back by the system even when its holder is killed; yields whether it is ours,
+    which it always is with `wait`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
-def _tokenise(build: Path, config: Config, d: int, own: list[Prepared], features: list) -> tuple[list, dict]:
-    """Fits domain d's tokenizer on the training clips and encodes all of them; returns the codes and what to report."""
-    size, name = (config.speech_codes, config.audio_codes)[d], DOMAINS[d]
-    train = [f for f, p in zip(features, own, strict=True) if not p.held_out]
-    with tqdm(total=config.tokenizer_steps, desc=f"{name} tokenizer", mininterval=1) as bar:
-        steps, rate = config.tokenizer_steps, TOKEN_RATE[d]
-        model = tokenizer.fit(train, size, steps, rate, remove_position=d == SPEECH, progress=lambda *_: bar.update())
-    tokenizer.save(model, build / f"{name}_tokenizer.pt")
-    codes = model.encode(features)
-    used, perplexity = tokenizer.usage(codes, size)
-    report = {"codes_used": used, "perplexity": perplexity}
-    if d == SPEECH:
-        book = model.codebook.numpy()
-        report["position_share_of_features"] = tokenizer.position_share(features)
-        report["position_share_of_tokens"] = tokenizer.position_share([book[c] for c in codes])
-    print(f"{name} tokens: " + ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in report.items()))
-    return codes, report
+def differences(config: Config, before: dict) -> str:
+    """The settings of PREPARED_WITH that differ from those in `before`, or nothing."""
+    now = json.loads(json.dumps({k: getattr(config, k) for k in PREPARED_WITH}))
+    return "; ".join(f"{k}: {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v)
 
 
-def write_split(path: Path, config: Config, prepared: list[Prepared], teacher: list) -> dict:
-    """Writes one split's files and returns its clips and seconds per domain; `teacher` is [(name, E), ...]."""
-    (path / "wav").mkdir(parents=True)
-    index = np.zeros(len(prepared), INDEX)
-    mel_row = token_row = text_byte = 0
-    rows, wavs = [0] * len(DOMAINS), [0] * len(DOMAINS)
-    with (
-        open(path / "mel.bin", "wb") as mel_bin,
-        open(path / "tokens.bin", "wb") as token_bin,
-        open(path / "text.bin", "wb") as text_bin,
-    ):
-        for i, p in enumerate(prepared):
-            d, text = p.clip.domain, f"{p.clip.name}\n{p.clip.text}".encode()
-            index[i] = (mel_row, len(p.mel), token_row, len(p.tokens), text_byte, len(text), rows[d], d)
-            mel_bin.write(p.mel.tobytes())
-            token_bin.write(p.tokens.astype("<i4").tobytes())
-            text_bin.write(text)
-            mel_row, token_row, text_byte = mel_row + len(p.mel), token_row + len(p.tokens), text_byte + len(text)
-            rows[d] += 1
-            if p.held_out or wavs[d] < config.reference_clips:
-                audio.write(path / "wav" / f"{i:07d}.wav", p.wav)
-                wavs[d] += 1
-    np.save(path / "index.npy", index)
-    for d, (_, width) in enumerate(teacher):
-        embeddings = [p.embedding for p in prepared if p.clip.domain == d]
-        np.save(path / f"teacher_{d}.npy", np.array(embeddings, np.float32).reshape(-1, width))
-    seconds = [float(index["frames"][index["domain"] == d].sum() / audio.FRAME_RATE) for d in range(len(DOMAINS))]
-    return {"clips": rows, "seconds": seconds}
+def prepare(config: Config) -> None:
+    """Brings config.data_dir to completion, alone or together with other processes. Raises DataError when inputs are
+    missing, when the folder belongs to other settings or another corpus, or when too many clips are unusable."""
+    lines = missing(config)
+    if lines:
+        raise DataError("this config needs what is not here:\n  " + "\n  ".join(lines))
+    start, lead = time.time(), os.environ.get("RANK", "0") == "0"
+    clips, notes = corpora.read(config)
+    out_dir = Path(config.data_dir)
+    locks = out_dir.with_name(f".{out_dir.name}.locks")
+    with locked(locks / "plan"):
+        _plan(out_dir, config, clips)
+    shards = plan_shards(clips, config)
+    networks = Networks(config)
+    with locked(locks / "tokenizers"):
+        fit_tokenizers(out_dir, networks, [c for name, own in shards.items() if name.startswith("train") for c in own])
+    fitted = load_tokenizers(out_dir, config)
+    keep = waves_to_keep(shards, config)
+    with tqdm(total=len(clips), desc="clips", mininterval=1, disable=not lead) as bar:
+        pending = dict(shards)
+        while pending:
+            for name in list(pending):
+                with locked(locks / name, wait=False) as ours:
+                    if ours and not (out_dir / name).exists():
+                        prepare_shard(out_dir / name, pending[name], networks, fitted, keep, bar)
+                    elif not ours and not (out_dir / name).exists():
+                        continue
+                del pending[name]
+            time.sleep(0.2 if pending else 0)  # others hold what is left
+    with locked(locks / "finish"):
+        if not (out_dir / "meta.json").exists():
+            finish(out_dir, list(shards), config, networks)
+    shutil.rmtree(locks, ignore_errors=True)
+    if lead:
+        report_preparation(out_dir, networks, notes, len(clips), time.time() - start)
 
 
-# ---- reading
+def _plan(out_dir: Path, config: Config, clips: list[Clip]) -> None:
+    """Writes plan.json, or raises DataError when the folder there was planned otherwise or is not ours at all."""
+    listing = hashlib.sha256("".join(f"{c.domain} {c.name}\n{c.group}\n{c.text}\n" for c in clips).encode()).hexdigest()
+    plan = {"prepared_with": {k: getattr(config, k) for k in PREPARED_WITH}, "clips": len(clips), "listing": listing}
+    if not (out_dir / "plan.json").exists():
+        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+            raise DataError(
+                f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER"
+            )  # never write over them
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_json(out_dir / "plan.json", plan)
+        return
+    before = json.loads((out_dir / "plan.json").read_text())
+    changed = differences(config, before["prepared_with"])
+    if not changed and before["listing"] != listing:
+        changed = f"the corpus: {before['clips']} -> {len(clips)} clips, or other names and texts"
+    if changed:
+        raise DataError(
+            f"{out_dir} was begun with other settings ({changed}); pass --data_dir=ANOTHER_FOLDER or delete it"
+        )
 
 
-class Dataset:
-    """One split of a prepared folder, by memory map."""
+def plan_shards(clips: list[Clip], config: Config) -> dict[str, list[Clip]]:
+    """{shard's name: its clips}, the same for everybody who prepares this folder."""
+    out = corpora.held_out(clips, config.held_out, config.data_seed)
+    shards = {}
+    for split, wanted in (("train", False), ("held_out", True)):
+        own = [c for c, o in zip(clips, out, strict=True) if o == wanted]
+        for k in range(0, len(own), SHARD_CLIPS):
+            shards[f"{split}_{k // SHARD_CLIPS:05d}"] = own[k : k + SHARD_CLIPS]
+    for d, name in enumerate(DOMAINS):
+        if not any(c.domain == d for s, own in shards.items() if s.startswith("train") for c in own):
+            raise DataError(f"no {name} clip is left to train on; pass a smaller --held_out")
+    return shards
 
-    def __init__(self, data_dir: str | Path, split: str):
-        path = Path(data_dir) / split
-        self.path, self.meta = path, read_meta(data_dir)
-        self.index = np.load(path / "index.npy", mmap_mode="r")
-        self.mel = np.memmap(path / "mel.bin", np.float16, "r").reshape(-1, audio.N_MELS)
-        self.tokens = np.memmap(path / "tokens.bin", "<i4", "r")
-        self.text_bytes = np.memmap(path / "text.bin", np.uint8, "r")
-        self.teachers = [np.load(path / f"teacher_{d}.npy", mmap_mode="r") for d in range(len(DOMAINS))]
 
-    def __len__(self) -> int:
-        return len(self.index)
+def in_hash_order(clips: list[Clip], seed: int) -> list[Clip]:
+    """The clips in an order that depends on nothing but their names and the seed."""
+    return sorted(clips, key=lambda c: hashlib.sha256(f"{seed}/{c.domain}/{c.name}".encode()).digest())
 
-    def name_and_text(self, i: int) -> tuple[str, str]:
-        r = self.index[i]
-        name, _, text = bytes(self.text_bytes[r["text"] : r["text"] + r["text_len"]]).decode().partition("\n")
-        return name, text
 
-    def wav_path(self, i: int) -> Path:
-        return self.path / "wav" / f"{i:07d}.wav"
+def waves_to_keep(shards: dict[str, list[Clip]], config: Config) -> set[tuple[int, str]]:
+    """(domain, name) of the clips whose waveform evaluation needs: all held-out ones, some training ones per domain."""
+    keep = {(c.domain, c.name) for s, own in shards.items() if s.startswith("held_out") for c in own}
+    train = in_hash_order([c for s, own in shards.items() if s.startswith("train") for c in own], config.data_seed)
+    for d in range(len(DOMAINS)):
+        keep |= {(d, c.name) for c in [c for c in train if c.domain == d][: config.reference_clips]}
+    return keep
 
-    def batch(self, ids: np.ndarray, crops: np.ndarray | None = None, prompts: np.ndarray | None = None) -> Batch:
-        """Clips `ids` (B,) as one padded Batch; `crops` (B, 2): first frame and frames; `prompts` (B,): reference."""
-        records = self.index[ids]
-        crops = np.stack([np.zeros_like(records["frames"]), records["frames"]], 1) if crops is None else crops
-        frames = torch.from_numpy(np.asarray(crops[:, 1], np.int64))
-        domain = torch.from_numpy(records["domain"].astype(np.int64))
-        spans = [token_span(*c, d, r["tokens"]) for c, d, r in zip(crops, domain.tolist(), records, strict=True)]
-        token_len = torch.tensor([n for _, n in spans])
-        mel = torch.zeros(len(ids), int(frames.max()), audio.N_MELS)
-        tokens = torch.zeros(len(ids), int(token_len.max()), dtype=torch.int64)
-        for b, (r, (first, length), (token, count)) in enumerate(zip(records, crops, spans, strict=True)):
-            mel[b, :length] = torch.from_numpy(
-                self.mel[r["mel"] + first : r["mel"] + first + length].astype(np.float32)
+
+def fit_tokenizers(out_dir: Path, networks: Networks, clips: list[Clip]) -> None:
+    """Fits the tokenizers that the config wants fitted here, on training clips alone, unless they are there already."""
+    config = networks.config
+    for d, name in enumerate(DOMAINS):
+        ready = config.speech_tokenizer == "s3" if d == SPEECH else bool(config.audio_tokenizer)
+        if ready or (out_dir / f"{name}_tokenizer.pt").exists():
+            continue
+        chosen = in_hash_order([c for c in clips if c.domain == d], config.data_seed)[:FIT_CLIPS]
+        own, _ = decode_all(chosen, networks)
+        if not own:
+            raise DataError(f"no usable {name} clip to fit a tokenizer on; pass another --{name}_dir")
+        with networks.timed("features"):
+            features = networks.encode(d, own)
+        networks.features |= {(d, p.clip.name): f for p, f in zip(own, features, strict=True)}
+        size, steps = (config.speech_codes, config.audio_codes)[d], config.tokenizer_steps
+        with networks.timed("fitting"), tqdm(total=steps, desc=f"{name} tokenizer", mininterval=1) as bar:
+            model = tokenizer.fit(
+                features, size, steps, networks.rates[d], remove_position=d == SPEECH, progress=lambda *_: bar.update()
             )
-            row = r["token"] + token
-            tokens[b, :count] = torch.from_numpy(self.tokens[row : row + count].astype(np.int64))
-        teacher = {}
-        for d, (name, width) in enumerate(self.meta["teachers"]):
-            teacher[name] = torch.zeros(len(ids), width)
-            of_domain = records["domain"] == d
-            teacher[name][of_domain] = torch.from_numpy(self.teachers[d][records["teacher"][of_domain]])
-        prompt = torch.zeros(len(ids), dtype=torch.int64) if prompts is None else torch.from_numpy(prompts)
-        return Batch(mel, frames, tokens, token_len, domain, teacher, prompt, torch.from_numpy(np.asarray(ids)))
+        codes = model.encode(features)
+        used, perplexity = tokenizer.usage(codes, size)
+        found = {"codes_used": used, "perplexity": perplexity}
+        if d == SPEECH:
+            book = model.codebook.numpy()
+            found["position_share_of_features"] = tokenizer.position_share(features)
+            found["position_share_of_tokens"] = tokenizer.position_share([book[c] for c in codes])
+        print(f"{name} tokens: " + ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in found.items()))
+        write_json(out_dir / f"{name}_tokens.json", found)
+        tokenizer.save(model, out_dir / f"{name}_tokenizer.pt")
 
 
-def crop_unit() -> int:
-    """Frames between the times at which a token of every domain starts: a crop begins only there."""
-    return int(np.lcm.reduce([(Fraction(r) / Fraction(audio.FRAME_RATE)).denominator for r in TOKEN_RATE]))
+def load_tokenizers(out_dir: Path, config: Config) -> list[tokenizer.Tokenizer | None]:
+    """Each domain's tokenizer; None for S3, which is not one of ours."""
+    speech = None if config.speech_tokenizer == "s3" else tokenizer.load(out_dir / "speech_tokenizer.pt")
+    return [speech, tokenizer.load(Path(config.audio_tokenizer or out_dir / "audio_tokenizer.pt"))]
 
 
-def token_span(first: int, frames: int, domain: int, tokens: int) -> tuple[int, int]:
-    """First token and number of tokens under `frames` mel frames that start at a multiple of crop_unit()."""
-    token = min(round(int(first) * TOKEN_RATE[domain] / audio.FRAME_RATE), int(tokens) - 1)
-    return token, min(token_count(int(frames), domain), int(tokens) - token)
+def prepare_shard(
+    path: Path, clips: list[Clip], networks: Networks, fitted: list, keep: set, bar: tqdm | None = None
+) -> None:
+    """Decodes, encodes and writes the clips of one shard; `path` appears whole or not at all. Hold its lock."""
+    prepared, lost = decode_all(clips, networks, bar)
+    for d in range(len(DOMAINS)):
+        own = [p for p in prepared if p.clip.domain == d]
+        if own:
+            with networks.timed("embeddings"):
+                embeddings = networks.encoders[d].embed([p.teacher_wav for p in own])
+            with networks.timed("tokens"):
+                codes = networks.tokens(d, own, fitted[d])
+            for p, p_codes, embedding in zip(own, codes, embeddings, strict=True):
+                p.tokens, p.embedding = p_codes, embedding
+                p.keep_wav = (d, p.clip.name) in keep
+    with networks.timed("writing"):
+        write_shard(path, prepared, [t.dim for t in networks.encoders], networks.config.mel_floor, lost)
 
 
-def read_meta(data_dir: str | Path) -> dict:
-    return json.loads((Path(data_dir) / "meta.json").read_text())
+def finish(out_dir: Path, shards: list[str], config: Config, networks: Networks) -> None:
+    """Joins the shards' indices and statistics; meta.json, which makes the folder usable, comes last. Raises DataError
+    when too many clips were lost."""
+    lost: dict[str, list] = {}
+    for name in shards:
+        for reason, names in json.loads((out_dir / name / "shard.json").read_text())["lost"].items():
+            lost.setdefault(reason, []).extend(names)
+    for reason, names in lost.items():
+        print(f"skipped {len(names)} clips: {reason} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})")
+    clips = json.loads((out_dir / "plan.json").read_text())["clips"]
+    count = sum(map(len, lost.values()))
+    if count > LOST_LIMIT * clips:
+        raise DataError(
+            f"{count} of {clips} clips cannot be used (reasons above); mend the corpus, delete {out_dir}, start again"
+        )
+    meta = {
+        "prepared_with": {k: getattr(config, k) for k in PREPARED_WITH},
+        "skipped": lost,
+        "teachers": [[t.name, t.dim] for t in networks.encoders],
+        "token_rates": networks.rates,
+        "streams": 1 + config.beats_tokens,
+    }
+    for name in DOMAINS:
+        if (out_dir / f"{name}_tokens.json").exists():
+            meta[f"{name}_tokens"] = json.loads((out_dir / f"{name}_tokens.json").read_text())
+    join(out_dir, shards, meta)
+
+
+def report_preparation(out_dir: Path, networks: Networks, notes: list[str], clips: int, seconds: float) -> None:
+    """What was left out, the speed, and the share of each stage in this process."""
+    for note in notes:
+        print(note)
+    total = sum(networks.seconds.values()) or 1.0
+    shares = ", ".join(f"{stage} {100 * s / total:.0f} %" for stage, s in networks.seconds.most_common())
+    print(f"prepared {out_dir} in {seconds:.0f} s ({clips / seconds:.1f} clips/s; {shares})")
 
 
 def ensure_prepared(config: Config) -> dict:
@@ -446,94 +416,33 @@ def ensure_prepared(config: Config) -> dict:
     if not (Path(config.data_dir) / "meta.json").exists():
         prepare(config)
     meta = read_meta(config.data_dir)
-    now = json.loads(json.dumps({k: getattr(config, k) for k in PREPARED_WITH}))
-    changed = [
-        f"{k}: {meta['prepared_with'].get(k)!r} -> {v!r}" for k, v in now.items() if meta["prepared_with"].get(k) != v
-    ]
+    changed = differences(config, meta["prepared_with"])
     if changed:
         raise DataError(
-            f"{config.data_dir} was prepared with other settings ({'; '.join(changed)}); "
+            f"{config.data_dir} was prepared with other settings ({changed}); "
             f"pass --data_dir=ANOTHER_FOLDER to prepare beside it, or delete it"
         )
     return meta
 
 
-class Batches:
-    """Training batches, bucketed by length under a frame budget; a pure function of (seed, step, rank).
-
-    Every epoch has the same number of batches, so a step's epoch is a division: slots are cut once from the sorted
-    lengths, and each epoch deals clips to slots in the order of their jittered length, then shuffles the slots.
-    """
-
-    JITTER = 0.05  # of the length: enough for new neighbours each epoch, little enough to keep padding low
-
-    def __init__(self, dataset: Dataset, config: Config, rank: int = 0, world: int = 1):
-        self.dataset, self.config, self.rank, self.world = dataset, config, rank, world
-        self.lengths = np.asarray(dataset.index["frames"], np.int64)
-        if config.crop_frames:
-            self.lengths = np.minimum(self.lengths, config.crop_frames)
-        ordered = np.sort(self.lengths)
-        if ordered[-1] > config.batch_frames:
-            raise DataError(f"batch_frames={config.batch_frames} is below the longest clip ({ordered[-1]} frames)")
-        slack = (1 + self.JITTER) / (1 - self.JITTER)  # how much longer a clip can be than the one it swaps with
-        slots, first = [], 0
-        while first < len(ordered):
-            count = 1
-            while (
-                count < config.batch_size
-                and first + count < len(ordered)
-                and (count + 1) * min(ordered[first + count] * slack, ordered[-1]) <= config.batch_frames
-            ):
-                count += 1
-            slots.append(count)
-            first += count
-        self.edges = np.cumsum([0, *slots])
-        self.steps_per_epoch = max(1, len(slots) // world)
-
-    def padding(self) -> float:
-        """Share of padding in the batches of the first epoch."""
-        groups = [self.lengths[self.ids(step)] for step in range(self.steps_per_epoch)]
-        return 1 - sum(g.sum() for g in groups) / sum(len(g) * g.max() for g in groups)
-
-    def ids(self, step: int) -> np.ndarray:
-        """Rows of the split's index that make this rank's batch at `step`."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        rng = np.random.default_rng([self.config.seed, epoch])
-        order = np.argsort(
-            self.lengths * rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(self.lengths)), kind="stable"
-        )
-        slot = rng.permutation(len(self.edges) - 1)[(place * self.world + self.rank) % (len(self.edges) - 1)]
-        return order[self.edges[slot] : self.edges[slot + 1]]
-
-    def __call__(self, step: int) -> Batch:
-        ids = self.ids(step)
-        rng = np.random.default_rng([self.config.seed, step, self.rank])
-        lengths, records = self.lengths[ids], self.dataset.index[ids]
-        unit = crop_unit()
-        room = np.maximum(records["frames"] - lengths, 0) // unit
-        first = (rng.integers(0, room + 1)) * unit
-        share = rng.uniform(0, self.config.prompt_max, len(ids)) * (rng.random(len(ids)) >= self.config.prompt_drop)
-        return self.dataset.batch(ids, np.stack([first, lengths], 1), (share * lengths).astype(np.int64))
-
-
-def fixed_batch(dataset: Dataset, per_domain: int, seed: int, max_frames: int) -> Batch:
-    """`per_domain` clips of each domain, the same for the same seed, cropped to their first max_frames."""
-    rng = np.random.default_rng(seed)
-    ids = [rng.permutation(np.flatnonzero(dataset.index["domain"] == d))[:per_domain] for d in range(len(DOMAINS))]
-    ids = np.concatenate(ids)
-    lengths = np.minimum(dataset.index["frames"][ids], max_frames)
-    return dataset.batch(ids, np.stack([np.zeros_like(lengths), lengths], 1))
-
-
-def main(config: Config) -> None:
-    meta = ensure_prepared(config)
-    for split in ("train", "held_out"):
-        for d, name in enumerate(DOMAINS):
-            print(f"{split:9s} {name:7s} {meta[split]['clips'][d]:6d} clips {meta[split]['seconds'][d] / 60:8.1f} min")
+def main(args: DataArgs) -> None:
+    if args.verify:
+        problems = verify(args.verify)
+        if problems:
+            raise DataError(f"{len(problems)} files of {args.verify} are not sound:\n  " + "\n  ".join(problems[:20]))
+        print(f"{args.verify}: every file is as it was written")
+        return
+    meta = ensure_prepared(args)
+    if os.environ.get("RANK", "0") == "0":
+        for split in ("train", "held_out"):
+            for d, name in enumerate(DOMAINS):
+                print(
+                    f"{split:9s} {name:7s} {meta[split]['clips'][d]:6d} clips {meta[split]['seconds'][d] / 60:8.1f} min"
+                )
 
 
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except (DataError, fetch.FetchError, ValueError) as error:
+    except (DataError, fetch.FetchError, FileNotFoundError, ValueError) as error:
         sys.exit(f"data.py: {error}")

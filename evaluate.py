@@ -66,10 +66,11 @@ import checkpoint
 import fetch
 import judges
 import report
-from data import SPEECH, Dataset
+from corpora import SPEECH
 from model import load_model, pick_device
 from report import read_csv
 from sample import first_of_each_domain, resynthesise, settings
+from shards import Dataset
 from teachers import Teacher, load_teacher
 
 MIN_WORDS = 4  # a WER over single words says little
@@ -117,11 +118,8 @@ def read_waves(dataset: Dataset, ids: np.ndarray) -> list[np.ndarray]:
 
 def vocoded(dataset: Dataset, ids: np.ndarray, vocoder, mel_floor: float) -> list[np.ndarray]:
     """The clips' own mels through the vocoder: what a perfect model would sound like."""
-    waves = []
-    for r in dataset.index[ids]:
-        mel = torch.from_numpy(np.asarray(dataset.mel[r["mel"] : r["mel"] + r["frames"]], np.float32))
-        waves.append(vocoder(mel.clamp_min(mel_floor)))
-    return waves
+    mels = [torch.from_numpy(dataset.mel(i).astype(np.float32)) for i in ids.tolist()]
+    return [vocoder(mel.clamp_min(mel_floor)) for mel in mels]
 
 
 def fad_infinity(own: np.ndarray, reference: np.ndarray, seed: int = 0, sizes: int = 10) -> float:

@@ -43,7 +43,6 @@ if __name__ == "__main__":
 
 import contextlib
 import copy
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -54,8 +53,8 @@ import scipy.stats
 import torch
 
 import checkpoint
-from data import Batch, Dataset, fixed_batch
 from model import Condition, DiT, Selection, cosine, descriptors, load_model, masked_mse, noised, pick_device, precision
+from shards import Batch, Dataset, fixed_batch, write_json
 
 EPS = 1e-8  # of eq. 9
 SWEEP_FRAMES = 40_000  # clips x frames x (L + 1) of one growing batch, which bounds its memory
@@ -427,12 +426,6 @@ def figure(result: dict, control: dict | None, path: Path) -> None:
         row[2].legend(fontsize=7, ncols=3, loc="upper center", handlelength=1, columnspacing=1)
     fig.savefig(path, dpi=110)
     plt.close(fig)
-
-
-def write_json(path: Path, content: dict) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1))
-    part.replace(path)
 
 
 def report(out_dir: Path, result: dict, control: dict | None, selection: Selection = ()) -> None:

@@ -48,8 +48,8 @@ import torch
 
 import audio
 import checkpoint
-from data import Dataset
 from model import DiT, load_model, pick_device, precision, sample
+from shards import Dataset
 
 
 def settings(args, run: dict) -> dict:

@@ -107,6 +107,16 @@ def read_member(source: str | Path, name: str) -> bytes:
     raise ValueError(f"no {name} in {path}: pass the path of the wheel that fetch.py gets, or of its unpacked folder")
 
 
+def whisper_mel(wavs: list[np.ndarray], samples: int, filters: torch.Tensor, hann: torch.Tensor) -> torch.Tensor:
+    """Whisper's and S3's input, of clips padded with silence to `samples`: (B, bins, samples // 160), log10 power
+    floored at 8 below the clip's maximum, then (x + 4) / 4. At 480000 samples the same as WhisperFeatureExtractor's."""
+    x = pad_sequence([torch.from_numpy(w) for w in wavs], batch_first=True).to(hann.device)
+    x = F.pad(x, (0, samples - x.shape[1]))
+    x = torch.stft(x, 400, 160, window=hann, return_complex=True)[..., :-1]  # (B, 201, T)
+    x = (filters.T @ x.abs().square()).clamp(min=1e-10).log10()
+    return (x.maximum(x.amax((1, 2), keepdim=True) - 8) + 4) / 4
+
+
 class Whisper(Teacher):
     """OpenAI's Whisper (arXiv:2212.04356): speech teacher (its encoder's states) and recogniser. 16 kHz, 50 per second.
     `tokenizer` is a tokenizers.Tokenizer; `suppress` and `suppress_first` are token ids never written, and never
@@ -150,13 +160,8 @@ class Whisper(Teacher):
         )
 
     def log_mel(self, wavs: list[np.ndarray], samples: int) -> torch.Tensor:
-        """Input features of clips padded with silence to `samples`: (B, bins, samples // 160), log10 power floored at 8
-        below the clip's maximum, then (x + 4) / 4. At 480000 samples the same as WhisperFeatureExtractor's."""
-        x = pad_sequence([torch.from_numpy(w) for w in wavs], batch_first=True).to(self.device)
-        x = F.pad(x, (0, samples - x.shape[1]))
-        x = torch.stft(x, 400, self.hop, window=self.hann, return_complex=True)[..., :-1]  # (B, 201, T)
-        x = (self.filters.T @ x.abs().square()).clamp(min=1e-10).log10()
-        return (x.maximum(x.amax((1, 2), keepdim=True) - 8) + 4) / 4
+        """Input features of clips padded with silence to `samples`, see whisper_mel."""
+        return whisper_mel(wavs, samples, self.filters, self.hann)
 
     def _states(self, mel: torch.Tensor, frames: torch.Tensor, layer: int = -1) -> torch.Tensor:
         """Encoder states (B, ceil(T / 2), D) of mel (B, bins, T) of which the first `frames` (B,) are valid."""

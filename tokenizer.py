@@ -12,6 +12,8 @@ part of the states that a linear map of the position table explains is removed f
 B clips, N features or tokens, E teacher width, W network width, K codes.
 """
 
+import importlib
+import importlib.util
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+import teachers
+from audio import torchaudio
 
 CLIP_WINDOW = 96  # features per training window
 POSITIONS = 1500  # length of Whisper's position table
@@ -218,6 +223,49 @@ def fit(
         if progress:
             progress(step, loss.item())
     return model.eval()
+
+
+class S3:
+    """CosyVoice's supervised semantic tokens (arXiv:2407.05407), version 1: 4096 codes, 50 per second, from 16 kHz. By
+    the s3tokenizer package, batched; or by onnxruntime, a clip at a time, from CosyVoice's speech_tokenizer_v1.onnx."""
+
+    rate, sample_rate = 50, 16000
+
+    def __init__(self, source: str, device: str = "cpu"):
+        self.device, self.model, self.session = device, None, None
+        if importlib.util.find_spec("s3tokenizer"):
+            torchaudio()
+            self.package = importlib.import_module("s3tokenizer")
+            self.model = self.package.load_model(source).to(device).eval()
+        elif importlib.util.find_spec("onnxruntime") and source.endswith(".onnx"):
+            onnxruntime = importlib.import_module("onnxruntime")
+            kinds = ["CUDAExecutionProvider"] if device != "cpu" else []
+            self.session = onnxruntime.InferenceSession(source, providers=[*kinds, "CPUExecutionProvider"])
+        else:
+            raise ValueError(
+                "S3 tokens need a package: pip install s3tokenizer (any --s3), or onnxruntime with "
+                "--s3=PATH/speech_tokenizer_v1.onnx of CosyVoice-300M"
+            )
+
+    @torch.inference_mode()
+    def encode(self, wavs: list[np.ndarray], batch: int = 16) -> list[np.ndarray]:
+        """Clips at 16 kHz -> codes (N,) each, N about 50 per second."""
+        if self.session:
+            filters, hann = teachers.mel_filters(400, 128, 0.0, 8000.0, 16000, "slaney"), torch.hann_window(400)
+            feats, length = (i.name for i in self.session.get_inputs())
+            out = []
+            for wav in wavs:
+                mel = teachers.whisper_mel([wav], len(wav), filters, hann).numpy()
+                codes = self.session.run(None, {feats: mel, length: np.array([mel.shape[2]], np.int32)})[0]
+                out.append(codes.reshape(-1).astype(np.int64))
+            return out
+        out, order = [np.empty(0)] * len(wavs), sorted(range(len(wavs)), key=lambda i: len(wavs[i]))
+        for group in (order[k : k + batch] for k in range(0, len(order), batch)):
+            mels = [self.package.log_mel_spectrogram(torch.from_numpy(wavs[i])) for i in group]
+            codes, counts = self.model.quantize(*(x.to(self.device) for x in self.package.padding(mels)))
+            for i, row, n in zip(group, codes.cpu().numpy(), counts.tolist(), strict=True):
+                out[i] = row[:n].astype(np.int64)
+        return out
 
 
 def usage(codes: list[np.ndarray], size: int) -> tuple[float, float]:

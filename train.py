@@ -37,6 +37,7 @@ import checkpoint
 import data
 import fetch
 import probe
+import shards
 import tokenizer
 from model import (
     AlignHeads,
@@ -101,7 +102,7 @@ class Objective(nn.Module):
                 self.heads = AlignHeads(self.model.shape, selection, c.head_dim, c.align_head, c.align_teacher)
             self.heads.to(next(self.model.parameters()).device)
 
-    def forward(self, batch: data.Batch) -> dict[str, torch.Tensor]:
+    def forward(self, batch: shards.Batch) -> dict[str, torch.Tensor]:
         c = self.config
         return flow_matching_loss(self.model, batch, c.sigma, c.token_drop, self.heads, self.selection)
 
@@ -204,7 +205,7 @@ def learning_rate(step: int, config: Config) -> float:
 # ---- one step
 
 
-def train_step(run: Run, objective: nn.Module, batch: data.Batch, machine: Machine) -> dict[str, float]:
+def train_step(run: Run, objective: nn.Module, batch: shards.Batch, machine: Machine) -> dict[str, float]:
     """One optimiser step; returns the losses, the gradient norm and the learning rate.
 
     All randomness of a step (noise, t, dropout, condition drop) follows from (seed, step, rank), so a resumed run
@@ -237,7 +238,7 @@ def update_ema(ema: DiT, model: DiT, decay: float) -> None:
 
 
 @torch.no_grad()
-def held_out_loss(model: DiT, batch: data.Batch, sigma: float, machine: Machine) -> dict[str, float]:
+def held_out_loss(model: DiT, batch: shards.Batch, sigma: float, machine: Machine) -> dict[str, float]:
     """L_FM of each domain on fixed clips and noise, the mean over EVAL_TIMES; global random state unchanged."""
     totals = [0.0] * len(DOMAINS)
     with probe.probing(model, 0), machine.precision():
@@ -255,7 +256,7 @@ def held_out_loss(model: DiT, batch: data.Batch, sigma: float, machine: Machine)
 # ---- the switch from probing to intervening
 
 
-def probe_now(run: Run, batch: data.Batch, machine: Machine) -> dict:
+def probe_now(run: Run, batch: shards.Batch, machine: Machine) -> dict:
     """Probes the model on rank 0, as it is (not its average, which lags early on), and shares the result."""
     shared = [None]
     if machine.rank == 0:
@@ -360,7 +361,7 @@ def set_up(config: Config) -> Machine:
     return Machine(rank, world, device, config.dtype)
 
 
-def announce(config: Config, run: Run, batches: data.Batches, machine: Machine) -> None:
+def announce(config: Config, run: Run, batches: shards.Batches, machine: Machine) -> None:
     """The derived numbers, before step 0."""
     model = run.objective.model
     per_epoch = batches.steps_per_epoch
@@ -378,13 +379,9 @@ def announce(config: Config, run: Run, batches: data.Batches, machine: Machine) 
     )
 
 
-def open_run(config: Config, machine: Machine) -> tuple[Run, data.Dataset, data.Dataset]:
+def open_run(config: Config, machine: Machine) -> tuple[Run, shards.Dataset, shards.Dataset]:
     """The run as it stands in out_dir, or branched, or new; and the training and held-out data, prepared if missing."""
-    if machine.rank == 0:
-        data.ensure_prepared(config)
-    if machine.world > 1:
-        dist.barrier()
-    run = new_run(config, data.read_meta(config.data_dir), machine)
+    run = new_run(config, data.ensure_prepared(config), machine)  # all ranks prepare together
     path = Path(config.out_dir) / "ckpt.pt"
     if checkpoint.exists(path):
         restore(run, path)
@@ -395,16 +392,16 @@ def open_run(config: Config, machine: Machine) -> tuple[Run, data.Dataset, data.
     if config.compile:
         for block in run.objective.model.blocks:
             block.compile()
-    return run, data.Dataset(config.data_dir, "train"), data.Dataset(config.data_dir, "held_out")
+    return run, shards.Dataset(config.data_dir, "train"), shards.Dataset(config.data_dir, "held_out")
 
 
 def train(config: Config, machine: Machine) -> Run:
     """Trains to max_steps or to a signal; returns the run. Rank 0 alone prints and writes."""
     lead, out_dir = machine.rank == 0, Path(config.out_dir)
     run, dataset, held_out = open_run(config, machine)
-    batches = data.Batches(dataset, config, machine.rank, machine.world)
-    probe_batch = data.fixed_batch(dataset, config.probe_clips, config.seed, config.probe_frames).to(machine.device)
-    eval_batch = data.fixed_batch(held_out, config.eval_clips, 0, config.probe_frames).to(machine.device)
+    batches = shards.Batches(dataset, config, machine.rank, machine.world)
+    probe_batch = shards.fixed_batch(dataset, config.probe_clips, config.seed, config.probe_frames).to(machine.device)
+    eval_batch = shards.fixed_batch(held_out, config.eval_clips, 0, config.probe_frames).to(machine.device)
     if lead:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "config.json").write_text(json.dumps(asdict(config), indent=1))
@@ -461,7 +458,7 @@ def train(config: Config, machine: Machine) -> Run:
     return run
 
 
-def finish_phase_one(run: Run, batch: data.Batch) -> None:
+def finish_phase_one(run: Run, batch: shards.Batch) -> None:
     """Shows what the probes found, beside a random-init control, and what was selected; writes probe.json and .png."""
     result, model = run.probes[-1]["result"], run.objective.model
     control = probe.control_scores(model, batch, run.config.probe_times, run.config.sigma, run.config.seed)

@@ -17,7 +17,7 @@ import configurator
 from configurator import Config, ConfigError, configure, from_dict
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"train": "Config", "data": "Config", "probe": "ProbeArgs", "sample": "SampleArgs", "evaluate": "EvalArgs"}
+SCRIPTS = {"train": "Config", "data": "DataArgs", "probe": "ProbeArgs", "sample": "SampleArgs", "evaluate": "EvalArgs"}
 
 
 @dataclass

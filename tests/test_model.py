@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import Batch
 from model import (
     AlignHeads,
     Condition,
@@ -30,6 +29,7 @@ from model import (
     stretch,
     time_grid,
 )
+from shards import Batch
 
 SHAPE = Shape(
     n_layer=4,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BEATS_CFG
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import teachers
@@ -248,62 +249,6 @@ def test_sound_checkpoint_runs_no_code(tmp_path):
 
 # BEATs
 
-CFG = {
-    "input_patch_size": 16,
-    "embed_dim": 24,
-    "encoder_layers": 2,
-    "encoder_embed_dim": 32,
-    "encoder_ffn_embed_dim": 48,
-    "encoder_attention_heads": 4,
-    "deep_norm": True,
-    "layer_norm_first": False,
-    "conv_pos": 8,
-    "conv_pos_groups": 4,
-    "relative_position_embedding": True,
-    "num_buckets": 16,
-    "max_distance": 40,
-    "gru_rel_pos": True,
-}
-
-
-@pytest.fixture(scope="module")
-def beats_file(tmp_path_factory) -> Path:
-    """A small BEATs tokenizer of random weights under the official names."""
-    torch.manual_seed(1)
-    D, E, F_, K = 32, 24, 48, CFG["conv_pos"]
-    shapes = {
-        "patch_embedding.weight": (E, 1, 16, 16),
-        "layer_norm.weight": (E,),
-        "layer_norm.bias": (E,),
-        "post_extract_proj.weight": (D, E),
-        "post_extract_proj.bias": (D,),
-        "encoder.pos_conv.0.weight_v": (D, D // 4, K),
-        "encoder.pos_conv.0.weight_g": (1, 1, K),
-        "encoder.pos_conv.0.bias": (D,),
-        "encoder.layer_norm.weight": (D,),
-        "encoder.layer_norm.bias": (D,),
-        "quantize_layer.0.weight": (D, D),
-        "quantize_layer.0.bias": (D,),
-        "quantize_layer.2.weight": (12, D),
-        "quantize_layer.2.bias": (12,),
-        "quantize.embedding.weight": (20, 12),
-    }
-    for l in range(2):
-        n = f"encoder.layers.{l}."
-        for p in "qkv":
-            shapes |= {f"{n}self_attn.{p}_proj.weight": (D, D), f"{n}self_attn.{p}_proj.bias": (D,)}
-        shapes |= {f"{n}self_attn.out_proj.weight": (D, D), f"{n}self_attn.out_proj.bias": (D,)}
-        shapes |= {f"{n}self_attn.grep_linear.weight": (8, 8), f"{n}self_attn.grep_linear.bias": (8,)}
-        shapes |= {f"{n}self_attn.grep_a": (1, 4, 1, 1), f"{n}self_attn.relative_attention_bias.weight": (16, 4)}
-        shapes |= {f"{n}fc1.weight": (F_, D), f"{n}fc1.bias": (F_,), f"{n}fc2.weight": (D, F_), f"{n}fc2.bias": (D,)}
-        for norm in ("self_attn_layer_norm", "final_layer_norm"):
-            shapes |= {f"{n}{norm}.weight": (D,), f"{n}{norm}.bias": (D,)}
-    weights = {k: 0.3 * torch.randn(s) + ("norm.weight" in k) for k, s in shapes.items()}
-    weights["quantize.embedding.weight"] = F.normalize(weights["quantize.embedding.weight"], dim=-1)
-    path = tmp_path_factory.mktemp("beats") / "beats.pt"
-    torch.save({"cfg": CFG, "model": weights}, path)
-    return path
-
 
 def kaldi_fbank(wav: np.ndarray) -> np.ndarray:
     """Kaldi's log-mel with its defaults, float64: no dither, DC removed per frame, pre-emphasis 0.97, Povey window."""
@@ -420,7 +365,7 @@ def test_beats_without_a_codebook_has_no_codes(beats_file, tmp_path):
 def test_other_files_are_not_beats(tmp_path):
     (tmp_path / "text.pt").write_text("no zip")
     torch.save({"model": {}}, tmp_path / "no_cfg.pt")
-    torch.save({"cfg": CFG | {"layer_norm_first": True}, "model": {}}, tmp_path / "pre_norm.pt")
+    torch.save({"cfg": BEATS_CFG | {"layer_norm_first": True}, "model": {}}, tmp_path / "pre_norm.pt")
     for name, match in (("none", "pass the path"), ("text", "pass the path"), ("no_cfg", "KeyError"),
                         ("pre_norm", "post-norm")):  # fmt: skip
         with pytest.raises(ValueError, match=match) as error:

@@ -1,5 +1,6 @@
 """tokenizer.py: each step against a plain loop, and the whole on features whose answer is known."""
 
+import importlib.util
 import math
 
 import numpy as np
@@ -234,3 +235,50 @@ def test_usage_by_hand():
     assert used == 3 / 8 and perplexity == pytest.approx(3)
     used, perplexity = tokenizer.usage([np.array([2, 2, 2, 3])], 4)
     assert used == 0.5 and perplexity == pytest.approx((3 / 4) ** -(3 / 4) * (1 / 4) ** -(1 / 4))
+
+
+# ---- S3
+
+
+def test_s3_by_onnxruntime(tmp_path, rng, monkeypatch):
+    """A stand-in graph of CosyVoice's signature: the code of a token is the mel bin that is loudest over two frames."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    make, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    nodes = [
+        make("AveragePool", ["feats"], ["pooled"], kernel_shape=[2], strides=[2]),
+        make("ArgMax", ["pooled"], ["codes"], axis=1, keepdims=0),
+    ]
+    inputs = [info("feats", 1, [1, 128, "T"]), info("feats_length", 6, [1])]
+    graph = onnx.helper.make_graph(nodes, "s3", inputs, [info("codes", 7, [1, "N"])])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+    path = tmp_path / "speech_tokenizer_v1.onnx"
+    onnx.save(model, path)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "s3tokenizer" else find(name))
+    wavs = [np.sin(2 * np.pi * f * np.arange(n) / 16000).astype("f4") for f, n in ((440, 16000), (2000, 8000))]
+    low, high = tokenizer.S3(str(path)).encode(wavs)
+    assert len(low) == 50 and len(high) == 25 and low.dtype == np.int64
+    assert np.ptp(low[2:-2]) <= 1 and np.ptp(high[2:-2]) <= 1 and high[10] > low[10] + 20
+
+
+def test_s3_by_its_package(monkeypatch):
+    """The package's own network with random weights: a batch gives what each clip gives alone."""
+    pytest.importorskip("s3tokenizer", reason="s3tokenizer is not installed")
+    from s3tokenizer.model import ModelConfig, S3Tokenizer
+
+    torch.manual_seed(0)
+    model = S3Tokenizer("small", ModelConfig(n_audio_state=32, n_audio_head=2, n_audio_layer=2, n_codebook_size=64))
+    model.quantizer._codebook.embed.data.normal_()
+    monkeypatch.setattr("s3tokenizer.load_model", lambda name: model)
+    s3, rng = tokenizer.S3("speech_tokenizer_v1"), np.random.default_rng(0)
+    wavs = [(0.1 * rng.standard_normal(n)).astype("f4") for n in (16000, 24000, 9600)]
+    for wav, codes in zip(wavs, s3.encode(wavs), strict=True):
+        assert abs(len(codes) - len(wav) / 16000 * s3.rate) <= 1
+        np.testing.assert_array_equal(codes, s3.encode([wav])[0])
+
+
+def test_s3_without_its_packages_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install s3tokenizer"):
+        tokenizer.S3("speech_tokenizer_v1")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import checkpoint
-import data
+import shards
 import train
 from train import Machine
 
@@ -148,9 +148,9 @@ def test_resume_with_another_model_is_refused(tiny_config):
 def test_step_equals_plain_pytorch(tiny_config):
     """One step of train_step against the same losses, AdamW and EMA written out in float64 arithmetic of our own."""
     config = replace(tiny_config, dropout=0.0, grad_clip=1e9)
-    meta = data.read_meta(config.data_dir)
+    meta = shards.read_meta(config.data_dir)
     run = train.new_run(config, meta, MACHINE)
-    batch = data.Batches(data.Dataset(config.data_dir, "train"), config)(0)
+    batch = shards.Batches(shards.Dataset(config.data_dir, "train"), config)(0)
     before = {k: v.detach().clone() for k, v in run.objective.model.named_parameters()}
     torch.manual_seed(hash((config.seed, 0, 0)) % 2**63)
     losses = run.objective(batch)
@@ -177,8 +177,8 @@ def test_learning_rate_is_one_cycle(tiny_config):
 
 
 def test_non_finite_step_updates_nothing(tiny_config):
-    run = train.new_run(tiny_config, data.read_meta(tiny_config.data_dir), MACHINE)
-    batch = data.Batches(data.Dataset(tiny_config.data_dir, "train"), tiny_config)(0)
+    run = train.new_run(tiny_config, shards.read_meta(tiny_config.data_dir), MACHINE)
+    batch = shards.Batches(shards.Dataset(tiny_config.data_dir, "train"), tiny_config)(0)
     batch.mel[0, 0, 0] = float("nan")
     before = {k: v.clone() for k, v in run.objective.model.state_dict().items()}
     numbers = train.train_step(run, run.objective, batch, MACHINE)
@@ -215,12 +215,12 @@ def test_two_ranks_train_as_one(tiny_config, tmp_path):
     state, _ = checkpoint.load(tmp_path / "two" / "ckpt.pt")
     assert state["step"] == 12 and state["heads"]
     # the first step's loss on two ranks is what one process gets by averaging the two ranks' gradients
-    runs = [train.new_run(config, data.read_meta(config.data_dir), MACHINE) for _ in range(2)]
+    runs = [train.new_run(config, shards.read_meta(config.data_dir), MACHINE) for _ in range(2)]
     with open(tmp_path / "two" / "log.csv", newline="") as file:
         norm_two = float(next(csv.DictReader(file))["grad_norm"])
     grads = []
     for rank, run in enumerate(runs):
-        batch = data.Batches(data.Dataset(config.data_dir, "train"), config, rank, 2)(0)
+        batch = shards.Batches(shards.Dataset(config.data_dir, "train"), config, rank, 2)(0)
         torch.manual_seed(hash((config.seed, 0, rank)) % 2**63)
         losses = run.objective(batch)
         (losses["fm"] + losses["bitc"]).backward()

@@ -1,0 +1,211 @@
+"""Corpora as lists of clips: LibriSpeech, AudioSet, any folder, JSONL manifests, and the demo's packages.
+
+    clips, notes = corpora.read(config)      # every clip of the config's corpora; what was left out, a line each
+    out = corpora.held_out(clips, 0.1, 0)    # True for the held-out ones, in whole speakers, videos or texts
+
+Nothing is decoded here. Licences and paths stay the user's.
+"""
+
+import collections
+import csv
+import gzip
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import audio
+import fetch
+from configurator import DOMAINS, Config
+
+SPEECH, AUDIO = 0, 1
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".opus", *audio.PYAV_SUFFIXES}
+
+
+class DataError(RuntimeError):
+    """A corpus or a prepared folder that cannot be used; one line that says what to do."""
+
+
+@dataclass
+class Clip:
+    """One recording before preparation. `group` keeps clips together on one side of the held-out split; `start` and
+    `end`, in seconds, take a part of the recording."""
+
+    name: str
+    source: Path | bytes
+    text: str
+    domain: int
+    group: str
+    start: float = 0.0
+    end: float | None = None
+
+
+def read(config: Config) -> tuple[list[Clip], list[str]]:
+    """All clips of the config's corpora in a fixed order, and a line for each thing that was left out. Raises DataError
+    for a corpus that is not there or a domain without clips."""
+    clips: list[Clip] = []
+    notes: list[str] = []
+    for d, name in enumerate(DOMAINS):
+        value = getattr(config, f"{name}_dir")
+        if value == "demo":
+            clips += (demo_speech, demo_audio)[d]()
+        elif value:
+            clips += folder(value, d)
+    for reader, value in ((librispeech, config.librispeech_dir), (audioset, config.audioset_dir)):
+        if value:
+            found, note = reader(value)
+            clips += found
+            notes += note
+    if config.manifest:
+        clips += manifest(config.manifest)
+    for d, name in enumerate(DOMAINS):
+        if not any(c.domain == d for c in clips):
+            raise DataError(f"no {name} clips: pass --{name}_dir=FOLDER or --{('librispeech', 'audioset')[d]}_dir")
+    return clips, notes
+
+
+def _existing(path: str, key: str) -> Path:
+    if not Path(path).is_dir():
+        raise DataError(f"{key}={path}: no such folder; pass --{key}=FOLDER")
+    return Path(path)
+
+
+def folder(path: str, domain: int) -> list[Clip]:
+    """Any folder: the text is a same-named .txt, else (audio only) the file's name. Grouped by text, else by name."""
+    key = f"{DOMAINS[domain]}_dir"
+    root, clips = _existing(path, key), []
+    for file in sorted(f for f in root.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES):
+        own_text = file.with_suffix(".txt")
+        if own_text.exists():
+            text = own_text.read_text(encoding="utf-8").strip()
+            group = normal(text)
+        else:
+            text, group = file.stem.replace("_", " ") if domain == AUDIO else "", file.stem
+        clips.append(Clip(str(file.relative_to(root)), file, text, domain, group))
+    if not clips:
+        raise DataError(f"{key}={path}: no audio files ({' '.join(sorted(AUDIO_SUFFIXES))}) in it")
+    return clips
+
+
+def librispeech(path: str) -> tuple[list[Clip], list[str]]:
+    """LibriSpeech, any of its splits below `path`: SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac, texts in .trans.txt, in
+    capitals there and in small letters here. Grouped by speaker."""
+    root, clips, missing = _existing(path, "librispeech_dir"), [], 0
+    for listing in sorted(root.rglob("*.trans.txt")):
+        for line in listing.read_text(encoding="utf-8").splitlines():
+            utterance, _, text = line.partition(" ")
+            file = listing.parent / f"{utterance}.flac"
+            if file.exists():
+                name = str(file.relative_to(root))
+                clips.append(Clip(name, file, text.lower(), SPEECH, utterance.split("-")[0]))
+            elif utterance:
+                missing += 1
+    if not clips:
+        raise DataError(f"librispeech_dir={path}: no SPEAKER-CHAPTER.trans.txt with its .flac files below it")
+    return clips, [f"LibriSpeech: {missing} transcribed utterances have no .flac"] if missing else []
+
+
+def audioset(path: str) -> tuple[list[Clip], list[str]]:
+    """AudioSet below `path`: its segments CSVs, ontology.json, and clips whose names begin with the YouTube id (also
+    after a Y, as some downloaders do). The text is the names of the labels. Grouped by video."""
+    root = _existing(path, "audioset_dir")
+    ontology = next(iter(sorted(root.rglob("ontology.json"))), None)
+    listings = sorted(root.rglob("*segments*.csv"))
+    if ontology is None or not listings:
+        raise DataError(f"audioset_dir={path}: expected ontology.json and AudioSet's *_segments.csv below it")
+    names = {entry["id"]: entry["name"] for entry in json.loads(ontology.read_text(encoding="utf-8"))}
+    labels: dict[str, str] = {}
+    for listing in listings:
+        with open(listing, newline="", encoding="utf-8") as file:
+            rows = csv.reader((line for line in file if not line.startswith("#")), skipinitialspace=True)
+            for row in rows:
+                if len(row) != 4:
+                    raise DataError(f'{listing}, line {rows.line_num}: expected YTID, start, end, "labels"')
+                labels[row[0]] = ", ".join(names.get(label, label) for label in row[3].split(","))
+    clips, found = [], set()
+    for file in sorted(f for f in root.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES):
+        video = next((i for i in (file.stem[:11], file.stem[1:12]) if i in labels), None)  # ids have 11 characters
+        if video:
+            clips.append(Clip(str(file.relative_to(root)), file, labels[video], AUDIO, video))
+            found.add(video)
+    if not clips:
+        raise DataError(f"audioset_dir={path}: no clip below it is named after a YouTube id of its segments CSVs")
+    return clips, [f"AudioSet: {len(labels) - len(found)} of {len(labels)} segments have no clip"]
+
+
+def manifest(path: str) -> list[Clip]:
+    """A .jsonl file: a line a clip with path (from the file's folder), text and domain, and where wanted start, end (in
+    seconds) and group. Raises DataError that names the line."""
+    file, clips = Path(path), []
+    if not file.is_file():
+        raise DataError(f"manifest={path}: no such file")
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            start, end = float(row.get("start", 0)), row.get("end")
+            name = f"{row['path']}" + (f"@{start:g}" if start else "")
+            group = str(row.get("group", row["path"]))
+            source, domain = file.parent / row["path"], DOMAINS.index(row["domain"])
+            clips.append(Clip(name, source, row["text"], domain, group, start, None if end is None else float(end)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f'{path}, line {number}: {type(error).__name__} {error}; expected {{"path": ..., "text": ..., '
+                f'"domain": "speech" or "audio"}}, and "start", "end", "group" where wanted'
+            ) from None
+    return clips
+
+
+def demo_speech() -> list[Clip]:
+    """The Asterisk prompts, one voice; prompts whose transcript is only a [stage direction] carry no words."""
+    text_file = fetch.open_deb(fetch.fetch("asterisk_text"))
+    listing = gzip.decompress(next(v for k, v in text_file.items() if k.endswith("core-sounds-en.txt.gz"))).decode()
+    texts = dict(line.split(": ", 1) for line in listing.splitlines() if ": " in line and not line.startswith(";"))
+    clips = []
+    for path, content in sorted(fetch.open_deb(fetch.fetch("asterisk")).items()):
+        if path.endswith(".g722"):
+            name = path.split("en_US_f_Allison/")[1]
+            words = " ".join(re.sub(r"\[[^]]*\]", "", texts.get(name.removesuffix(".g722"), "")).split())
+            clips.append(Clip(name, content, words, SPEECH, normal(words)))
+    return clips
+
+
+def demo_audio() -> list[Clip]:
+    """Sonic Pi's samples (the file name is the caption) and OpenSFX's effects (captioned in their container)."""
+    clips = []
+    for path, content in sorted(fetch.open_deb(fetch.fetch("sonic_pi")).items()):
+        if path.endswith(".flac"):
+            stem = Path(path).stem
+            clips.append(Clip(f"sonic_pi/{stem}.flac", content, stem.replace("_", " "), AUDIO, stem))
+    files = fetch.open_deb(fetch.fetch("opensfx"))
+    cat = next(v for k, v in files.items() if k.endswith("opensfx.cat"))
+    first = int.from_bytes(cat[:4], "little") & 0x7FFFFFFF
+    for i in range(first // 8):  # a table of (offset, length), then at each offset a name and a wav
+        offset = int.from_bytes(cat[8 * i : 8 * i + 4], "little") & 0x7FFFFFFF
+        length = int.from_bytes(cat[8 * i + 4 : 8 * i + 8], "little")
+        caption = cat[offset + 1 : offset + 1 + cat[offset]].split(b'".')[0].split(b"\0")[0].decode("latin-1").strip()
+        start = offset + 1 + cat[offset]
+        clips.append(Clip(f"opensfx/{i:02d}.wav", cat[start : start + length], caption, AUDIO, caption))
+    return clips
+
+
+def normal(text: str) -> str:
+    """Letters, digits and spaces of a text, in small letters."""
+    return "".join(c for c in text.lower() if c.isalnum() or c == " ")
+
+
+def held_out(clips: list[Clip], share: float, seed: int) -> list[bool]:
+    """True for the held-out clips: whole groups in hash order until `share` of each domain's clips is reached."""
+    chosen = set()
+    for d in range(len(DOMAINS)):
+        sizes = collections.Counter(c.group for c in clips if c.domain == d)
+        order = sorted(sizes, key=lambda g: hashlib.sha256(f"{seed}/{d}/{g}".encode()).digest())
+        target, total = share * sum(sizes.values()), 0
+        for group in order:
+            if total >= target:
+                break
+            chosen.add((d, group))
+            total += sizes[group]
+    return [(c.domain, c.group) in chosen for c in clips]

@@ -1,0 +1,357 @@
+"""The prepared folder: shards written whole, verified by checksum, and read by memory map as batches.
+
+    dataset = Dataset("data/demo", "train")      # opens in milliseconds, whatever its size
+    batch = dataset.batch(np.array([0, 5]))      # two clips, padded
+    batch = Batches(dataset, config)(step)       # a training batch, a function of (seed, step, rank)
+
+    train_00000/, ...       mel.bin (frames, 100) float16; tokens.bin (tokens, streams) int32; text.bin;
+                            teacher_0.npy, teacher_1.npy (clips of the domain, E); index.npy; wav/ with the waveforms
+                            that evaluation compares with; shard.json with every file's checksum
+    train.npy, held_out.npy one INDEX record a clip
+    meta.json               written last: without it the folder is unfinished
+
+B clips, T frames, N tokens, M = 100 mel bins, E teacher width.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import audio
+from configurator import DOMAINS, Config
+from corpora import Clip, DataError
+
+INDEX = np.dtype(
+    [
+        ("shard", "<i4"),
+        ("row", "<i4"),  # of the clip in its shard
+        ("mel", "<i8"),  # first row in the shard's mel.bin
+        ("frames", "<i4"),
+        ("token", "<i8"),  # first row in tokens.bin
+        ("tokens", "<i4"),
+        ("text", "<i8"),  # first byte in text.bin: name, newline, text
+        ("text_len", "<i4"),
+        ("teacher", "<i4"),  # row in teacher_{domain}.npy
+        ("domain", "<i1"),
+    ]
+)
+
+
+@dataclass
+class Prepared:
+    """One recording on its way to disk."""
+
+    clip: Clip
+    mel: np.ndarray  # (T, M) float16
+    wav: np.ndarray  # (L,) at 24 kHz
+    teacher_wav: np.ndarray  # (L,) at the teacher's rate
+    keep_wav: bool = False  # evaluation will need the waveform
+    tokens: np.ndarray | None = None  # (N, streams)
+    embedding: np.ndarray | None = None  # (E,)
+
+
+@dataclass
+class Batch:
+    """What the model sees of B clips; tensors on one device."""
+
+    mel: torch.Tensor  # (B, T, M) log-mel, 0 on padding
+    frames: torch.Tensor  # (B,) valid frames
+    tokens: torch.Tensor  # (B, N) or (B, N, 2)
+    token_len: torch.Tensor  # (B,)
+    domain: torch.Tensor  # (B,) 0 speech, 1 audio
+    teacher: dict[str, torch.Tensor]  # {name: (B, E)}, zero rows for clips of the other domain
+    prompt: torch.Tensor  # (B,) frames of reference mel given to the model
+    ids: torch.Tensor  # (B,) rows of the split's index
+
+    def to(self, device: str) -> "Batch":
+        move = {f.name: getattr(self, f.name) for f in fields(self)}
+        move = {k: v.to(device) for k, v in move.items() if k != "teacher"}
+        return Batch(**move, teacher={k: v.to(device) for k, v in self.teacher.items()})
+
+    def double(self) -> "Batch":
+        """The same in float64, for checks."""
+        teacher = {k: v.double() for k, v in self.teacher.items()}
+        return replace(self, mel=self.mel.double(), teacher=teacher)
+
+
+# ---- writing
+
+
+def write_json(path: Path, content: dict) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=1))
+    part.replace(path)
+
+
+def write_shard(
+    path: Path, prepared: list[Prepared], widths: list[int], mel_floor: float, lost: dict | None = None
+) -> None:
+    """Writes one shard's files and shard.json: checksums, what was lost, and the sums behind the mel's statistics."""
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "wav").mkdir(parents=True)
+    index, rows = np.zeros(len(prepared), INDEX), [0] * len(DOMAINS)
+    mel_row = token_row = text_byte = 0
+    with (
+        open(part / "mel.bin", "wb") as mel_bin,
+        open(part / "tokens.bin", "wb") as token_bin,
+        open(part / "text.bin", "wb") as text_bin,
+    ):
+        for i, p in enumerate(prepared):
+            d, text = p.clip.domain, f"{p.clip.name}\n{p.clip.text}".encode()
+            index[i] = (0, i, mel_row, len(p.mel), token_row, len(p.tokens), text_byte, len(text), rows[d], d)
+            mel_bin.write(p.mel.tobytes())
+            token_bin.write(p.tokens.astype("<i4").tobytes())
+            text_bin.write(text)
+            mel_row, token_row, text_byte = mel_row + len(p.mel), token_row + len(p.tokens), text_byte + len(text)
+            rows[d] += 1
+            if p.keep_wav:
+                audio.write(part / "wav" / f"{i:05d}.wav", p.wav)
+    np.save(part / "index.npy", index)
+    for d, width in enumerate(widths):
+        embeddings = [p.embedding for p in prepared if p.clip.domain == d]
+        np.save(part / f"teacher_{d}.npy", np.array(embeddings, np.float32).reshape(-1, width))
+    mels = [p.mel.astype(np.float64).clip(min=mel_floor) for p in prepared]
+    about = {
+        "lost": lost or {},
+        "frames": mel_row,
+        "mel_sum": sum((m.sum(0) for m in mels), np.zeros(audio.N_MELS)).tolist(),
+        "mel_squares": sum(((m**2).sum(0) for m in mels), np.zeros(audio.N_MELS)).tolist(),
+        "sha256": {str(f.relative_to(part)): sha256(f) for f in sorted(part.rglob("*")) if f.is_file()},
+    }
+    (part / "shard.json").write_text(json.dumps(about, indent=1))
+    part.rename(path)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def join(out_dir: Path, shards: list[str], meta: dict) -> None:
+    """Writes the splits' indices and meta.json, completed by their counts, checksums and the mel's statistics."""
+    for split in ("train", "held_out"):
+        own = [name for name in shards if name.startswith(split)]
+        parts = [np.load(out_dir / name / "index.npy") for name in own] or [np.zeros(0, INDEX)]
+        for name, part in zip(own, parts, strict=False):
+            part["shard"] = int(name.rpartition("_")[2])
+        index = np.concatenate(parts)
+        np.save(out_dir / f"{split}.npy", index)
+        by_domain = [index["frames"][index["domain"] == d] for d in range(len(DOMAINS))]
+        meta[split] = {"clips": [len(f) for f in by_domain], "shards": own}
+        meta[split]["seconds"] = [float(f.sum() / audio.FRAME_RATE) for f in by_domain]
+    train = [json.loads((out_dir / name / "shard.json").read_text()) for name in meta["train"]["shards"]]
+    frames = sum(a["frames"] for a in train)
+    mean = np.sum([a["mel_sum"] for a in train], 0) / frames
+    variance = np.sum([a["mel_squares"] for a in train], 0) / frames - mean**2
+    meta["mel_mean"], meta["mel_std"] = mean.tolist(), np.sqrt(variance.clip(0)).clip(1e-3).tolist()
+    meta["sha256"] = {f.name: sha256(f) for f in sorted(out_dir.glob("*")) if f.suffix in (".npy", ".pt")}
+    write_json(out_dir / "meta.json", meta)
+
+
+def verify(data_dir: str) -> list[str]:
+    """The files of a prepared folder that are missing or not as they were written, one line each."""
+    root, problems = Path(data_dir), []
+    meta = read_meta(data_dir)
+    wanted = {root / name: digest for name, digest in meta["sha256"].items()}
+    for shard in meta["train"]["shards"] + meta["held_out"]["shards"]:
+        try:
+            about = json.loads((root / shard / "shard.json").read_text())
+            wanted |= {root / shard / name: digest for name, digest in about["sha256"].items()}
+        except (OSError, ValueError):
+            problems.append(f"{root / shard / 'shard.json'}: missing or damaged")
+    for path, digest in tqdm(wanted.items(), desc="verify", mininterval=1):
+        if not path.exists():
+            problems.append(f"{path}: missing")
+        elif sha256(path) != digest:
+            problems.append(f"{path}: not as it was written")
+    return problems
+
+
+# ---- reading
+
+
+@dataclass
+class Shard:
+    """One shard's files by memory map."""
+
+    mel: np.ndarray  # (frames, M) float16
+    tokens: np.ndarray  # (tokens, streams)
+    text: np.ndarray  # bytes
+    teachers: list[np.ndarray]  # (clips of the domain, E)
+
+
+class Dataset:
+    """One split of a prepared folder. Opening reads meta.json alone; shards are mapped when first touched."""
+
+    def __init__(self, data_dir: str | Path, split: str):
+        self.root, self.split, self.meta = Path(data_dir), split, read_meta(data_dir)
+        self.index = np.load(self.root / f"{split}.npy", mmap_mode="r")
+        self.rates, self.streams = self.meta["token_rates"], self.meta["streams"]
+        self.opened: dict[int, Shard] = {}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def path(self, shard: int) -> Path:
+        return self.root / f"{self.split}_{shard:05d}"
+
+    def shard(self, k: int) -> Shard:
+        if k not in self.opened:
+            path = self.path(k)
+            self.opened[k] = Shard(
+                np.memmap(path / "mel.bin", np.float16, "r").reshape(-1, audio.N_MELS),
+                np.memmap(path / "tokens.bin", "<i4", "r").reshape(-1, self.streams),
+                np.memmap(path / "text.bin", np.uint8, "r"),
+                [np.load(path / f"teacher_{d}.npy", mmap_mode="r") for d in range(len(DOMAINS))],
+            )
+        return self.opened[k]
+
+    def mel(self, i: int) -> np.ndarray:
+        """(T, M) float16 log-mel of clip i."""
+        r = self.index[i]
+        return self.shard(int(r["shard"])).mel[r["mel"] : r["mel"] + r["frames"]]
+
+    def tokens(self, i: int) -> np.ndarray:
+        """(N, streams) codes of clip i."""
+        r = self.index[i]
+        return self.shard(int(r["shard"])).tokens[r["token"] : r["token"] + r["tokens"]]
+
+    def embedding(self, i: int) -> np.ndarray:
+        """(E,) pooled embedding of clip i by its domain's teacher."""
+        r = self.index[i]
+        return self.shard(int(r["shard"])).teachers[r["domain"]][r["teacher"]]
+
+    def name_and_text(self, i: int) -> tuple[str, str]:
+        r = self.index[i]
+        stored = self.shard(int(r["shard"])).text[r["text"] : r["text"] + r["text_len"]]
+        name, _, text = bytes(stored).decode().partition("\n")
+        return name, text
+
+    def wav_path(self, i: int) -> Path:
+        """Where clip i's waveform is, for those that have one."""
+        r = self.index[i]
+        return self.path(int(r["shard"])) / "wav" / f"{r['row']:05d}.wav"
+
+    def batch(self, ids: np.ndarray, crops: np.ndarray | None = None, prompts: np.ndarray | None = None) -> Batch:
+        """Clips `ids` (B,) as one padded Batch; `crops` (B, 2): first frame and frames; `prompts` (B,): reference."""
+        records = self.index[ids]
+        crops = np.stack([np.zeros_like(records["frames"]), records["frames"]], 1) if crops is None else crops
+        frames = torch.from_numpy(np.asarray(crops[:, 1], np.int64))
+        domain = torch.from_numpy(records["domain"].astype(np.int64))
+        spans = [token_span(*c, self.rates[r["domain"]], r["tokens"]) for c, r in zip(crops, records, strict=True)]
+        token_len = torch.tensor([n for _, n in spans])
+        mel = torch.zeros(len(ids), int(frames.max()), audio.N_MELS)
+        tokens = torch.zeros(len(ids), int(token_len.max()), self.streams, dtype=torch.int64)
+        teacher = {name: torch.zeros(len(ids), width) for name, width in self.meta["teachers"]}
+        names = list(teacher)
+        for b, (i, (first, length), (token, count)) in enumerate(zip(ids.tolist(), crops, spans, strict=True)):
+            mel[b, :length] = torch.from_numpy(self.mel(i)[first : first + length].astype(np.float32))
+            tokens[b, :count] = torch.from_numpy(self.tokens(i)[token : token + count].astype(np.int64))
+            teacher[names[records["domain"][b]]][b] = torch.from_numpy(np.array(self.embedding(i)))
+        tokens = tokens if self.streams > 1 else tokens[..., 0]
+        prompt = torch.zeros(len(ids), dtype=torch.int64) if prompts is None else torch.from_numpy(prompts)
+        return Batch(mel, frames, tokens, token_len, domain, teacher, prompt, torch.from_numpy(np.asarray(ids)))
+
+
+def crop_unit(rates: list[int]) -> int:
+    """Frames between the times at which a token of every domain starts: a crop begins only there."""
+    return int(np.lcm.reduce([(Fraction(r) / Fraction(audio.FRAME_RATE)).denominator for r in rates]))
+
+
+def token_span(first: int, frames: int, rate: int, tokens: int) -> tuple[int, int]:
+    """First token and number of tokens under `frames` mel frames that start at a multiple of crop_unit()."""
+    token = min(round(int(first) * rate / audio.FRAME_RATE), int(tokens) - 1)
+    return token, min(token_count(int(frames), rate), int(tokens) - token)
+
+
+def read_meta(data_dir: str | Path) -> dict:
+    return json.loads((Path(data_dir) / "meta.json").read_text())
+
+
+def token_count(frames: int, rate: int) -> int:
+    return max(1, round(frames * rate / audio.FRAME_RATE))
+
+
+# ---- batches
+
+
+class Batches:
+    """Training batches, bucketed by length under a frame budget; a pure function of (seed, step, rank).
+
+    Every epoch has the same number of batches, so a step's epoch is a division: slots are cut once from the sorted
+    lengths, and each epoch deals clips to slots in the order of their jittered length, then shuffles the slots.
+    """
+
+    JITTER = 0.05  # of the length: enough for new neighbours each epoch, little enough to keep padding low
+
+    def __init__(self, dataset: Dataset, config: Config, rank: int = 0, world: int = 1):
+        self.dataset, self.config, self.rank, self.world = dataset, config, rank, world
+        self.lengths = np.asarray(dataset.index["frames"], np.int64)
+        if config.crop_frames:
+            self.lengths = np.minimum(self.lengths, config.crop_frames)
+        ordered = np.sort(self.lengths)
+        if ordered[-1] > config.batch_frames:
+            raise DataError(f"batch_frames={config.batch_frames} is below the longest clip ({ordered[-1]} frames)")
+        slack = (1 + self.JITTER) / (1 - self.JITTER)  # how much longer a clip can be than the one it swaps with
+        slots, first = [], 0
+        while first < len(ordered):
+            count = 1
+            while (
+                count < config.batch_size
+                and first + count < len(ordered)
+                and (count + 1) * min(ordered[first + count] * slack, ordered[-1]) <= config.batch_frames
+            ):
+                count += 1
+            slots.append(count)
+            first += count
+        self.edges = np.cumsum([0, *slots])
+        self.steps_per_epoch = max(1, len(slots) // world)
+        self.unit = crop_unit(dataset.rates)
+        self.dealt: tuple = (None,)  # the epoch whose order is at hand, its clips in order, its slots in order
+
+    def padding(self) -> float:
+        """Share of padding in the batches of the first epoch."""
+        groups = [self.lengths[self.ids(step)] for step in range(self.steps_per_epoch)]
+        return 1 - sum(g.sum() for g in groups) / sum(len(g) * g.max() for g in groups)
+
+    def deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Clips and slots in the order of an epoch; kept until another epoch is asked for."""
+        if self.dealt[0] != epoch:
+            rng = np.random.default_rng([self.config.seed, epoch])
+            jitter = rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(self.lengths))
+            order = np.argsort(self.lengths * jitter, kind="stable")
+            self.dealt = (epoch, order, rng.permutation(len(self.edges) - 1))
+        return self.dealt[1:]
+
+    def ids(self, step: int) -> np.ndarray:
+        """Rows of the split's index that make this rank's batch at `step`."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order, slots = self.deal(epoch)
+        slot = slots[(place * self.world + self.rank) % len(slots)]
+        return order[self.edges[slot] : self.edges[slot + 1]]
+
+    def __call__(self, step: int) -> Batch:
+        ids = self.ids(step)
+        rng = np.random.default_rng([self.config.seed, step, self.rank])
+        lengths, records = self.lengths[ids], self.dataset.index[ids]
+        room = np.maximum(records["frames"] - lengths, 0) // self.unit
+        first = rng.integers(0, room + 1) * self.unit
+        share = rng.uniform(0, self.config.prompt_max, len(ids)) * (rng.random(len(ids)) >= self.config.prompt_drop)
+        return self.dataset.batch(ids, np.stack([first, lengths], 1), (share * lengths).astype(np.int64))
+
+
+def fixed_batch(dataset: Dataset, per_domain: int, seed: int, max_frames: int) -> Batch:
+    """`per_domain` clips of each domain, the same for the same seed, cropped to their first max_frames."""
+    rng = np.random.default_rng(seed)
+    ids = [rng.permutation(np.flatnonzero(dataset.index["domain"] == d))[:per_domain] for d in range(len(DOMAINS))]
+    ids = np.concatenate(ids)
+    lengths = np.minimum(dataset.index["frames"][ids], max_frames)
+    return dataset.batch(ids, np.stack([np.zeros_like(lengths), lengths], 1))

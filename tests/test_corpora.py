@@ -1,0 +1,117 @@
+"""corpora.py: each layout on a small tree of its own kind, the manifests, and the held-out split."""
+
+import json
+
+import pytest
+
+import corpora
+from configurator import Config
+from corpora import AUDIO, SPEECH, Clip, DataError
+
+
+def test_folder_of_speech(speech_dir):
+    clips = {c.name: c for c in corpora.folder(str(speech_dir), SPEECH)}
+    assert len(clips) == 13
+    clip = clips["deep/7.flac"]
+    assert clip.text == "speaker says 7" and clip.group == "speaker says 7" and clip.domain == SPEECH
+    assert clips["own.wav"].text == "Héllo, there!" and clips["own.wav"].group == "héllo there"
+
+
+def test_folder_of_sounds(audio_dir):
+    clips = {c.name: c for c in corpora.folder(str(audio_dir), AUDIO)}
+    assert {name: c.text for name, c in clips.items()} == {
+        "deep/dog_bark.WAV": "dog bark",
+        "rain.ogg": "Rain on a roof",
+    }
+
+
+def test_folders_that_hold_nothing(tmp_path):
+    with pytest.raises(DataError, match=r"speech_dir=.*no such folder; pass --speech_dir=FOLDER"):
+        corpora.folder(str(tmp_path / "no"), SPEECH)
+    with pytest.raises(DataError, match=r"audio_dir=.*no audio files \(.*\.flac"):
+        corpora.folder(str(tmp_path), AUDIO)
+
+
+def test_librispeech(librispeech):
+    clips, notes = corpora.librispeech(str(librispeech))
+    assert len(clips) == 11 and notes == ["LibriSpeech: 1 transcribed utterances have no .flac"]
+    clip = {c.name: c for c in clips}["dev-clean/26/2/26-2-0001.flac"]
+    assert (clip.text, clip.group, clip.domain) == ("speaker 26 says 2 1", "26", SPEECH) and clip.source.exists()
+    assert {c.group for c in clips} == {"19", "26", "103"}
+    (librispeech / "empty").mkdir()
+    with pytest.raises(DataError, match="librispeech_dir=.*no SPEAKER-CHAPTER.trans.txt"):
+        corpora.librispeech(str(librispeech / "empty"))
+
+
+def test_audioset(audioset):
+    clips, notes = corpora.audioset(str(audioset))
+    assert notes == ["AudioSet: 1 of 3 segments have no clip"]
+    assert [(c.name, c.text, c.group, c.domain) for c in clips] == [
+        ("clips/--PJHxphWEs_30.000.wav", "Speech, Gush", "--PJHxphWEs", AUDIO),
+        ("clips/Y-0_abcdefgh.wav", "Music", "-0_abcdefgh", AUDIO),
+    ]
+    (audioset / "ontology.json").unlink()
+    with pytest.raises(DataError, match="ontology.json"):
+        corpora.audioset(str(audioset))
+
+
+def test_a_damaged_segments_csv_is_named(audioset):
+    with open(audioset / "eval_segments.csv", "a") as file:
+        file.write("abc, 1.0\n")
+    with pytest.raises(DataError, match=r"eval_segments.csv, line 3: expected YTID"):
+        corpora.audioset(str(audioset))
+
+
+def test_manifest(tmp_path):
+    rows = [
+        {"path": "a.wav", "text": "one", "domain": "speech", "start": 1.5, "end": 3, "group": "anna"},
+        {"path": "b/c.ogg", "text": "rain", "domain": "audio"},
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    assert corpora.manifest(str(tmp_path / "m.jsonl")) == [
+        Clip("a.wav@1.5", tmp_path / "a.wav", "one", SPEECH, "anna", 1.5, 3.0),
+        Clip("b/c.ogg", tmp_path / "b/c.ogg", "rain", AUDIO, "b/c.ogg", 0.0, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"path": "a.wav", "text": "x"}', '{"path": "a", "text": "", "domain": "music"}']
+)
+def test_a_bad_manifest_line_is_named(tmp_path, line):
+    (tmp_path / "m.jsonl").write_text('{"path": "a", "text": "", "domain": "audio"}\n' + line + "\n")
+    with pytest.raises(DataError, match="m.jsonl, line 2: ") as error:
+        corpora.manifest(str(tmp_path / "m.jsonl"))
+    assert "\n" not in str(error.value)
+
+
+def test_all_corpora_of_a_config_together(librispeech, audioset, audio_dir, tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"path": "a.wav", "text": "hi", "domain": "speech"}\n')
+    config = Config(librispeech_dir=str(librispeech), audioset_dir=str(audioset), audio_dir=str(audio_dir),
+                    manifest=str(tmp_path / "m.jsonl"))  # fmt: skip
+    clips, notes = corpora.read(config)
+    assert [sum(c.domain == d for c in clips) for d in (SPEECH, AUDIO)] == [12, 4] and len(notes) == 2
+    with pytest.raises(DataError, match="no audio clips: pass --audio_dir=FOLDER or --audioset_dir"):
+        corpora.read(Config(librispeech_dir=str(librispeech)))
+
+
+def test_held_out_takes_whole_groups(rng):
+    clips = [Clip(f"{d}/{i}", b"", "", d, f"g{rng.integers(60)}") for d in (SPEECH, AUDIO) for i in range(400)]
+    out = corpora.held_out(clips, 0.1, 5)
+    for d in (SPEECH, AUDIO):
+        groups = {False: set(), True: set()}
+        for clip, held in zip(clips, out, strict=True):
+            if clip.domain == d:
+                groups[held].add(clip.group)
+        assert not groups[False] & groups[True]
+        count = sum(h for c, h in zip(clips, out, strict=True) if c.domain == d)
+        assert 40 <= count < 40 + max(sum(c.domain == d and c.group == g for c in clips) for g in groups[True])
+    assert out == corpora.held_out(clips, 0.1, 5) != corpora.held_out(clips, 0.1, 6)
+    order = rng.permutation(800)  # a clip's side does not depend on the order of the files
+    assert [out[i] for i in order] == corpora.held_out([clips[i] for i in order], 0.1, 5)
+    assert not any(corpora.held_out(clips, 0.0, 5)) and all(corpora.held_out(clips, 1.0, 5))
+
+
+def test_the_same_group_name_in_the_other_domain_is_another_group():
+    clips = [Clip(f"{d}{i}", b"", "", d, f"g{i}") for d in (SPEECH, AUDIO) for i in range(20)]
+    out = corpora.held_out(clips, 0.3, 0)
+    assert out[:20] != out[20:] and sum(out[:20]) == sum(out[20:]) == 6

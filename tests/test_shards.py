@@ -1,0 +1,259 @@
+"""shards.py: what is written comes back, an impulse stays under its frames, checksums, batches as a pure function."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import audio
+import shards
+from configurator import Config
+from corpora import AUDIO, SPEECH, Clip, DataError
+
+RATES = [50, 25]
+
+
+# ---- alignment
+
+
+def test_token_count_and_crop_unit():
+    assert shards.crop_unit(RATES) == 15  # 15 frames are 160 ms: 8 and 4 tokens
+    for seconds in (1, 2, 10):
+        frames = round(seconds * 24000 / 256)
+        assert abs(shards.token_count(frames, 50) - 50 * seconds) <= 1
+        assert abs(shards.token_count(frames, 25) - 25 * seconds) <= 1
+    assert shards.token_count(1, 50) == shards.token_count(1, 25) == 1
+
+
+def test_token_span():
+    assert shards.token_span(0, 100, 50, 53) == (0, 53)
+    assert shards.token_span(30, 30, 50, 53) == (16, 16)
+    assert shards.token_span(30, 30, 25, 27) == (8, 8)
+    assert shards.token_span(90, 10, 50, 53) == (48, 5)  # what is left
+    assert shards.token_span(90, 30, 50, 53) == (48, 5)  # never beyond the clip's last token
+
+
+def prepared(path: Path, frames: list[int], domains: list[int], tokens=None, mels=None, size=1000) -> shards.Dataset:
+    """A training split of clips of the given lengths, `size` clips a shard; the first clip has a waveform."""
+    rng, clips = np.random.default_rng(0), []
+    for i, (T, d) in enumerate(zip(frames, domains, strict=True)):
+        mel = (rng.normal(-3, 2, (T, 100)) if mels is None else mels[i]).astype(np.float16)
+        wav = np.linspace(-0.5, 0.5, 256)
+        codes = rng.integers(0, 16, shards.token_count(T, RATES[d])) if tokens is None else tokens[i]
+        codes = codes if codes.ndim == 2 else codes[:, None]
+        clip = Clip(f"n{i}", b"", f"text of\nclip {i}", d, "")
+        clips.append(shards.Prepared(clip, mel, wav, wav, i == 0, codes, np.full((4, 6)[d], i + 0.5)))
+    path.mkdir()
+    meta = {"teachers": [["whisper", 4], ["aisfx", 6]], "token_rates": RATES, "streams": clips[0].tokens.shape[1]}
+    names = [f"train_{k:05d}" for k in range(-(-len(clips) // size))]
+    for k, name in enumerate(names):
+        shards.write_shard(path / name, clips[k * size : (k + 1) * size], [4, 6], -11.5)
+    shards.join(path, names, meta)
+    return shards.Dataset(path, "train")
+
+
+@pytest.mark.parametrize("domain", [SPEECH, AUDIO])
+def test_an_impulse_stays_under_its_frames(tmp_path, rng, domain):
+    """One token marked in a clip, and the mel frames it lasts: after any crop and the model's stretch they coincide."""
+    from model import stretch
+
+    T = 600
+    N, rate = shards.token_count(T, RATES[domain]), RATES[domain]
+    k = int(rng.integers(N // 3, N // 2))
+    centre = (k + 0.5) / rate * audio.FRAME_RATE - 0.5  # in frames
+    mel = -((np.arange(T) - centre) ** 2)[:, None].clip(None, 1000) * np.ones(100)
+    codes = np.zeros(N, np.int64)
+    codes[k] = 1
+    dataset = prepared(tmp_path / "p", [T, 9], [domain, 1 - domain], [codes, codes[:1]], [mel, mel[:9]])
+    unit = shards.crop_unit(RATES)
+    for _ in range(30):
+        length = int(rng.integers(40, 300))
+        low, high = max(0, int(centre) - length + 20), min(T - length, int(centre) - 20)
+        first = int(rng.integers(low // unit + 1, high // unit + 1)) * unit if high // unit > low // unit else 0
+        length = length if first else T
+        batch = dataset.batch(np.array([0]), np.array([[first, length]]))
+        assert batch.frames.tolist() == [length] and batch.mel.shape == (1, length, 100)
+        heard = batch.mel[0, :, 0].argmax().item()
+        x = stretch(batch.tokens[..., None].double(), batch.token_len, batch.frames, length)[0, :, 0]
+        seen = (x * torch.arange(length)).sum().item() / x.sum().item()  # centre of mass of the stretched impulse
+        # a token count is rounded, so the stretch is off by up to half a token at the clip's far end
+        assert abs(seen - heard) <= 0.5 + 0.5 / rate * audio.FRAME_RATE + 0.1, (first, length)
+        assert batch.token_len.tolist() == [shards.token_span(first, length, rate, N)[1]]
+    with_first = dataset.batch(np.array([0]), np.array([[unit, 300]])).tokens[0].tolist()
+    assert with_first == codes[unit * rate * 256 // 24000 :][: len(with_first)].tolist()
+
+
+def test_dataset_gives_back_what_was_written(tmp_path, rng):
+    frames, domains = [50, 80, 33, 61], [0, 1, 0, 1]
+    mels = [rng.normal(-3, 2, (T, 100)).astype(np.float16) for T in frames]
+    tokens = [rng.integers(0, 99, shards.token_count(T, RATES[d])) for T, d in zip(frames, domains, strict=True)]
+    dataset = prepared(tmp_path / "p", frames, domains, tokens, mels, size=3)
+    assert len(dataset) == 4 and dataset.meta["train"]["clips"] == [2, 2]
+    assert dataset.meta["train"]["seconds"] == pytest.approx([83 * 256 / 24000, 141 * 256 / 24000])
+    assert dataset.name_and_text(2) == ("n2", "text of\nclip 2")
+    assert [dataset.wav_path(i).exists() for i in range(4)] == [True, False, False, False]
+    np.testing.assert_allclose(audio.read(dataset.wav_path(0), 24000), np.linspace(-0.5, 0.5, 256), atol=1e-4)
+    ids = np.array([3, 0, 2])
+    prompts = np.array([7, 0, 3])
+    batch = dataset.batch(ids, prompts=prompts)
+    assert batch.ids.tolist() == [3, 0, 2] and batch.prompt.tolist() == [7, 0, 3] and batch.domain.tolist() == [1, 0, 0]
+    assert batch.mel.shape == (3, 61, 100) and batch.mel.dtype == torch.float32
+    for b, i in enumerate(ids):
+        T, N = frames[i], len(tokens[i])
+        np.testing.assert_array_equal(batch.mel[b, :T].numpy(), mels[i].astype(np.float32))
+        np.testing.assert_array_equal(batch.tokens[b, :N].numpy(), tokens[i])
+        assert not batch.mel[b, T:].any() and not batch.tokens[b, N:].any()
+        assert batch.frames[b] == T and batch.token_len[b] == N
+    # whose teacher it is not gets zeros
+    assert batch.teacher["whisper"].tolist() == [[0] * 4, [0.5] * 4, [2.5] * 4]
+    assert batch.teacher["aisfx"].tolist() == [[3.5] * 6, [0] * 6, [0] * 6]
+
+
+def test_batch_moves_and_doubles(tmp_path):
+    batch = prepared(tmp_path / "p", [50, 80], [0, 1]).batch(np.array([0, 1]))
+    moved, double = batch.to("meta"), batch.double()
+    assert moved.mel.device.type == moved.ids.device.type == moved.teacher["aisfx"].device.type == "meta"
+    assert double.mel.dtype == double.teacher["whisper"].dtype == torch.float64 and double.tokens.dtype == torch.int64
+    assert torch.equal(double.mel.float(), batch.mel)
+
+
+def test_a_split_may_lack_a_domain(tmp_path):
+    """A small corpus can have no held-out clip of one domain; the other's still make batches."""
+    batch = prepared(tmp_path / "p", [50, 80], [SPEECH, SPEECH]).batch(np.array([0, 1]))
+    assert batch.teacher["aisfx"].tolist() == [[0] * 6] * 2
+
+
+# ---- batches
+
+
+@pytest.fixture
+def many(tmp_path, rng) -> shards.Dataset:
+    frames = (np.exp(rng.normal(4.6, 0.6, 300)).clip(20, 400)).astype(int).tolist()
+    return prepared(tmp_path / "many", frames, rng.integers(0, 2, 300).tolist(), size=128)
+
+
+BATCHES = Config(batch_frames=1500, batch_size=16, seed=4)
+
+
+def test_every_clip_once_an_epoch(many):
+    batches = shards.Batches(many, BATCHES)
+    n, seen = batches.steps_per_epoch, []
+    for epoch in range(3):
+        ids = [batches.ids(s).tolist() for s in range(epoch * n, (epoch + 1) * n)]
+        assert sorted(i for batch in ids for i in batch) == list(range(300))
+        seen.append(ids)
+    assert sorted(map(sorted, seen[0])) != sorted(map(sorted, seen[1]))  # new neighbours, not only a new order
+    assert [len(x) for x in seen[0]] != sorted(len(x) for x in seen[0])  # not from short to long
+
+
+def test_batches_are_a_function_of_seed_step_and_rank(many):
+    a, b = shards.Batches(many, BATCHES), shards.Batches(many, copy.copy(BATCHES))
+    steps = [7, 3, 40, 0, 7]
+    for step in steps:  # in any order, from any object
+        x, y = a(step), b(step)
+        assert torch.equal(x.ids, y.ids) and torch.equal(x.mel, y.mel) and torch.equal(x.prompt, y.prompt)
+    other = shards.Batches(many, replace(BATCHES, seed=5))
+    assert any(a.ids(s).tolist() != other.ids(s).tolist() for s in range(5))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_an_epoch_without_overlap(many, world):
+    ranks = [shards.Batches(many, BATCHES, r, world) for r in range(world)]
+    n = ranks[0].steps_per_epoch
+    ids = [i for step in range(n, 2 * n) for r in ranks for i in r.ids(step).tolist()]
+    assert len(ids) == len(set(ids)) and len(ids) >= 300 - (world - 1) * BATCHES.batch_size
+    assert len({r.steps_per_epoch for r in ranks}) == 1
+
+
+def test_the_frame_budget_is_kept_and_padding_is_low(many):
+    batches = shards.Batches(many, BATCHES)
+    padding, real = 0, 0
+    for step in range(2 * batches.steps_per_epoch):
+        lengths = batches.lengths[batches.ids(step)]
+        assert len(lengths) <= 16 and len(lengths) * lengths.max() <= 1500
+        if step < batches.steps_per_epoch:
+            padding, real = padding + (lengths.max() - lengths).sum(), real + lengths.sum()
+    assert batches.padding() == pytest.approx(padding / (padding + real))
+    assert batches.padding() < 0.12
+    rng = np.random.default_rng(0)  # batches of as many clips without bucketing waste far more
+    order = rng.permutation(300)
+    groups = [batches.lengths[order[a:b]] for a, b in zip(batches.edges, batches.edges[1:], strict=False)]
+    assert 1 - sum(g.sum() for g in groups) / sum(len(g) * g.max() for g in groups) > 2 * batches.padding()
+
+
+def test_a_budget_below_the_longest_clip(many):
+    longest = int(many.index["frames"].max())
+    with pytest.raises(DataError, match=f"batch_frames={longest - 1} is below the longest clip \\({longest} frames\\)"):
+        shards.Batches(many, replace(BATCHES, batch_frames=longest - 1))
+    shards.Batches(many, replace(BATCHES, batch_frames=longest))
+    shards.Batches(many, replace(BATCHES, batch_frames=200, crop_frames=200))  # cropped, they fit
+
+
+def test_crops_and_prompts(many):
+    config = replace(BATCHES, crop_frames=60, prompt_max=0.3, prompt_drop=0.4, batch_size=32)
+    batches = shards.Batches(many, config)
+    frames, firsts, prompts = many.index["frames"], set(), []
+    for step in range(3 * batches.steps_per_epoch):
+        batch = batches(step)
+        for b, i in enumerate(batch.ids.tolist()):
+            assert batch.frames[b] == min(60, frames[i])
+            assert 0 <= batch.prompt[b] <= 0.3 * batch.frames[b]
+            prompts.append(batch.prompt[b].item() / batch.frames[b].item())
+            if frames[i] >= 150:  # where in the clip is this crop?
+                whole = many.mel(i)[:, 0].astype(np.float32)
+                starts = [s for s in range(frames[i] - 59) if (whole[s : s + 60] == batch.mel[b, :60, 0].numpy()).all()]
+                assert len(starts) == 1 and starts[0] % shards.crop_unit(RATES) == 0
+                firsts.add(starts[0])
+    assert len(firsts) > 5
+    dropped = np.mean(np.array(prompts) == 0)
+    assert 0.35 < dropped < 0.5  # 40 %, and those whose share rounds down to nothing
+
+
+def test_fixed_batch(many):
+    a, b = shards.fixed_batch(many, 5, 1, 90), shards.fixed_batch(many, 5, 1, 90)
+    assert torch.equal(a.ids, b.ids) and torch.equal(a.mel, b.mel)
+    assert a.domain.tolist() == [0] * 5 + [1] * 5 and len(set(a.ids.tolist())) == 10
+    assert a.frames.tolist() == [min(90, many.index["frames"][i]) for i in a.ids.tolist()]
+    np.testing.assert_array_equal(a.mel[0, 0].numpy(), many.mel(a.ids[0].item())[0].astype(np.float32))
+    assert not a.prompt.any()
+    assert a.ids.tolist() != shards.fixed_batch(many, 5, 2, 90).ids.tolist()
+
+
+# ---- checksums
+
+
+def test_verify_names_what_is_missing_or_changed(tmp_path):
+    dataset = prepared(tmp_path / "p", [50, 80, 60], [0, 1, 0], size=2)
+    assert shards.verify(str(dataset.root)) == []
+    with open(dataset.path(1) / "mel.bin", "r+b") as file:
+        file.seek(100)
+        byte = file.read(1)[0]
+        file.seek(100)
+        file.write(bytes([byte ^ 1]))
+    (dataset.path(0) / "wav" / "00000.wav").unlink()
+    found = shards.verify(str(dataset.root))
+    assert len(found) == 2 and "wav/00000.wav: missing" in found[0] and "train_00001/mel.bin: not as" in found[1]
+    (dataset.path(1) / "shard.json").unlink()
+    (dataset.root / "train.npy").write_bytes(b"")
+    assert any("shard.json: missing" in line for line in shards.verify(str(dataset.root)))
+
+
+def test_two_streams(tmp_path):
+    codes = [np.stack([np.arange(27), 1000 + np.arange(27)], 1), np.stack([np.arange(21), 1000 + np.arange(21)], 1)]
+    batch = prepared(tmp_path / "p", [50, 80], [0, 1], codes).batch(np.array([0, 1]))
+    assert batch.tokens.shape == (2, 27, 2) and batch.token_len.tolist() == [27, 21]
+    assert (batch.tokens[0, :, 1] - batch.tokens[0, :, 0] == 1000).all() and not batch.tokens[1, 21:].any()
+
+
+def test_padding_on_librispeech_like_lengths_is_under_5_percent(tmp_path, rng):
+    """Utterances of 2 to 17 s, most of them 12 to 16, in batches of the paper's budget."""
+    seconds = np.concatenate([rng.normal(14, 1.5, 4500), rng.uniform(2, 16, 2500)]).clip(1.5, 17)
+
+    class Lengths:
+        index, rates = np.zeros(7000, shards.INDEX), [50, 50]
+
+    Lengths.index["frames"] = seconds * audio.FRAME_RATE
+    assert shards.Batches(Lengths(), Config()).padding() < 0.05
