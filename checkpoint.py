@@ -1,4 +1,4 @@
-"""Checkpoints: saved whole or not at all, checked when read, the previous one kept.
+"""Checkpoints: saved whole or not at all, checked when read, the previous one kept; and requests to stop.
 
     save(path, {"step": 3, "model": model.state_dict()})
     state, used = load(path)          # used is the previous file when the newest is damaged
@@ -8,12 +8,16 @@ writes a zip with a CRC-32 for every tensor, which torch.load does not check and
 """
 
 import os
+import signal
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+INTERRUPTED = 75  # exit code of a run stopped by a signal after saving (EX_TEMPFAIL: run it again)
 
 
 class CheckpointError(RuntimeError):
@@ -78,3 +82,24 @@ def load(path: str | Path, set_aside: bool = False) -> tuple[dict[str, Any], Pat
                     os.replace(path, path.with_name(f"{path.stem}.damaged{path.suffix}"))
             return state, file
     raise CheckpointError("; ".join(problems))
+
+
+class StopRequest:
+    """Turns SIGTERM and the first Ctrl-C into a stop after the step in progress; a second Ctrl-C stops at once."""
+
+    def __init__(self, device: str = "cpu"):
+        self.device, self.asked = device, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number: int, frame) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self) -> bool:
+        """True on every rank as soon as one was asked."""
+        if not dist.is_initialized():
+            return self.asked
+        flag = torch.tensor(float(self.asked), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)

@@ -52,7 +52,7 @@ import fetch
 import teachers
 import tokenizer
 from audio import AudioError
-from corpora import SPEECH, Clip, DataError
+from corpora import AUDIO, SPEECH, Clip, DataError
 from shards import Prepared, join, read_meta, token_count, verify, write_json, write_shard
 
 SHARD_CLIPS = 512
@@ -95,19 +95,6 @@ def token_rates(config: Config) -> list[int]:
     return [50, 25 if config.audio_teacher == "demo" else 50]
 
 
-def to_rate(features: np.ndarray, n: int) -> np.ndarray:
-    """Linear interpolation of features (N, E) to n rows spread over the same time."""
-    x = torch.from_numpy(features).T[None]
-    return torch.nn.functional.interpolate(x, n, mode="linear", align_corners=False)[0].T.numpy()
-
-
-def at_token_times(rows: np.ndarray, n: int, rate: float, own_rate: float) -> np.ndarray:
-    """The row of a sequence at `own_rate` per second that covers the middle of each of n tokens at `rate` per second:
-    how a stream of codes follows another in time, whatever their lengths. Past its end the last row is repeated."""
-    at = ((np.arange(n) + 0.5) / rate * own_rate).astype(np.int64)
-    return rows[np.minimum(at, len(rows) - 1)]
-
-
 class Networks:
     """The frozen networks of a config, loaded when first needed, and what was encoded once already."""
 
@@ -122,13 +109,8 @@ class Networks:
     def encoders(self) -> list[teachers.Teacher]:
         c = self.config
         whisper = fetch.fetch("whisper_tiny") if c.whisper == "demo" else c.whisper
-        audio_name, weights = (
-            ("aisfx", fetch.fetch("aisfx")) if c.audio_teacher == "demo" else ("beats", c.audio_teacher)
-        )
-        return [
-            teachers.load_teacher("whisper", whisper, self.device),
-            teachers.load_teacher(audio_name, weights, self.device),
-        ]
+        sounds = ("aisfx", fetch.fetch("aisfx")) if c.audio_teacher == "demo" else ("beats", c.audio_teacher)
+        return [teachers.load_teacher("whisper", whisper, self.device), teachers.load_teacher(*sounds, self.device)]
 
     @cached_property
     def s3(self) -> tokenizer.S3:
@@ -156,18 +138,16 @@ class Networks:
             key, n = (d, p.clip.name), token_count(len(p.mel), rate)
             if key in self.features:
                 out.append(self.features[key])
-            elif teacher.name == "beats":  # patches, 8 bands per 160 ms: a mean of neighbours would mix bands
-                out.append(at_token_times(next(fresh), n, rate, teacher.rate))
             else:
-                out.append(to_rate(next(fresh), n))
+                out.append(tokenizer.token_features(teacher, next(fresh), n, rate))
         return out
 
     def tokens(self, d: int, own: list[Prepared], fitted: tokenizer.Tokenizer | None) -> list[np.ndarray]:
         """Codes of domain d's clips, (N, streams) each; the second stream is BEATs' at the same times (eq. 15)."""
         counts = [token_count(len(p.mel), self.rates[d]) for p in own]
         if fitted is None:
-            codes = self.s3.encode([p.teacher_wav for p in own])
-            codes = [at_token_times(c, n, self.rates[d], self.s3.rate) for c, n in zip(codes, counts, strict=True)]
+            pairs = zip(self.s3.encode([p.teacher_wav for p in own]), counts, strict=True)
+            codes = [tokenizer.at_token_times(c, n, self.rates[d], self.s3.rate) for c, n in pairs]
         else:
             codes = fitted.encode(self.encode(d, own))
         if not self.config.beats_tokens:
@@ -175,7 +155,7 @@ class Networks:
         beats = self.beats_tokenizer
         waves = [audio.resample(p.wav, audio.SAMPLE_RATE, beats.sample_rate) for p in own]
         second = zip(beats.codes(waves), counts, strict=True)
-        second = [at_token_times(c, n, self.rates[d], beats.rate) for c, n in second]
+        second = [tokenizer.at_token_times(c, n, self.rates[d], beats.rate) for c, n in second]
         return [np.stack(pair, 1) for pair in zip(codes, second, strict=True)]
 
 
@@ -247,7 +227,7 @@ def prepare(config: Config) -> None:
     networks = Networks(config)
     with locked(locks / "tokenizers"):
         fit_tokenizers(out_dir, networks, [c for name, own in shards.items() if name.startswith("train") for c in own])
-    fitted = load_tokenizers(out_dir, config)
+    fitted = load_tokenizers(out_dir, networks)
     keep = waves_to_keep(shards, config)
     with tqdm(total=len(clips), desc="clips", mininterval=1, disable=not lead) as bar:
         pending = dict(shards)
@@ -256,9 +236,8 @@ def prepare(config: Config) -> None:
                 with locked(locks / name, wait=False) as ours:
                     if ours and not (out_dir / name).exists():
                         prepare_shard(out_dir / name, pending[name], networks, fitted, keep, bar)
-                    elif not ours and not (out_dir / name).exists():
-                        continue
-                del pending[name]
+                if (out_dir / name).exists():
+                    del pending[name]
             time.sleep(0.2 if pending else 0)  # others hold what is left
     with locked(locks / "finish"):
         if not (out_dir / "meta.json").exists():
@@ -274,9 +253,7 @@ def _plan(out_dir: Path, config: Config, clips: list[Clip]) -> None:
     plan = {"prepared_with": {k: getattr(config, k) for k in PREPARED_WITH}, "clips": len(clips), "listing": listing}
     if not (out_dir / "plan.json").exists():
         if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise DataError(
-                f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER"
-            )  # never write over them
+            raise DataError(f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER")
         out_dir.mkdir(parents=True, exist_ok=True)
         write_json(out_dir / "plan.json", plan)
         return
@@ -334,9 +311,8 @@ def fit_tokenizers(out_dir: Path, networks: Networks, clips: list[Clip]) -> None
         networks.features |= {(d, p.clip.name): f for p, f in zip(own, features, strict=True)}
         size, steps = (config.speech_codes, config.audio_codes)[d], config.tokenizer_steps
         with networks.timed("fitting"), tqdm(total=steps, desc=f"{name} tokenizer", mininterval=1) as bar:
-            model = tokenizer.fit(
-                features, size, steps, networks.rates[d], remove_position=d == SPEECH, progress=lambda *_: bar.update()
-            )
+            options = {"remove_position": d == SPEECH, "device": networks.device}
+            model = tokenizer.fit(features, size, steps, networks.rates[d], **options, progress=lambda *_: bar.update())
         codes = model.encode(features)
         used, perplexity = tokenizer.usage(codes, size)
         found = {"codes_used": used, "perplexity": perplexity}
@@ -349,10 +325,24 @@ def fit_tokenizers(out_dir: Path, networks: Networks, clips: list[Clip]) -> None
         tokenizer.save(model, out_dir / f"{name}_tokenizer.pt")
 
 
-def load_tokenizers(out_dir: Path, config: Config) -> list[tokenizer.Tokenizer | None]:
-    """Each domain's tokenizer; None for S3, which is not one of ours."""
-    speech = None if config.speech_tokenizer == "s3" else tokenizer.load(out_dir / "speech_tokenizer.pt")
-    return [speech, tokenizer.load(Path(config.audio_tokenizer or out_dir / "audio_tokenizer.pt"))]
+def load_tokenizers(out_dir: Path, networks: Networks) -> list[tokenizer.Tokenizer | None]:
+    """Each domain's tokenizer; None for S3, which is not one of ours. Raises DataError for one of another size."""
+    config, found = networks.config, []
+    for d, name in enumerate(DOMAINS):
+        if d == SPEECH and config.speech_tokenizer == "s3":
+            found.append(None)
+            continue
+        path = config.audio_tokenizer if d == AUDIO and config.audio_tokenizer else out_dir / f"{name}_tokenizer.pt"
+        model = tokenizer.load(Path(path)).to(networks.device)
+        wanted = ((config.speech_codes, config.audio_codes)[d], networks.rates[d], networks.encoders[d].dim)
+        if (model.shape.codes, model.shape.rate, model.shape.dim) != wanted:
+            have = (model.shape.codes, model.shape.rate, model.shape.dim)
+            raise DataError(
+                f"{path}: codes, tokens per second and feature width are {have}, this config wants {wanted}; "
+                f"pass --{name}_codes or another file"
+            )
+        found.append(model)
+    return found
 
 
 def prepare_shard(

@@ -109,7 +109,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def embeddings(judge: Teacher, waves: list[np.ndarray]) -> np.ndarray:
     """The judge's features of all waves (24 kHz), one row a patch."""
-    return np.concatenate(judge.encode([soxr.resample(w, audio.SAMPLE_RATE, judge.sample_rate) for w in waves]))
+    rows = judge.encode([soxr.resample(w, audio.SAMPLE_RATE, judge.sample_rate) for w in waves])
+    return np.concatenate(rows) if rows else np.zeros((0, judge.dim))
 
 
 def read_waves(dataset: Dataset, ids: np.ndarray) -> list[np.ndarray]:
@@ -290,7 +291,8 @@ def main_listening_test(args: EvalArgs) -> None:
         raise ValueError(f"no samples in {args.listening_test[0]}/samples: run evaluate.py --ckpt RUN/ckpt.pt first")
     held = Dataset(args.data_dir or report.read_eval(Path(args.listening_test[0]))["data_dir"], "held_out")
     first = next(iter(systems.values()))
-    systems["original"] = {clip: audio.read(held.wav_path(int(clip[-4:])), audio.SAMPLE_RATE) for clip in first}
+    rows = {clip: int(clip.split("_")[1]) for clip in first}
+    systems["original"] = {clip: audio.read(held.wav_path(i), audio.SAMPLE_RATE) for clip, i in rows.items()}
     out = Path(args.out or "out/listening")
     key = report.listening_test(systems, out, args.seed)
     print(

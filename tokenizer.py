@@ -1,33 +1,76 @@
-"""Discrete tokens from teacher features: a RepCodec-style VQ-VAE, trained on the corpus it will encode.
+"""Discrete tokens: the AST, a RepCodec-style VQ-VAE on teacher features (eq. 13-14), and S3.
 
-    tokenizer = fit(features, codes=1024, steps=1500, rate=50, remove_position=True)
-    codes = tokenizer.encode(features)            # list of (N,) integer arrays
-    save(tokenizer, path); tokenizer = load(path)
+    python tokenizer.py config/ast.py --features_from=AudioSet --audio_teacher=BEATs_iter3_plus_AS2M.pt
+    python tokenizer.py config/ast.py --features_from=demo --audio_teacher=demo --max_steps=500
+    torchrun --nproc_per_node=8 tokenizer.py config/ast.py ...          # the same command continues a stopped run
 
-The audio tokenizer is the AST of eq. 13-14 on the audio teacher's features. The speech tokenizer of the demo is the
-same class on Whisper's encoder states: supervised semantic tokens at 50 Hz, the recipe of S3. Whisper adds absolute
+    codes = load(path).encode(features)           # list of (N,) integer arrays
+
+The audio tokenizer is the AST on the audio teacher's features. The speech tokenizer of the demo is the same class,
+smaller, on Whisper's encoder states: supervised semantic tokens at 50 Hz, the recipe of S3. Whisper adds absolute
 positions to its input, and a codebook fitted to raw states spends itself on saying *when* instead of *what*; so the
 part of the states that a linear map of the position table explains is removed first, and what is left is measured.
 
 B clips, N features or tokens, E teacher width, W network width, K codes.
 """
 
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from configurator import configure
+
+
+@dataclass
+class TokenizerArgs:
+    """Settings of `python tokenizer.py`, the training of an AST."""
+
+    out_dir: str = "out/ast"  # ckpt.pt, and the features it is trained on
+    features_from: str = ""  # folder of sounds, AudioSet's or any; "demo": fetch some
+    audio_teacher: str = "BEATs_iter3_plus_AS2M.pt"  # path of BEATs' weights; "demo": the aisfx sound-effects network
+    max_clips: int = 20_000  # clips whose features are kept on disk, 0.8 MB each for 10 s of BEATs
+    codes: int = 4096  # codebook size K
+    width: int = 1024  # W, of the network and of the codebook
+    units: int = 2  # residual units in the encoder, and in the decoder
+    max_steps: int = 100_000  # optimiser steps
+    batch_size: int = 32  # windows of 96 features per step and rank
+    learning_rate: float = 1e-4  # peak of the one-cycle schedule
+    seed: int = 0  # seeds weights, windows and the choice of clips
+    log_every: int = 500  # steps between lines of losses, held-out error and codebook usage
+    save_every: int = 2000  # steps between checkpoints
+
+    ranges: ClassVar[dict] = dict.fromkeys(
+        "max_clips codes width units max_steps batch_size log_every save_every".split(), (1, None)
+    )
+
+
+if __name__ == "__main__":
+    ARGS = configure(TokenizerArgs, __doc__)  # a typo is answered before torch is imported
+
 import importlib
 import importlib.util
+import itertools
 import os
-from dataclasses import asdict, dataclass
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
+import audio
+import checkpoint
+import corpora
+import fetch
 import teachers
-from audio import torchaudio
 
 CLIP_WINDOW = 96  # features per training window
 POSITIONS = 1500  # length of Whisper's position table
+STATISTICS_CLIPS = 2000  # clips behind the mean, the deviation and the position map of the features
 
 
 @dataclass
@@ -115,10 +158,14 @@ class Tokenizer(nn.Module):
         K, decay = self.shape.codes, self.shape.decay
         one_hot_sum = torch.zeros_like(self.code_sum).index_add_(0, codes, z)
         count = torch.bincount(codes, minlength=K).to(z.dtype)
+        if dist.is_initialized():
+            dist.all_reduce(one_hot_sum), dist.all_reduce(count)
         self.code_count.lerp_(count, 1 - decay)
         self.code_sum.lerp_(one_hot_sum, 1 - decay)
         dead = self.code_count < 0.02
-        fresh = z[torch.randint(len(z), (int(dead.sum()),))]
+        fresh = z[torch.randint(len(z), (int(dead.sum()),), device=z.device)]
+        if dist.is_initialized():
+            dist.broadcast(fresh, 0)
         self.code_count[dead], self.code_sum[dead] = 1.0, fresh
         self.codebook.copy_(self.code_sum / self.code_count[:, None])
 
@@ -131,6 +178,25 @@ class Tokenizer(nn.Module):
             z = self.encoder(x.T[None], torch.ones(1, 1, len(x), device=x.device))[0].T
             out.append(self.nearest(z).int().cpu().numpy())
         return out
+
+
+def to_rate(features: np.ndarray, n: int) -> np.ndarray:
+    """Linear interpolation of features (N, E) to n rows spread over the same time."""
+    x = torch.from_numpy(features).T[None]
+    return torch.nn.functional.interpolate(x, n, mode="linear", align_corners=False)[0].T.numpy()
+
+
+def at_token_times(rows: np.ndarray, n: int, rate: float, own_rate: float) -> np.ndarray:
+    """The row of a sequence at `own_rate` per second that covers the middle of each of n tokens at `rate` per second:
+    how a stream of codes follows another in time, whatever their lengths. Past its end the last row is repeated."""
+    at = ((np.arange(n) + 0.5) * own_rate / rate + 1e-9).astype(np.int64)  # exact halves do not round down
+    return rows[np.minimum(at, len(rows) - 1)]
+
+
+def token_features(teacher: teachers.Teacher, features: np.ndarray, n: int, rate: float) -> np.ndarray:
+    """A clip's features (N', E) at n tokens, `rate` per second. BEATs' are patches, 8 bands per 160 ms, and a mean of
+    neighbours would mix bands: each token takes one. Others change smoothly in time and are interpolated."""
+    return at_token_times(features, n, rate, teacher.rate) if teacher.name == "beats" else to_rate(features, n)
 
 
 def position_table(columns: int) -> torch.Tensor:
@@ -168,8 +234,103 @@ def position_share(values: list[np.ndarray], bins: int = 10) -> float:
     return float(1 - within / (n - k) * (n - 1) / total)
 
 
+class Fitting:
+    """Training of a Tokenizer on clips of features (N, E), a step at a time: MSE + 10 * commitment (eq. 14), on random
+    windows. A step follows from (seed, step, rank) alone, so one that goes on from `state()` repeats it. With several
+    ranks each draws its own windows; gradients and codebook sums are added up over them."""
+
+    def __init__(
+        self,
+        features: Sequence[np.ndarray],
+        shape: TokenizerShape,
+        steps: int,
+        batch: int = 16,
+        lr: float = 1e-3,
+        seed: int = 0,
+        rank: int = 0,
+        device: str = "cpu",
+    ):
+        torch.manual_seed(seed)
+        self.features, self.batch, self.seed, self.rank, self.device = features, batch, seed, rank, device
+        self.model, self.done = Tokenizer(shape), 0
+        lengths = np.array([len(f) for f in features])
+        self.chances = lengths / lengths.sum()
+        self._standardise(
+            [features[i] for i in np.random.default_rng(seed).permutation(len(features))[:STATISTICS_CLIPS]]
+        )
+        self.model.to(device)
+        self._start_codebook()
+        weights = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
+        self.optimiser = torch.optim.AdamW(weights, lr, betas=(0.5, 0.9))
+        # OneCycleLR divides by zero at total_steps = 1 / pct_start
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimiser, lr, total_steps=max(11, steps), pct_start=0.1
+        )
+
+    def _standardise(self, features: list[np.ndarray]) -> None:
+        model = self.model
+        if model.shape.positions:
+            model.position.copy_(fit_position(features, model.shape.positions))
+        everything = torch.cat([model.standardise(torch.from_numpy(np.asarray(f, np.float32))) for f in features])
+        model.mean.copy_(everything.mean(0)), model.std.copy_(everything.std(0).clamp_min(1e-4))
+
+    @torch.no_grad()
+    def _start_codebook(self) -> None:
+        """Encoder outputs drawn from the corpus, the same on every rank."""
+        model, codes = self.model, self.model.shape.codes
+        z = model(*self.draw(np.random.default_rng(self.seed), max(self.batch, 2 * codes // CLIP_WINDOW)))["z"]
+        model.code_sum.copy_(z[torch.randint(len(z), (codes,))])
+        model.code_count.fill_(1.0)
+        model.codebook.copy_(model.code_sum)
+
+    def draw(self, rng: np.random.Generator, clips: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standardised windows (clips, CLIP_WINDOW, E) of clips drawn by their length, and their mask."""
+        out = torch.zeros(clips, CLIP_WINDOW, self.model.shape.dim)
+        mask = torch.zeros(clips, CLIP_WINDOW, dtype=torch.bool)
+        for i, c in enumerate(rng.choice(len(self.features), clips, p=self.chances)):
+            x = torch.from_numpy(np.asarray(self.features[c], np.float32)).to(self.device)
+            start = rng.integers(0, max(1, len(x) - CLIP_WINDOW + 1))
+            piece = self.model.standardise(x)[start : start + CLIP_WINDOW]
+            out[i, : len(piece)], mask[i, : len(piece)] = piece, True
+        return out.to(self.device), mask.to(self.device)
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step and one codebook update; returns the losses."""
+        rng = np.random.default_rng([self.seed, self.done, self.rank])
+        torch.manual_seed(hash((self.seed, self.done)) % 2**63)  # restarted codes: the same on every rank
+        out = self.model(*self.draw(rng, self.batch))
+        loss = out["mse"] + 10 * out["commitment"]
+        self.optimiser.zero_grad()
+        loss.backward()
+        if dist.is_initialized():
+            for group in self.optimiser.param_groups:
+                for p in group["params"]:
+                    dist.all_reduce(p.grad)
+                    p.grad /= dist.get_world_size()
+        self.optimiser.step(), self.schedule.step()
+        self.model.update_codebook(out["z"], out["codes"])
+        self.done += 1
+        return {"loss": loss.item(), "mse": out["mse"].item(), "commitment": out["commitment"].item()}
+
+    def state(self) -> dict:
+        """Everything to go on from; load() reads the tokenizer out of the same file."""
+        return {
+            "shape": asdict(self.model.shape),
+            "state": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "step": self.done,
+        }
+
+    def restore(self, state: dict) -> None:
+        self.model.load_state_dict(state["state"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.done = state["step"]
+
+
 def fit(
-    features: list[np.ndarray],
+    features: Sequence[np.ndarray],
     codes: int,
     steps: int,
     rate: float,
@@ -178,51 +339,17 @@ def fit(
     batch: int = 16,
     lr: float = 1e-3,
     seed: int = 0,
-    progress=None,
+    device: str = "cpu",
+    progress: Callable[[int, float], None] | None = None,
 ) -> Tokenizer:
-    """Trains a Tokenizer on clips of features (N, E): MSE + 10 * commitment (eq. 14), on random windows.
-
-    The codebook starts at encoder outputs drawn from the corpus. `progress(step, loss)` is called after each step.
-    """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    model = Tokenizer(TokenizerShape(features[0].shape[1], codes, rate, width, positions=64 if remove_position else 0))
-    if remove_position:
-        model.position.copy_(fit_position(features, model.shape.positions))
-    model.mean.zero_(), model.std.fill_(1)
-    x = [model.standardise(torch.from_numpy(f)) for f in features]
-    everything = torch.cat(x)
-    model.mean.copy_(everything.mean(0)), model.std.copy_(everything.std(0).clamp_min(1e-4))
-    x = [(f - model.mean) / model.std for f in x]
-    chances = np.array([len(f) for f in x]) / len(everything)
-
-    def draw(clips: int) -> tuple[torch.Tensor, torch.Tensor]:
-        out, mask = torch.zeros(clips, CLIP_WINDOW, model.shape.dim), torch.zeros(clips, CLIP_WINDOW, dtype=torch.bool)
-        for i, c in enumerate(rng.choice(len(x), clips, p=chances)):
-            start = rng.integers(0, max(1, len(x[c]) - CLIP_WINDOW + 1))
-            piece = x[c][start : start + CLIP_WINDOW]
-            out[i, : len(piece)], mask[i, : len(piece)] = piece, True
-        return out, mask
-
-    with torch.no_grad():  # start the codebook on real encoder outputs
-        sample, mask = draw(max(batch, 2 * codes // CLIP_WINDOW))
-        z = model(sample, mask)["z"]
-        model.code_sum.copy_(z[torch.randint(len(z), (codes,))])
-        model.code_count.fill_(1.0)
-        model.codebook.copy_(model.code_sum)
-    optimiser = torch.optim.AdamW([*model.encoder.parameters(), *model.decoder.parameters()], lr, betas=(0.5, 0.9))
-    # OneCycleLR divides by zero at total_steps = 1 / pct_start
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=max(11, steps), pct_start=0.1)
+    """Trains a Tokenizer on clips of features (N, E). `progress(step, loss)` is called after each step."""
+    shape = TokenizerShape(features[0].shape[1], codes, rate, width, positions=64 if remove_position else 0)
+    fitting = Fitting(features, shape, steps, batch, lr, seed, device=device)
     for step in range(steps):
-        out = model(*draw(batch))
-        loss = out["mse"] + 10 * out["commitment"]
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step(), schedule.step()
-        model.update_codebook(out["z"], out["codes"])
+        losses = fitting.step()
         if progress:
-            progress(step, loss.item())
-    return model.eval()
+            progress(step, losses["loss"])
+    return fitting.model.cpu().eval()
 
 
 class S3:
@@ -234,7 +361,7 @@ class S3:
     def __init__(self, source: str, device: str = "cpu"):
         self.device, self.model, self.session = device, None, None
         if importlib.util.find_spec("s3tokenizer"):
-            torchaudio()
+            audio.torchaudio()
             self.package = importlib.import_module("s3tokenizer")
             self.model = self.package.load_model(source).to(device).eval()
         elif importlib.util.find_spec("onnxruntime") and source.endswith(".onnx"):
@@ -274,16 +401,137 @@ def usage(codes: list[np.ndarray], size: int) -> tuple[float, float]:
     return float((p > 0).mean()), float(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()))
 
 
+@torch.no_grad()
+def explained(model: Tokenizer, features: Sequence[np.ndarray]) -> float:
+    """Share of the variance of standardised features that the decoder gives back from the codes, at most 1."""
+    error = total = 0.0
+    for f in features:
+        x = model.standardise(torch.from_numpy(np.asarray(f, np.float32)).to(model.codebook.device))
+        mask = torch.ones(1, len(x), dtype=torch.bool, device=x.device)
+        error += float(model(x[None], mask)["mse"]) * x.numel()
+        total += float(x.square().sum())
+    return 1 - error / total
+
+
 def save(tokenizer: Tokenizer, path: Path) -> None:
     """Writes shape and weights; the file appears whole or not at all."""
-    part = path.with_suffix(".part")
-    torch.save({"shape": asdict(tokenizer.shape), "state": tokenizer.state_dict()}, part)
-    os.replace(part, path)
+    checkpoint.save(path, {"shape": asdict(tokenizer.shape), "state": tokenizer.state_dict()}, keep_previous=False)
 
 
 def load(path: Path) -> Tokenizer:
-    """Reads a Tokenizer written by save()."""
-    stored = torch.load(path, map_location="cpu", weights_only=True)
+    """Reads a Tokenizer written by save() or by the training below."""
+    stored, _ = checkpoint.load(path)
     tokenizer = Tokenizer(TokenizerShape(**stored["shape"]))
     tokenizer.load_state_dict(stored["state"])
     return tokenizer.eval()
+
+
+# ---- training of the AST
+
+
+def sounds(source: str) -> list[corpora.Clip]:
+    """The clips of --features_from."""
+    if source == "demo":
+        return corpora.demo_audio()
+    if next(Path(source).rglob("*segments*.csv"), None):
+        return corpora.audioset(source)[0]
+    return corpora.folder(source, corpora.AUDIO)
+
+
+def write_features(clips: list[corpora.Clip], teacher: teachers.Teacher, rate: float, out_dir: Path) -> None:
+    """Encodes the clips into out_dir: features.bin, (rows, E) float16, and features.npy, E and where each clip ends."""
+    ends, lost = [0], 0
+    with open(out_dir / "features.bin", "wb") as file:
+        for k in tqdm(range(0, len(clips), 64), desc="features, 64 clips each", mininterval=1):
+            wavs = []
+            for clip in clips[k : k + 64]:
+                try:
+                    wavs.append(audio.read(clip.source, teacher.sample_rate, clip.name))
+                except audio.AudioError:
+                    lost += 1
+            for wav, f in zip(wavs, teacher.encode(wavs), strict=True):
+                n = max(1, round(len(wav) / teacher.sample_rate * rate))
+                file.write(token_features(teacher, f, n, rate).astype("<f2").tobytes())
+                ends.append(ends[-1] + n)
+    print(f"features of {len(ends) - 1} clips; {lost} could not be read")
+    part = out_dir / ".features.part.npy"
+    np.save(part, np.array([teacher.dim, *ends]))
+    part.replace(out_dir / "features.npy")
+
+
+def read_features(out_dir: Path) -> list[np.ndarray]:
+    """What write_features wrote, by memory map; waits for another process that is still writing."""
+    while not (out_dir / "features.npy").exists():
+        time.sleep(1)
+    dim, *ends = np.load(out_dir / "features.npy").tolist()
+    rows = np.memmap(out_dir / "features.bin", "<f2", "r").reshape(-1, dim)
+    return [rows[a:b] for a, b in itertools.pairwise(ends)]
+
+
+def report(fitting: Fitting, losses: dict, held: list[np.ndarray], last: int) -> None:
+    used, perplexity = usage(fitting.model.encode(held), fitting.model.shape.codes)
+    print(
+        f"step {fitting.done}/{last}  mse {losses['mse']:.4f}  commitment {losses['commitment']:.4f}  held out: "
+        f"{100 * explained(fitting.model, held):.1f} % explained, {100 * used:.1f} % of the codes used, "
+        f"perplexity {perplexity:.1f}",
+        flush=True,
+    )
+
+
+def open_fitting(args: "TokenizerArgs", features: list, rate: float, rank: int, device: str) -> Fitting:
+    """A new Fitting, or the one that out_dir/ckpt.pt stopped at."""
+    shape = TokenizerShape(features[0].shape[1], args.codes, rate, args.width, args.units)
+    fitting = Fitting(features, shape, args.max_steps, args.batch_size, args.learning_rate, args.seed, rank, device)
+    path = Path(args.out_dir) / "ckpt.pt"
+    if checkpoint.exists(path):
+        state, used = checkpoint.load(path)
+        if state["shape"] != asdict(shape):
+            raise checkpoint.CheckpointError(f"{used} has the shape {state['shape']}; pass --out_dir=ANOTHER_FOLDER")
+        fitting.restore(state)
+    return fitting
+
+
+def main(args: "TokenizerArgs") -> int:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    lead, out_dir, demo = rank == 0, Path(args.out_dir), args.audio_teacher == "demo"
+    rate = 25.0 if demo else 50.0
+    if lead and not (out_dir / "features.npy").exists():
+        source = ("aisfx", fetch.fetch("aisfx")) if demo else ("beats", args.audio_teacher)
+        teacher, clips = teachers.load_teacher(*source, device), sounds(args.features_from)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        order = np.random.default_rng(args.seed).permutation(len(clips))[: args.max_clips]
+        write_features([clips[i] for i in order], teacher, rate, out_dir)
+    features = read_features(out_dir)
+    held = features[: max(1, len(features) // 20)]
+    if world > 1:
+        dist.init_process_group("nccl" if device != "cpu" else "gloo")
+    fitting = open_fitting(args, features[len(held) :], rate, rank, device)
+    if lead:
+        size = sum(p.numel() for p in fitting.model.parameters()) / 1e6
+        print(f"{size:.1f} M parameters; {len(features)} clips, {len(held)} of them held out; {world} x {device}")
+    stop, path = checkpoint.StopRequest(device), out_dir / "ckpt.pt"
+    while fitting.done < args.max_steps and not stop.agreed():
+        losses = fitting.step()
+        last = fitting.done == args.max_steps
+        if lead and (last or fitting.done % args.log_every == 0):
+            report(fitting, losses, held, args.max_steps)
+        if lead and (last or fitting.done % args.save_every == 0):
+            checkpoint.save(path, fitting.state())
+    if world > 1:
+        dist.destroy_process_group()
+    if fitting.done == args.max_steps:
+        if lead:
+            print(f"{path}; prepare with --audio_tokenizer={path}")
+        return 0
+    if lead:
+        checkpoint.save(path, fitting.state())
+        print(f"stopped at step {fitting.done}, saved in {path}; the same command continues")
+    return checkpoint.INTERRUPTED
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(ARGS))
+    except (checkpoint.CheckpointError, corpora.DataError, fetch.FetchError, ValueError) as error:
+        sys.exit(f"tokenizer.py: {error}")

@@ -21,7 +21,6 @@ import csv
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -52,7 +51,6 @@ from model import (
     precision,
 )
 
-INTERRUPTED = 75  # exit code of a run stopped by a signal after saving (EX_TEMPFAIL: run it again)
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # t of the held-out loss
 # settings that a continued run may change, and those that a branch from the end of phase I may change as well
@@ -397,65 +395,90 @@ def open_run(config: Config, machine: Machine) -> tuple[Run, shards.Dataset, sha
 
 def train(config: Config, machine: Machine) -> Run:
     """Trains to max_steps or to a signal; returns the run. Rank 0 alone prints and writes."""
-    lead, out_dir = machine.rank == 0, Path(config.out_dir)
+    out_dir = Path(config.out_dir)
     run, dataset, held_out = open_run(config, machine)
     batches = shards.Batches(dataset, config, machine.rank, machine.world)
     probe_batch = shards.fixed_batch(dataset, config.probe_clips, config.seed, config.probe_frames).to(machine.device)
-    eval_batch = shards.fixed_batch(held_out, config.eval_clips, 0, config.probe_frames).to(machine.device)
-    if lead:
+    reporter = None
+    if machine.rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "config.json").write_text(json.dumps(asdict(config), indent=1))
         announce(config, run, batches, machine)
-        log = Log(out_dir / "log.csv", run.step)
+        reporter = Reporter(run, machine, held_out)
 
     def wrapped() -> nn.Module:
         return DistributedDataParallel(run.objective) if machine.world > 1 else run.objective
 
-    objective, stop, bad = wrapped(), StopRequest(machine), 0
-    smooth, since, frames = None, time.time(), 0
+    objective, stop, bad = wrapped(), checkpoint.StopRequest(machine.device), 0
     while run.step < config.max_steps and not stop.agreed():
         batch = batches(run.step).to(machine.device)
         numbers = train_step(run, objective, batch, machine)
-        frames += int(batch.frames.sum()) * machine.world
-        smooth = numbers["fm"] if smooth is None else 0.95 * smooth + 0.05 * numbers["fm"]
         bad = 0 if math.isfinite(numbers["grad_norm"]) else bad + 1
         if bad:
             print(f"step {run.step}: non-finite gradient, nothing updated; clips {batch.ids.tolist()}", file=sys.stderr)
         if bad == MAX_BAD_STEPS:
             raise FloatingPointError(f"{bad} non-finite steps in a row; the last good state is in {out_dir}/ckpt.pt")
-        switch, last = run.step == config.warmup_steps, run.step == config.max_steps
-        due = {k: run.step % getattr(config, f"{k}_every") == 0 or last for k in ("log", "eval", "save")}
-        if not run.selected and (run.step % config.probe_every == 0 or switch):
-            run.probes.append({"step": run.step, "result": probe_now(run, probe_batch, machine)})
-        if switch and not run.selected:
-            if lead:
-                save(run, "warmup.pt")
-            intervene(run)
+        if probe_when_due(run, probe_batch, machine):
             objective = wrapped()
-            if lead:
-                optional(lambda: finish_phase_one(run, probe_batch))
-        elif run.selected and config.refresh_every and run.step % config.refresh_every == 0 and run.objective.heads:
-            run.probes.append({"step": run.step, "result": probe_now(run, probe_batch, machine)})
-            run.objective.select(probe.select(config, run.probes[-1]["result"], config.n_layer))
-        if lead and (due["log"] or due["eval"]):
-            run.seconds, rate, since, frames = (
-                run.seconds + time.time() - since,
-                frames / (time.time() - since),
-                time.time(),
-                0,
-            )
-            held = held_out_loss(run.ema, eval_batch, config.sigma, machine) if due["eval"] else {}
-            log.row(step=run.step, phase=1 + run.selected, frames_per_s=rate, seconds=run.seconds, **numbers, **held)
-            progress(run, numbers, smooth, rate, held)
-        evaluation = bool(config.evaluate_every) and run.step % config.evaluate_every == 0 and not last
-        if lead and (due["save"] or evaluation):
-            save(run)
-        if lead and evaluation:
-            run_script("evaluate.py", out_dir / "ckpt.pt", machine.device)
-            since, frames = time.time(), 0  # evaluating is not training time
-    if lead and run.step < config.max_steps:
+        if reporter:
+            reporter.step(numbers, int(batch.frames.sum()) * machine.world)
+    if reporter and run.step < config.max_steps:
         save(run)
     return run
+
+
+def probe_when_due(run: Run, batch: shards.Batch, machine: Machine) -> bool:
+    """Probes in phase I, selects at its end, and selects again at a refresh. True when alignment heads have joined."""
+    config, lead = run.config, machine.rank == 0
+    switch = run.step == config.warmup_steps and not run.selected
+    refresh = run.objective.heads and config.refresh_every and run.step % config.refresh_every == 0
+    if not (switch or refresh or (not run.selected and run.step % config.probe_every == 0)):
+        return False
+    run.probes.append({"step": run.step, "result": probe_now(run, batch, machine)})
+    if refresh:
+        run.objective.select(probe.select(config, run.probes[-1]["result"], config.n_layer))
+    if switch:
+        if lead:
+            save(run, "warmup.pt")
+        intervene(run)
+        if lead:
+            optional(lambda: finish_phase_one(run, batch))
+    return switch
+
+
+class Reporter:
+    """What rank 0 prints and writes along a run: rows of log.csv, held-out losses, checkpoints, evaluations."""
+
+    def __init__(self, run: Run, machine: Machine, held_out: shards.Dataset):
+        config = run.config
+        self.run, self.machine, self.smooth = run, machine, None
+        self.log = Log(Path(config.out_dir) / "log.csv", run.step)
+        self.eval_batch = shards.fixed_batch(held_out, config.eval_clips, 0, config.probe_frames).to(machine.device)
+        self.since, self.frames = time.time(), 0
+
+    def step(self, numbers: dict[str, float], frames: int) -> None:
+        run, config = self.run, self.run.config
+        self.frames += frames
+        self.smooth = numbers["fm"] if self.smooth is None else 0.95 * self.smooth + 0.05 * numbers["fm"]
+        last = run.step == config.max_steps
+        due = {k: run.step % getattr(config, f"{k}_every") == 0 or last for k in ("log", "eval", "save")}
+        evaluation = bool(config.evaluate_every) and run.step % config.evaluate_every == 0 and not last
+        if due["log"] or due["eval"]:
+            self.row(numbers, due["eval"])
+        if due["save"] or evaluation:
+            save(run)
+        if evaluation:
+            run_script("evaluate.py", Path(config.out_dir) / "ckpt.pt", self.machine.device)
+            self.since, self.frames = time.time(), 0  # evaluating is not training time
+
+    def row(self, numbers: dict[str, float], evaluate: bool) -> None:
+        run, now = self.run, time.time()
+        rate = self.frames / (now - self.since)
+        run.seconds += now - self.since
+        self.since, self.frames = now, 0
+        held = held_out_loss(run.ema, self.eval_batch, run.config.sigma, self.machine) if evaluate else {}
+        self.log.row(step=run.step, phase=1 + run.selected, frames_per_s=rate, seconds=run.seconds, **numbers, **held)
+        progress(run, numbers, self.smooth, rate, held)
 
 
 def finish_phase_one(run: Run, batch: shards.Batch) -> None:
@@ -496,27 +519,6 @@ def progress(run: Run, numbers: dict, smooth: float, rate: float, held: dict) ->
     )
 
 
-class StopRequest:
-    """Turns SIGTERM and the first Ctrl-C into a stop after the step in progress; a second Ctrl-C stops at once."""
-
-    def __init__(self, machine: Machine):
-        self.machine, self.asked = machine, False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
-
-    def ask(self, number: int, frame) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def agreed(self) -> bool:
-        """True on every rank as soon as one was asked."""
-        if self.machine.world == 1:
-            return self.asked
-        flag = torch.tensor(float(self.asked), device=self.machine.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
-
-
 def main(config: Config) -> int:
     machine = set_up(config)
     lines = data.missing(config) if not (Path(config.data_dir) / "meta.json").exists() else []
@@ -531,7 +533,7 @@ def main(config: Config) -> int:
     path = Path(config.out_dir) / "ckpt.pt"
     if run.step < config.max_steps:
         print(f"stopped at step {run.step}, saved in {path}; the same command continues")
-        return INTERRUPTED
+        return checkpoint.INTERRUPTED
     print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path}", flush=True)
     for script in ("probe.py", "evaluate.py") if config.evaluate else ():
         run_script(script, path, machine.device)

@@ -17,7 +17,15 @@ import configurator
 from configurator import Config, ConfigError, configure, from_dict
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"train": "Config", "data": "DataArgs", "probe": "ProbeArgs", "sample": "SampleArgs", "evaluate": "EvalArgs"}
+SCRIPTS = {
+    "train": "Config",
+    "data": "DataArgs",
+    "tokenizer": "TokenizerArgs",
+    "probe": "ProbeArgs",
+    "sample": "SampleArgs",
+    "evaluate": "EvalArgs",
+    "bench": "BenchArgs",
+}
 
 
 @dataclass

@@ -17,6 +17,7 @@ import data
 import fetch
 import shards
 import teachers
+import tokenizer
 from audio import AudioError
 from configurator import Config
 from corpora import AUDIO, SPEECH, Clip, DataError
@@ -31,14 +32,6 @@ def test_missing_names_every_option():
     assert "/nowhere/at/all" in lines[0] and "none is given" in lines[1]
     with pytest.raises(DataError, match="this config needs what is not here"):
         data.prepare(Config())
-
-
-def test_to_rate():
-    x = np.linspace(0, 1, 50, dtype=np.float32)[:, None] * np.array([1.0, -2.0], np.float32)
-    y = data.to_rate(x, 100)
-    assert y.shape == (100, 2)
-    np.testing.assert_allclose(y[1:-1, 0], (np.arange(1, 99) - 0.5) / 2 / 49, atol=1e-6)  # centres, not edges
-    np.testing.assert_array_equal(data.to_rate(x, 50), x)
 
 
 def test_decode_gives_every_rate_and_says_what_is_wrong(speech_dir, rng):
@@ -214,6 +207,15 @@ def test_another_setting_or_corpus_half_way_is_refused(tmp_path, speech_dir, aud
         data.prepare(config)
 
 
+def test_a_tokenizer_of_another_size_is_refused(tmp_path, speech_dir, audio_dir, monkeypatch):
+    fake_teachers(monkeypatch)
+    tokenizer.save(tokenizer.Tokenizer(tokenizer.TokenizerShape(3, 9, 25, 16)), tmp_path / "ast.pt")
+    config = folder_config(tmp_path, speech_dir, audio_dir, audio_tokenizer=str(tmp_path / "ast.pt"))
+    with pytest.raises(DataError, match=r"are \(9, 25, 3\), this config wants \(8, 25, 3\)"):
+        data.prepare(config)
+    data.ensure_prepared(replace(config, audio_codes=9, data_dir=str(tmp_path / "fits")))
+
+
 def test_config_b_from_real_layouts(tmp_path, librispeech, audioset, beats_file, rng, monkeypatch):
     """LibriSpeech and AudioSet trees, a small BEATs as teacher and as second stream: each code where its patch is."""
     level = fake_teachers(monkeypatch)
@@ -258,7 +260,7 @@ def test_an_impulse_has_its_second_token_under_its_mel_frame(beats_file, rng):
         T = 1 + int(24000 * seconds) // 256
         n = shards.token_count(T, rate)
         rows = np.repeat(np.arange(len(bank) // 16), 8)  # the time patch of each code, time-major
-        own = np.flatnonzero(data.at_token_times(rows, n, rate, beats.rate) == patch)
+        own = np.flatnonzero(tokenizer.at_token_times(rows, n, rate, beats.rate) == patch)
         assert own[0] / n * T - 3 <= loud <= (own[-1] + 1) / n * T + 3  # a 25 ms window reaches over a patch's edge
 
 

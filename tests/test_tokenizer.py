@@ -2,6 +2,9 @@
 
 import importlib.util
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ import torch
 
 import tokenizer
 from tokenizer import Tokenizer, TokenizerShape
+
+ROOT = Path(__file__).parent.parent
 
 
 def small(seed: int = 0, **changes) -> Tokenizer:
@@ -282,3 +287,98 @@ def test_s3_without_its_packages_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install s3tokenizer"):
         tokenizer.S3("speech_tokenizer_v1")
+
+
+# ---- token times
+
+
+def test_to_rate():
+    x = np.linspace(0, 1, 50, dtype=np.float32)[:, None] * np.array([1.0, -2.0], np.float32)
+    y = tokenizer.to_rate(x, 100)
+    assert y.shape == (100, 2)
+    np.testing.assert_allclose(y[1:-1, 0], (np.arange(1, 99) - 0.5) / 2 / 49, atol=1e-6)  # centres, not edges
+    np.testing.assert_array_equal(tokenizer.to_rate(x, 50), x)
+
+
+def test_at_token_times_covers_the_middle_of_each_token(rng):
+    rows = np.arange(40)
+    np.testing.assert_array_equal(tokenizer.at_token_times(rows, 40, 50, 50), rows)
+    np.testing.assert_array_equal(tokenizer.at_token_times(rows, 20, 25, 50), 2 * np.arange(20) + 1)
+    assert tokenizer.at_token_times(rows, 45, 50, 50)[-5:].tolist() == [39] * 5  # past its end the last one
+    for rate, own in ((50, 49.6), (25, 50), (50, 21.5)):
+        n = int(40 / own * rate)
+        got = tokenizer.at_token_times(rows, n, rate, own)
+        middle = (np.arange(n) + 0.5) / rate
+        assert ((got / own <= middle + 1e-8) & (middle < (got + 1) / own + 1e-8)).all()
+
+
+# ---- training of the AST
+
+
+def test_a_fitting_goes_on_where_it_stopped(rng):
+    features = clips(rng, 120, 40, 200, 97)
+    shape = TokenizerShape(6, 8, 50, 16)
+    whole, first, second = (tokenizer.Fitting(features, shape, 12, batch=3, seed=5) for _ in range(3))
+    a = [whole.step() for _ in range(12)]
+    b = [first.step() for _ in range(5)]
+    second.restore(first.state())
+    b += [second.step() for _ in range(7)]
+    assert a == b
+    for x, y in zip(whole.model.state_dict().values(), second.model.state_dict().values(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_explained_is_one_minus_the_relative_error(rng):
+    model, features = small().eval(), clips(rng, 30, 50)
+    error = total = 0.0
+    with torch.no_grad():
+        for f in features:
+            x = (torch.from_numpy(f) - model.mean) / model.std
+            mask = torch.ones(1, 1, len(x))
+            z = model.encoder(x.T[None], mask)
+            q = model.codebook[model.nearest(z[0].T)]
+            error += (model.decoder(q.T[None], mask)[0].T - x).square().sum()
+            total += x.square().sum()
+    assert tokenizer.explained(model, features) == pytest.approx(float(1 - error / total), rel=1e-4)
+
+
+AST = ["--audio_teacher=demo", "--codes=16", "--width=16", "--max_steps=30", "--log_every=10", "--save_every=10"]
+
+
+def run_ast(*words: str, env: dict | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tokenizer.py", "config/ast.py", *AST, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
+
+
+def test_ast_from_the_command_line(tmp_path, audio_dir):
+    done = run_ast(f"--features_from={audio_dir}", f"--out_dir={tmp_path / 'ast'}")
+    assert done.returncode == 0, done.stderr
+    assert "features of 2 clips" in done.stdout and "step 30/30" in done.stdout and "perplexity" in done.stdout
+    model = tokenizer.load(tmp_path / "ast" / "ckpt.pt")
+    [codes] = model.encode([np.random.default_rng(0).normal(size=(20, 512)).astype("f4")])
+    assert codes.shape == (20,) and codes.max() < 16
+    refused = run_ast(f"--features_from={audio_dir}", f"--out_dir={tmp_path / 'ast'}", "--width=8")
+    assert refused.returncode == 1 and "pass --out_dir=ANOTHER_FOLDER" in refused.stderr
+
+
+@pytest.mark.ddp
+def test_two_ranks_train_one_ast(tmp_path, audio_dir):
+    """Weights and codebook end equal on both ranks: rank 1's are compared by hand with what rank 0 saved."""
+    script = tmp_path / "both.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import os, torch, torch.distributed as dist, numpy as np, tokenizer\n"
+        "dist.init_process_group('gloo'); rank = dist.get_rank(); rng = np.random.default_rng(0)\n"
+        "features = [rng.normal(size=(n, 6)).astype('f4') for n in (120, 40, 200)]\n"
+        "fit = tokenizer.Fitting(features, tokenizer.TokenizerShape(6, 8, 50, 16), 20, batch=3, rank=rank)\n"
+        "for _ in range(20): fit.step()\n"
+        f"torch.save(fit.model.state_dict(), {str(tmp_path)!r} + f'/{{rank}}.pt')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29555", str(script)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for key in a:
+        assert torch.equal(a[key], b[key]), key

@@ -41,7 +41,7 @@ def stop_after(monkeypatch, steps: int) -> None:
         seen["calls"] += 1
         return seen["calls"] > steps
 
-    monkeypatch.setattr(train.StopRequest, "agreed", agreed)
+    monkeypatch.setattr(checkpoint.StopRequest, "agreed", agreed)
 
 
 @pytest.mark.parametrize("stop", [2, 5, 6, 7, 11])
@@ -200,7 +200,7 @@ def test_sigterm_saves_and_the_same_command_continues(tiny_config):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=25)
-    assert process.returncode == train.INTERRUPTED, out
+    assert process.returncode == checkpoint.INTERRUPTED, out
     state, _ = checkpoint.load(Path(config.out_dir) / "ckpt.pt")
     assert state["step"] >= 3 and "the same command continues" in out
 
