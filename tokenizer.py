@@ -56,6 +56,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -399,6 +400,22 @@ def usage(codes: list[np.ndarray], size: int) -> tuple[float, float]:
     """Share of the codebook that is used, and its perplexity, over a corpus of codes."""
     p = np.bincount(np.concatenate(codes), minlength=size) / sum(map(len, codes))
     return float((p > 0).mean()), float(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()))
+
+
+def load_text_tokenizer(source: str = "bytes"):
+    """What turns text into ids, with encode(text) and decode(ids). "bytes" is one token a byte and needs no download;
+    else a tokenizer of transformers by name or folder, such as Qwen/Qwen3-0.6B-Base. Raises ValueError for none.
+    """
+    if source == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={})
+    audio.torchaudio()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no text tokenizer {source!r} ({type(error).__name__}): pass a folder, or bytes") from error
 
 
 @torch.no_grad()

@@ -382,3 +382,25 @@ def test_two_ranks_train_one_ast(tmp_path, audio_dir):
     a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for key in a:
         assert torch.equal(a[key], b[key]), key
+
+
+# ---- text
+
+
+def test_text_as_bytes():
+    encoding, text = tokenizer.load_text_tokenizer(), "Héllo,\n  日本 \U0001f600 <|endoftext|>"
+    ids = encoding.encode(text, disallowed_special=())
+    assert ids == list(text.encode()) and encoding.decode(ids) == text and encoding.n_vocab == 256
+
+
+def test_a_text_tokenizer_by_folder(tmp_path):
+    from tokenizers import Tokenizer as Words
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=Words(WordLevel({"a": 0, "?": 1}, unk_token="?"))).save_pretrained(
+        tmp_path
+    )
+    assert tokenizer.load_text_tokenizer(str(tmp_path)).encode("a") == [0]
+    with pytest.raises(ValueError, match="pass a folder, or bytes"):
+        tokenizer.load_text_tokenizer(str(tmp_path / "none"))
