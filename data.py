@@ -106,11 +106,16 @@ class Networks:
         self.seconds: collections.Counter = collections.Counter()  # spent in each stage
 
     @cached_property
+    def audio_encoder(self) -> teachers.Teacher:
+        source = self.config.audio_teacher
+        sounds = ("aisfx", fetch.fetch("aisfx")) if source == "demo" else ("beats", source)
+        return teachers.load_teacher(*sounds, self.device)
+
+    @cached_property
     def encoders(self) -> list[teachers.Teacher]:
-        c = self.config
-        whisper = fetch.fetch("whisper_tiny") if c.whisper == "demo" else c.whisper
-        sounds = ("aisfx", fetch.fetch("aisfx")) if c.audio_teacher == "demo" else ("beats", c.audio_teacher)
-        return [teachers.load_teacher("whisper", whisper, self.device), teachers.load_teacher(*sounds, self.device)]
+        source = self.config.whisper
+        whisper = fetch.fetch("whisper_tiny") if source == "demo" else source
+        return [teachers.load_teacher("whisper", whisper, self.device), self.audio_encoder]
 
     @cached_property
     def s3(self) -> tokenizer.S3:
@@ -141,6 +146,15 @@ class Networks:
             else:
                 out.append(tokenizer.token_features(teacher, next(fresh), n, rate))
         return out
+
+    def styles(self, d: int, own: list[Prepared]) -> list[np.ndarray]:
+        """Style vectors (16, E) of clips of domain d: what the audio encoder hears in voice or sound (eq. 17)."""
+        if d == AUDIO:
+            features = self.encode(d, own)
+        else:
+            rate = self.audio_encoder.sample_rate
+            features = self.audio_encoder.encode([audio.resample(p.wav, audio.SAMPLE_RATE, rate) for p in own])
+        return [teachers.style_vectors(f) for f in features]
 
     def tokens(self, d: int, own: list[Prepared], fitted: tokenizer.Tokenizer | None) -> list[np.ndarray]:
         """Codes of domain d's clips, (N, streams) each; the second stream is BEATs' at the same times (eq. 15)."""
@@ -357,8 +371,10 @@ def prepare_shard(
                 embeddings = networks.encoders[d].embed([p.teacher_wav for p in own])
             with networks.timed("tokens"):
                 codes = networks.tokens(d, own, fitted[d])
-            for p, p_codes, embedding in zip(own, codes, embeddings, strict=True):
-                p.tokens, p.embedding = p_codes, embedding
+            with networks.timed("styles"):
+                styles = networks.styles(d, own)
+            for p, p_codes, embedding, style in zip(own, codes, embeddings, styles, strict=True):
+                p.tokens, p.embedding, p.style = p_codes, embedding, style
                 p.keep_wav = (d, p.clip.name) in keep
     with networks.timed("writing"):
         write_shard(path, prepared, [t.dim for t in networks.encoders], networks.config.mel_floor, lost)

@@ -5,8 +5,9 @@
     batch = Batches(dataset, config)(step)       # a training batch, a function of (seed, step, rank)
 
     train_00000/, ...       mel.bin (frames, 100) float16; tokens.bin (tokens, streams) int32; text.bin;
-                            teacher_0.npy, teacher_1.npy (clips of the domain, E); index.npy; wav/ with the waveforms
-                            that evaluation compares with; shard.json with every file's checksum
+                            teacher_0.npy, teacher_1.npy (clips of the domain, E); style.npy (clips, 16, E) float16
+                            of the audio teacher; index.npy; wav/ with the waveforms that evaluation compares with;
+                            shard.json with every file's checksum
     train.npy, held_out.npy one INDEX record a clip
     meta.json               written last: without it the folder is unfinished
 
@@ -55,6 +56,7 @@ class Prepared:
     keep_wav: bool = False  # evaluation will need the waveform
     tokens: np.ndarray | None = None  # (N, streams)
     embedding: np.ndarray | None = None  # (E,)
+    style: np.ndarray | None = None  # (16, E of the audio teacher)
 
 
 @dataclass
@@ -118,6 +120,7 @@ def write_shard(
     for d, width in enumerate(widths):
         embeddings = [p.embedding for p in prepared if p.clip.domain == d]
         np.save(part / f"teacher_{d}.npy", np.array(embeddings, np.float32).reshape(-1, width))
+    np.save(part / "style.npy", np.array([p.style for p in prepared], np.float16))
     mels = [p.mel.astype(np.float64).clip(min=mel_floor) for p in prepared]
     about = {
         "lost": lost or {},
@@ -186,6 +189,7 @@ class Shard:
     tokens: np.ndarray  # (tokens, streams)
     text: np.ndarray  # bytes
     teachers: list[np.ndarray]  # (clips of the domain, E)
+    style: np.ndarray  # (clips, 16, E) float16
 
 
 class Dataset:
@@ -211,6 +215,7 @@ class Dataset:
                 np.memmap(path / "tokens.bin", "<i4", "r").reshape(-1, self.streams),
                 np.memmap(path / "text.bin", np.uint8, "r"),
                 [np.load(path / f"teacher_{d}.npy", mmap_mode="r") for d in range(len(DOMAINS))],
+                np.load(path / "style.npy", mmap_mode="r"),
             )
         return self.opened[k]
 
@@ -228,6 +233,11 @@ class Dataset:
         """(E,) pooled embedding of clip i by its domain's teacher."""
         r = self.index[i]
         return self.shard(int(r["shard"])).teachers[r["domain"]][r["teacher"]]
+
+    def style(self, i: int) -> np.ndarray:
+        """(16, E) float16 style vectors of clip i (eq. 17)."""
+        r = self.index[i]
+        return self.shard(int(r["shard"])).style[r["row"]]
 
     def name_and_text(self, i: int) -> tuple[str, str]:
         r = self.index[i]

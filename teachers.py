@@ -13,6 +13,7 @@ Letters: B clips, N features of a clip, D feature width, T spectrogram frames, S
 """
 
 import io
+import itertools
 import json
 import math
 import pickle
@@ -49,6 +50,13 @@ class Teacher:
     def embed(self, wavs: list[np.ndarray]) -> np.ndarray:
         """One vector per clip, (B, D) float32: the mean of its features over valid frames."""
         return np.stack([f.mean(0) for f in self.encode(wavs)]) if wavs else np.zeros((0, self.dim), np.float32)
+
+
+def style_vectors(features: np.ndarray, segments: int = 16) -> np.ndarray:
+    """Means of a clip's features (N, E) over `segments` equal stretches of its time, (segments, E): s_i of eq. 17. A
+    feature that lies across an edge counts on both sides."""
+    edges = np.arange(segments + 1) * len(features) / segments
+    return np.stack([features[int(a) : math.ceil(b)].mean(0) for a, b in itertools.pairwise(edges)])
 
 
 def load_teacher(name: str, source: str | Path, device: str | torch.device = "cpu") -> Teacher:

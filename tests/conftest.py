@@ -228,7 +228,8 @@ def tiny_config(tmp_path) -> Config:
             mel = rng.normal(-3, 2, (frames, 100)).astype(np.float16)
             tokens = rng.integers(0, 16, (shards.token_count(frames, (50, 25)[domain]), 1))
             wav, embedding = rng.normal(0, 0.1, frames * 256), rng.normal(size=(12, 10)[domain])
-            prepared.append(shards.Prepared(clip, mel, wav, wav, True, tokens, embedding))
+            style = rng.normal(size=(16, 10))
+            prepared.append(shards.Prepared(clip, mel, wav, wav, True, tokens, embedding, style))
         shards.write_shard(path / f"{split}_00000", prepared, [12, 10], config.mel_floor)
     shards.join(path, ["train_00000", "held_out_00000"], meta)
     return config

@@ -45,7 +45,8 @@ def prepared(path: Path, frames: list[int], domains: list[int], tokens=None, mel
         codes = rng.integers(0, 16, shards.token_count(T, RATES[d])) if tokens is None else tokens[i]
         codes = codes if codes.ndim == 2 else codes[:, None]
         clip = Clip(f"n{i}", b"", f"text of\nclip {i}", d, "")
-        clips.append(shards.Prepared(clip, mel, wav, wav, i == 0, codes, np.full((4, 6)[d], i + 0.5)))
+        vectors = np.full((4, 6)[d], i + 0.5), np.full((16, 6), i)
+        clips.append(shards.Prepared(clip, mel, wav, wav, i == 0, codes, *vectors))
     path.mkdir()
     meta = {"teachers": [["whisper", 4], ["aisfx", 6]], "token_rates": RATES, "streams": clips[0].tokens.shape[1]}
     names = [f"train_{k:05d}" for k in range(-(-len(clips) // size))]

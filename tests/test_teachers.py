@@ -400,3 +400,13 @@ def test_batches_cover_every_clip_once_within_the_budget():
     assert sorted(i for b in batches for i in b) == list(range(200))
     assert all(len(b) * max(lengths[i] for i in b) <= 6000 for b in batches)
     assert [len(b) for b in teachers._batches([50, 50], 10)] == [1, 1]
+
+
+def test_style_vectors_are_means_of_equal_stretches(rng):
+    features = rng.normal(size=(64, 5)).astype(np.float32)
+    wanted = features.reshape(16, 4, 5).mean(1)  # a whole number of features in each
+    np.testing.assert_allclose(teachers.style_vectors(features), wanted, rtol=1e-5, atol=1e-6)
+    ramp = np.arange(40, dtype=np.float32)[:, None]  # 2.5 features a stretch
+    np.testing.assert_array_equal(teachers.style_vectors(ramp)[:3, 0], [1.0, 3.0, 6.0])  # 0-2, 2-4, 5-7
+    short = teachers.style_vectors(features[:3])
+    assert short.shape == (16, 5) and (short[0] == features[0]).all() and (short[-1] == features[2]).all()
