@@ -178,8 +178,6 @@ class Networks:
 
 def decode(clip: Clip, rates: tuple[int, ...], config: Config) -> list[np.ndarray]:
     """The clip's waveform at each of the sample rates. Raises AudioError for a clip that cannot be used."""
-    if clip.domain == SPEECH and not corpora.normal(clip.text).strip():
-        raise AudioError("no text")
     wav, rate = audio.decode(clip.source, clip.name)
     wav = wav[int(clip.start * rate) : None if clip.end is None else int(clip.end * rate)]
     seconds = len(wav) / rate
@@ -195,6 +193,8 @@ def decode_all(clips: list[Clip], networks: Networks, bar: tqdm | None = None) -
     with networks.timed("decode and mel"):
         for clip in clips:
             try:
+                if clip.domain == SPEECH and not corpora.normal(clip.text).strip():
+                    raise AudioError("no text")
                 wav, teacher_wav = decode(clip, (audio.SAMPLE_RATE, rates[clip.domain]), networks.config)
                 mel = audio.log_mel(torch.from_numpy(wav)).half().numpy()
                 prepared.append(Prepared(clip, mel, wav, teacher_wav))
@@ -203,6 +203,19 @@ def decode_all(clips: list[Clip], networks: Networks, bar: tqdm | None = None) -
             if bar:
                 bar.update()
     return prepared, dict(lost)
+
+
+def encode_file(path: str, domain: int, config: Config) -> Prepared:
+    """A recording's mel, tokens and style, by the networks and tokenizers behind config.data_dir. Raises AudioError."""
+    networks, clip = Networks(config), Clip(path, Path(path), "", domain, "")
+    fitted = load_tokenizers(Path(config.data_dir), networks)
+    try:
+        wav, teacher_wav = decode(clip, (audio.SAMPLE_RATE, networks.encoders[domain].sample_rate), config)
+    except AudioError as error:
+        raise AudioError(f"{path}: {error}") from error
+    own = Prepared(clip, audio.log_mel(torch.from_numpy(wav)).half().numpy(), wav, teacher_wav)
+    own.tokens, own.style = networks.tokens(domain, [own], fitted[domain])[0], networks.styles(domain, [own])[0]
+    return own
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """WER, FAD and the held-out loss of a checkpoint, each beside its two references.
 
     python evaluate.py --ckpt out/demo/ckpt.pt            # table, eval.json, samples/, index.html beside the checkpoint
+    python evaluate.py --ckpt out/demo/ckpt.pt --lm out/lm_demo/ckpt.pt   # and a column for text -> tokens -> speech
     python evaluate.py --compare out/table2/*/            # the table over runs and seeds; table.md, .json, .png
     python evaluate.py --listening_test out/none out/lasp # a blind listening test, one page; and key.json
     python evaluate.py --mos ratings/*.csv                # its scores and paired t-tests; with --compare, two columns
@@ -24,9 +25,11 @@ class EvalArgs:
 
     ckpt: str = "out/demo/ckpt.pt"  # a checkpoint of train.py
     data_dir: str = ""  # prepared data; empty: the one the checkpoint was trained on
+    lm: str = ""  # a checkpoint of lm.py: also evaluate text -> tokens -> waveform
     nfe: int | None = None  # velocity evaluations per clip
     cfg: float | None = None  # guidance scale; 1 is none
     sway: float | None = None  # sway sampling coefficient
+    epss: bool = False  # F5-TTS's schedule for few steps, for nfe 5, 6, 7, 10, 12 or 16
     method: Literal["euler", "midpoint"] = "euler"  # integrator; midpoint spends two evaluations a step
     vocoder: str = ""  # hub name or folder of a Vocos, or griffin_lim
     asr: str = ""  # recogniser: hub name or folder of a Whisper; "demo": tiny.en; pocketsphinx, where installed
@@ -51,6 +54,7 @@ if __name__ == "__main__":
     ARGS = configure(EvalArgs, __doc__)  # a typo is answered before torch is imported
 
 import csv
+import itertools
 import json
 import re
 import sys
@@ -67,15 +71,17 @@ import fetch
 import judges
 import report
 from corpora import SPEECH
+from lm import Sampling
 from model import load_model, pick_device
 from report import read_csv
-from sample import first_of_each_domain, resynthesise, settings
+from sample import Stage1, first_of_each_domain, from_dataset, settings, synthesise
 from shards import Dataset
 from teachers import Teacher, load_teacher
 
 MIN_WORDS = 4  # a WER over single words says little
 SHOWN = 6  # clips per domain on a run's page
-SYSTEMS = ("original", "vocoded", "generated")
+SYSTEMS = ("original", "vocoded", "generated", "from text")  # the last with --lm only
+MAX_SECONDS = 12.0  # longest clip made from text
 
 
 def word_errors(references: list[str], hypotheses: list[str]) -> tuple[float, list[float]]:
@@ -135,26 +141,27 @@ def fad_infinity(own: np.ndarray, reference: np.ndarray, seed: int = 0, sizes: i
 
 
 def score_wer(waves: dict[str, list], texts: list[str], ids: list[int], recogniser) -> dict:
-    """WER of each system's clips of at least MIN_WORDS words, and what was heard in the generated ones."""
+    """WER of each system's clips of at least MIN_WORDS words, and what was heard in each."""
     rows = [k for k, text in enumerate(texts) if len(text.split()) >= MIN_WORDS]
-    result = {"clips": len(rows), "words": sum(len(texts[k].split()) for k in rows)}
-    for name in SYSTEMS:
+    result = {"clips": len(rows), "words": sum(len(texts[k].split()) for k in rows), "utterances": {}}
+    for name in waves:
         speech = [soxr.resample(waves[name][k], audio.SAMPLE_RATE, recogniser.sample_rate) for k in rows]
         heard = recogniser.transcribe(speech)
         result[name], each = word_errors([texts[k] for k in rows], heard)
-    spoken = zip(rows, heard, each, strict=True)  # the generated ones: last of SYSTEMS
-    result["utterances"] = [{"id": ids[k], "text": texts[k], "heard": h, "wer": w} for k, h, w in spoken]
+        spoken = zip(rows, heard, each, strict=True)
+        result["utterances"][name] = [{"id": ids[k], "text": texts[k], "heard": h, "wer": w} for k, h, w in spoken]
     return result
 
 
 def score_fad(waves: dict[str, list], reference_waves: list, judge: Teacher) -> dict:
     """FAD of each system's clips against the reference recordings, FAD-inf of the generated ones, and the counts."""
     reference = embeddings(judge, reference_waves)
-    own = {name: embeddings(judge, waves[name]) for name in SYSTEMS}
+    own = {name: embeddings(judge, own_waves) for name, own_waves in waves.items()}
     result = {name: frechet_distance(e, reference) for name, e in own.items()}
-    result["generated_infinity"] = fad_infinity(own["generated"], reference)
-    counts = {"clips": len(waves["generated"]), "patches": len(own["generated"]), "reference_patches": len(reference)}
-    return result | counts
+    if "generated" in own:
+        result["generated_infinity"] = fad_infinity(own["generated"], reference)
+    name = next(iter(waves))
+    return result | {"clips": len(waves[name]), "patches": len(own[name]), "reference_patches": len(reference)}
 
 
 def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
@@ -167,16 +174,20 @@ def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
     vocoder = audio.load_vocoder(args.vocoder or run["vocoder"], device)
     ids, options = first_of_each_domain(held, args.max_clips), settings(args, run)
     domain, start = held.index["domain"][ids], time.time()
-    waves = {"generated": resynthesise(model, held, ids, vocoder, options, run["dtype"])}
+    generated = synthesise(model, from_dataset(held, ids), vocoder, options, run["dtype"])
     spent = time.time() - start
-    waves |= {"original": read_waves(held, ids), "vocoded": vocoded(held, ids, vocoder, run["mel_floor"])}
+    waves = {"original": read_waves(held, ids), "vocoded": vocoded(held, ids, vocoder, run["mel_floor"])}
+    waves["generated"] = generated
+    stage = Stage1(args.lm, model, device) if args.lm else None
+    if stage:
+        waves["from text"] = from_text(stage, model, held, ids, vocoder, options, run["dtype"])
     result = {"step": state["step"], "seconds": state["seconds"], "sampler": options, "data_dir": data_dir}
     result["vocoder"], result["asr"] = args.vocoder or run["vocoder"], args.asr or run["asr"]
-    result["real_time_factor"] = spent / (sum(map(len, waves["generated"])) / audio.SAMPLE_RATE)
+    result["real_time_factor"] = spent / (sum(map(len, generated)) / audio.SAMPLE_RATE)
     result["held_out_fm"] = last_held_out(out_dir)
     (out_dir / "samples").mkdir(parents=True, exist_ok=True)
     names = [f"{DOMAINS[d]}_{i:04d}" for i, d in zip(ids.tolist(), domain, strict=True)]
-    for name, wav in zip(names, waves["generated"], strict=True):
+    for name, wav in zip(names, generated, strict=True):
         audio.write(out_dir / "samples" / f"{name}.wav", wav)
 
     def of_domain(d: int) -> dict[str, list]:
@@ -186,7 +197,14 @@ def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
 
     speech = ids[domain == SPEECH].tolist()
     texts = [held.name_and_text(i)[1] for i in speech]
-    result["wer"] = score_wer(of_domain(SPEECH), texts, speech, load_recogniser(result["asr"], device))
+    recogniser = load_recogniser(result["asr"], device)
+    result["wer"] = score_wer(of_domain(SPEECH), texts, speech, recogniser)
+    if stage:
+        result["lm"] = {"ckpt": args.lm, "step": stage.state["step"]}
+        known = with_words(train, result["wer"]["clips"])
+        spoken = from_text(stage, model, train, known, vocoder, options, run["dtype"])
+        own = [train.name_and_text(i)[1] for i in known.tolist()]
+        result["wer_training_texts"] = score_wer({"from text": spoken}, own, known.tolist(), recogniser)
     judge_name = args.fad_model or run["fad_model"]
     if judge_name != "none":
         judge = judges.load_judge(judge_name, args.fad_weights, device)
@@ -197,6 +215,20 @@ def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
     shown = [k for d in range(len(DOMAINS)) for k in np.flatnonzero(domain == d)[:SHOWN]]
     texts = {k: held.name_and_text(int(ids[k]))[1] for k in shown}
     return result, {names[k]: (texts[k], waves["original"][k], waves["generated"][k]) for k in shown}
+
+
+def from_text(stage: Stage1, model, dataset: Dataset, ids: np.ndarray, vocoder, options: dict, dtype: str) -> list:
+    """Waveforms made from the clips' texts alone, without reference, by both stages."""
+    texts = [(int(dataset.index["domain"][i]), dataset.name_and_text(i)[1]) for i in ids.tolist()]
+    requests = stage.requests(texts, Sampling(seed=options["seed"]), MAX_SECONDS)
+    return synthesise(model, requests, vocoder, options, dtype)
+
+
+def with_words(dataset: Dataset, n: int) -> np.ndarray:
+    """The first n speech clips of at least MIN_WORDS words."""
+    speech = np.flatnonzero(dataset.index["domain"] == SPEECH).tolist()
+    found = (i for i in speech if len(dataset.name_and_text(i)[1].split()) >= MIN_WORDS)
+    return np.array(list(itertools.islice(found, n)), np.int64)
 
 
 def last_held_out(out_dir: Path) -> dict[str, float]:
@@ -228,15 +260,20 @@ def _write_rows(file, rows: list[dict]) -> None:
 
 def table(result: dict) -> str:
     """The numbers as text, a column a system."""
-    wer = result["wer"]
-    lines = [f"{'':34s}" + "".join(f"{s:>11s}" for s in SYSTEMS)]
+    wer, systems = result["wer"], [s for s in SYSTEMS if s in result["wer"]]
+    lines = [f"{'':34s}" + "".join(f"{s:>11s}" for s in systems)]
     lines.append(f"{'speech WER %, n ' + str(wer['clips']) + ' (' + str(wer['words']) + ' words)':34s}")
-    lines[-1] += "".join(f"{100 * wer[s]:11.1f}" for s in SYSTEMS)
+    lines[-1] += "".join(f"{100 * wer[s]:11.1f}" for s in systems)
+    if "wer_training_texts" in result:
+        known = result["wer_training_texts"]
+        lines.append(
+            f"{'same of training texts, n ' + str(known['clips']):34s}{'':33s}{100 * known['from text']:11.1f}"
+        )
     for name in DOMAINS if "fad" in result else ():
         f = result["fad"][name]
         lines.append(
             f"{name + ' ' + result['fad']['model'] + '-FAD, n ' + str(f['clips']):34s}"
-            + "".join(f"{f[s]:11.2f}" for s in SYSTEMS)
+            + "".join(f"{f[s]:11.2f}" for s in systems)
             + f"   FAD-inf {f['generated_infinity']:.2f}"
         )
     for name, value in result["held_out_fm"].items():
@@ -312,8 +349,10 @@ def main_evaluate(args: EvalArgs) -> None:
     result, clips = evaluate(state, args, out_dir)
     record(out_dir, result)
     report.index_page(out_dir, table(result), clips)
-    for u in sorted(result["wer"]["utterances"], key=lambda u: -u["wer"])[: args.worst]:
-        print(f"{100 * u['wer']:5.0f} %  said: {u['text']}\n         heard: {u['heard']}")
+    for name in ("generated", "from text"):
+        utterances = result["wer"]["utterances"].get(name, [])
+        for u in sorted(utterances, key=lambda u: -u["wer"])[: args.worst]:
+            print(f"{100 * u['wer']:5.0f} %  {name}; said: {u['text']}\n         heard: {u['heard']}")
     print(table(result))
     print(f"wrote {out_dir / 'eval.json'}, {out_dir / 'samples'} and {out_dir / 'index.html'}")
 

@@ -254,7 +254,7 @@ def index_page(run: Path, table: str, clips: dict[str, tuple[str, np.ndarray, np
     run/samples already, the originals and the pictures are put beside them.
     """
     plt, result, rows = pyplot(), read_eval(run), []
-    heard = {f"{DOMAINS[0]}_{u['id']:04d}": u for u in result["wer"]["utterances"]}
+    heard = {f"{DOMAINS[0]}_{u['id']:04d}": u for u in result["wer"]["utterances"]["generated"]}
     for clip, (text, *waves) in clips.items():
         audio.write(run / "samples" / f"{clip}.original.wav", waves[0])
         fig, axes = plt.subplots(1, 2, figsize=(7, 1.6), layout="constrained", sharey=True)

@@ -1,16 +1,20 @@
-"""Tokens -> mel -> waveform.
+"""Text or tokens -> mel -> waveform.
 
-    python sample.py --ckpt out/demo/ckpt.pt --split held_out --n 4          # resynthesise clips from their tokens
-    python sample.py --ckpt out/demo/ckpt.pt --nfe 16 --cfg 1.5 --out_dir my/samples
+    python sample.py --lm out/lm_demo/ckpt.pt --ckpt out/demo/ckpt.pt --text "please enter your password"
+    python sample.py --lm ... --event "dog barking" --describe "a small dog, twice" --reference dog.wav --out dog.wav
+    python sample.py --lm ... --batch lines.txt --out_dir my/samples     # a line a clip; [event] description for sounds
+    python sample.py --tokens_from clip.wav                              # resynthesise a recording from its tokens
+    python sample.py --split held_out --n 4 --nfe 7 --epss               # resynthesise prepared clips
 
-Writes 24 kHz wav files and, beside each, a .json that says how it was made; prints the real-time factor.
-B clips, T frames, M mel bins.
+--ckpt is a model of train.py. Writes 24 kHz wav files and, beside each, a .json that says how it was made; prints the
+real-time factor. A reference gives its style to stage 1 and the beginning of its mel to stage 2.
+B clips, T frames, N tokens, M mel bins.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from configurator import DOMAINS, configure
+from configurator import DOMAINS, Config, configure, from_dict
 
 
 @dataclass
@@ -18,28 +22,52 @@ class SampleArgs:
     """Settings of `python sample.py`; an empty or None value is the one the model was trained with."""
 
     ckpt: str = "out/demo/ckpt.pt"  # a checkpoint of train.py
-    data_dir: str = ""  # prepared data with the tokens; empty: the one the checkpoint was trained on
-    split: Literal["train", "held_out"] = "held_out"  # which clips
-    n: int = 4  # clips per domain
+    data_dir: str = ""  # prepared data: tokens and tokenizers; empty: what the checkpoint was trained on
+    # what to make
+    text: str = ""  # say this
+    event: str = ""  # make the sound of this
+    describe: str = ""  # more about the event
+    batch: str = ""  # a text file, a clip a line; a sound's line is "[event] description"
+    tokens_from: str = ""  # a recording to make again from its tokens
+    domain: Literal["speech", "audio"] = "speech"  # of tokens_from
+    split: Literal["train", "held_out"] = "held_out"  # prepared clips to make again, when nothing else is asked for
+    n: int = 4  # of those, per domain
+    # stage 1: text to tokens
+    lm: str = ""  # a checkpoint of lm.py
+    reference: str = ""  # a recording whose style is taken on
+    temperature: float = 0.8  # of the tokens; 0 takes the likeliest
+    top_p: float = 0.95  # draw from the likeliest tokens that together have this probability
+    guidance: float = 1.0  # towards the reference's style; 1 is none
+    repetition: float = 1.1  # divides the probability of the last 20 tokens
+    max_seconds: float = 12.0  # longest clip
+    # stage 2: tokens to waveform
     nfe: int | None = None  # velocity evaluations per clip
     cfg: float | None = None  # guidance scale; 1 is none
     sway: float | None = None  # sway sampling coefficient
+    epss: bool = False  # F5-TTS's schedule for few steps, for nfe 5, 6, 7, 10, 12 or 16
     method: Literal["euler", "midpoint"] = "euler"  # integrator; midpoint spends two evaluations a step
-    vocoder: str = ""  # hub name or folder of a Vocos, or griffin_lim
-    seed: int = 0  # seeds the noise
-    out_dir: str = ""  # empty: samples/ beside the checkpoint
+    vocoder: str = ""  # griffin_lim, a folder of vocoder.py, a hub name or folder of a Vocos
+    # run
+    seed: int = 0  # seeds tokens and noise
+    out: str = ""  # the file, for one clip
+    out_dir: str = ""  # the folder, for several; empty: samples/ beside the checkpoint
     device: str = "auto"  # auto | cpu | cuda | mps
 
-    ranges: ClassVar[dict] = dict.fromkeys(("n", "nfe"), (1, None))
+    ranges: ClassVar[dict] = {
+        **dict.fromkeys(("n", "nfe"), (1, None)),
+        **dict.fromkeys(("temperature", "guidance"), (0, None)),
+        **{"top_p": (1e-6, 1), "repetition": (1, None), "max_seconds": (0.1, None)},
+    }
 
 
 if __name__ == "__main__":
     ARGS = configure(SampleArgs, __doc__)  # a typo is answered before torch is imported
 
 import json
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,40 +76,76 @@ import torch
 
 import audio
 import checkpoint
+import data
+import fetch
+import lm as stage1
+import shards
+from corpora import AUDIO, SPEECH
 from model import DiT, load_model, pick_device, precision, sample
-from shards import Dataset
+from shards import Batch, Dataset, Prepared
+
+
+@dataclass
+class Request:
+    """One clip to make in stage 2."""
+
+    codes: np.ndarray  # (N, streams), the reference's first
+    domain: int
+    frames: int  # T, the reference's included
+    prompt: np.ndarray | None = None  # (P, M) log-mel of the reference, cut off again at the end
 
 
 def settings(args, run: dict) -> dict:
     """The sampler's settings: the command's where given, else those of the run that trained the model."""
     chosen = {k: run[k] if getattr(args, k) is None else getattr(args, k) for k in ("nfe", "cfg", "sway")}
-    return chosen | {"sigma": run["sigma"], "method": args.method, "seed": args.seed}
+    return chosen | {"sigma": run["sigma"], "method": args.method, "epss": args.epss, "seed": args.seed}
 
 
-def resynthesise(
+def from_dataset(dataset: Dataset, ids: np.ndarray) -> list[Request]:
+    """Prepared clips, to be made from their tokens alone, without reference."""
+    index = dataset.index
+    return [Request(dataset.tokens(i), int(index["domain"][i]), int(index["frames"][i])) for i in ids.tolist()]
+
+
+def to_batch(requests: Sequence[Request]) -> Batch:
+    """Requests as a padded Batch whose mel holds the prompts and nothing else."""
+    count, streams = len(requests), requests[0].codes.shape[1]
+    frames, token_len = (torch.tensor(x) for x in zip(*((r.frames, len(r.codes)) for r in requests), strict=True))
+    mel = torch.zeros(count, int(frames.max()), audio.N_MELS)
+    tokens = torch.zeros(count, int(token_len.max()), streams, dtype=torch.int64)
+    prompt = torch.zeros(count, dtype=torch.int64)
+    for b, r in enumerate(requests):
+        tokens[b, : len(r.codes)] = torch.from_numpy(r.codes.astype(np.int64))
+        if r.prompt is not None:
+            prompt[b] = len(r.prompt)
+            mel[b, : len(r.prompt)] = torch.from_numpy(r.prompt.astype(np.float32))
+    tokens = tokens if streams > 1 else tokens[..., 0]
+    domain = torch.tensor([r.domain for r in requests])
+    return Batch(mel, frames, tokens, token_len, domain, {}, prompt, torch.arange(count))
+
+
+def synthesise(
     model: DiT,
-    dataset: Dataset,
-    ids: np.ndarray,
+    requests: Sequence[Request],
     vocoder: Callable,
     options: dict,
     dtype: str = "auto",
     batch_frames: int = 4000,
 ) -> list[np.ndarray]:
-    """Waveforms (L,) of clips `ids` from their tokens alone, no reference mel; sorted by length into batches inside."""
-    frames = dataset.index["frames"][ids]
-    waves: list = [None] * len(ids)
-    pending = sorted(range(len(ids)), key=lambda i: int(frames[i]))
+    """Waveforms (L,) of the requests, sorted by length into batches inside; `options` are model.sample's."""
+    waves: list = [None] * len(requests)
+    pending = sorted(range(len(requests)), key=lambda i: requests[i].frames)
     device = next(model.parameters()).device
     while pending:
         size = 1  # the longest clip is last, so padding is bounded by it
-        while size < len(pending) and (size + 1) * int(frames[pending[size]]) <= batch_frames:
+        while size < len(pending) and (size + 1) * requests[pending[size]].frames <= batch_frames:
             size += 1
         group, pending = pending[:size], pending[size:]
-        batch = dataset.batch(ids[group]).to(device)
+        batch = to_batch([requests[i] for i in group]).to(device)
         with torch.inference_mode(), precision(str(device), dtype):
             mel = model.denormalise(sample(model, model.embed_condition(batch), **options))
-        for i, m, n in zip(group, mel, batch.frames.tolist(), strict=True):
-            waves[i] = vocoder(m[:n].float())
+        for i, m, first, end in zip(group, mel, batch.prompt.tolist(), batch.frames.tolist(), strict=True):
+            waves[i] = vocoder(m[first:end].float())
     return waves
 
 
@@ -94,32 +158,132 @@ def first_of_each_domain(dataset: Dataset, n: int, min_frames: int = 0) -> np.nd
     return np.concatenate([r[:n] for r in rows])
 
 
+# ---- text to requests
+
+
+class Stage1:
+    """An LM of lm.py and the model that will read its codes. Raises ValueError when the two do not fit."""
+
+    def __init__(self, path: str, model: DiT, device: str):
+        self.lm, self.encode, self.state = stage1.load_lm(path, device)
+        if model.shape.second_codes:
+            raise ValueError("the model reads a second token stream, which no LM writes; use one of beats_tokens=False")
+        if tuple(self.lm.vocabulary.codes) != tuple(model.shape.codes):
+            raise ValueError(f"{path} writes codes of {self.lm.vocabulary.codes}, the model reads {model.shape.codes}")
+
+    def requests(
+        self,
+        texts: Sequence[tuple[int, str]],
+        sampling: stage1.Sampling,
+        max_seconds: float,
+        reference: Prepared | None = None,
+        prompt_max: float = 0.3,
+        size: int = 16,
+    ) -> list[Request]:
+        """(domain, text) each -> a Request each, `size` texts a batch; a reference's style goes to the LM and, where it
+        is of the same domain, its beginning to stage 2: at most `prompt_max` of the whole, as in training."""
+        vocabulary, rates, out = self.lm.vocabulary, self.state["rates"], []
+        for group in (texts[k : k + size] for k in range(0, len(texts), size)):
+            prompts = [vocabulary.prompt(self.encode, d, t) for d, t in group]
+            limits = [stage1.limit(d, t, rates[d], max_seconds) for d, t in group]
+            styles = None if reference is None else torch.from_numpy(np.stack([reference.style] * len(group)))
+            codes = stage1.generate(self.lm, prompts, [d for d, _ in group], limits, styles, sampling)
+            for (d, _), own in zip(group, codes, strict=True):
+                frames = round(len(own) / rates[d] * audio.FRAME_RATE)
+                request = Request(own[:, None], d, frames)
+                if reference is not None and reference.clip.domain == d:
+                    request = with_prompt(request, reference, rates, prompt_max)
+                out.append(request)
+        return out
+
+
+def with_prompt(request: Request, reference: Prepared, rates: list[int], prompt_max: float) -> Request:
+    """The request after the beginning of a reference, cut where a token starts."""
+    unit = shards.crop_unit(rates)
+    room = int(prompt_max / (1 - prompt_max) * request.frames)
+    first = min(len(reference.mel), room) // unit * unit
+    tokens = round(first * rates[request.domain] / audio.FRAME_RATE)
+    codes = np.concatenate([reference.tokens[:tokens], request.codes])
+    return Request(codes, request.domain, first + request.frames, reference.mel[:first])
+
+
+def texts_of(args: SampleArgs) -> list[tuple[int, str]]:
+    """(domain, text) of each clip that is asked for in words. Raises ValueError for an empty file."""
+    found = [(SPEECH, args.text)] if args.text else []
+    if args.event:
+        found.append((AUDIO, f"{args.event}: {args.describe}" if args.describe else args.event))
+    if args.batch:
+        lines = [line.strip() for line in Path(args.batch).read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"batch={args.batch}: no line in it; write a text a line, or [event] description")
+        for line in lines:
+            sound = re.fullmatch(r"\[(.+?)\]\s*(.*)", line)
+            found.append((AUDIO, ": ".join(filter(None, sound.groups()))) if sound else (SPEECH, line))
+    return found
+
+
+# ---- the command
+
+
+def make_requests(args: SampleArgs, model: DiT, run: dict, device: str) -> tuple[list[Request], list[dict]]:
+    """What the command asks for, and what to say of each clip in its .json; `file` is its name."""
+    config = from_dict(Config, run | {"data_dir": args.data_dir or run["data_dir"], "device": device}, args.ckpt)
+    texts = texts_of(args)
+    if texts and not args.lm:
+        raise ValueError("text needs stage 1: pass --lm=CKPT, a checkpoint of lm.py")
+    if texts:
+        stage = Stage1(args.lm, model, device)
+        reference = data.encode_file(args.reference, texts[0][0], config) if args.reference else None
+        sampling = stage1.Sampling(args.temperature, args.top_p, args.guidance, args.repetition, seed=args.seed)
+        made = {"lm": args.lm, "lm_step": stage.state["step"], "reference": args.reference, **asdict(sampling)}
+        requests = stage.requests(texts, sampling, args.max_seconds, reference, run["prompt_max"])
+        about = [
+            {"file": f"{k:04d}_{DOMAINS[d]}", "text": t, "domain": DOMAINS[d], **made} for k, (d, t) in enumerate(texts)
+        ]
+        return requests, about
+    if args.tokens_from:
+        own = data.encode_file(args.tokens_from, DOMAINS.index(args.domain), config)
+        name = Path(args.tokens_from).stem
+        about = {"file": f"{name}_again", "tokens_from": args.tokens_from, "domain": args.domain}
+        return [Request(own.tokens, own.clip.domain, len(own.mel))], [about]
+    dataset = Dataset(config.data_dir, args.split)
+    ids = first_of_each_domain(dataset, args.n)
+    about = []
+    for i in ids.tolist():
+        (name, text), domain = dataset.name_and_text(i), DOMAINS[dataset.index["domain"][i]]
+        about.append({"file": f"{domain}_{i:04d}", "clip": name, "text": text, "domain": domain, "split": args.split})
+    return from_dataset(dataset, ids), about
+
+
 def main(args: SampleArgs) -> None:
     state, used = checkpoint.load(args.ckpt)
+    if "shape" not in state:
+        raise ValueError(f"{used} is not a checkpoint of train.py")
     run, device = state["config"], pick_device(args.device)
-    model = load_model(state, device=device)
-    dataset = Dataset(args.data_dir or run["data_dir"], args.split)
-    vocoder = audio.load_vocoder(args.vocoder or run["vocoder"], device)
-    ids = first_of_each_domain(dataset, args.n)
-    options = settings(args, run)
+    model, vocoder = load_model(state, device=device), audio.load_vocoder(args.vocoder or run["vocoder"], device)
     start = time.time()
-    waves = resynthesise(model, dataset, ids, vocoder, options, run["dtype"])
-    spent, seconds = time.time() - start, sum(map(len, waves)) / audio.SAMPLE_RATE
-    out_dir = Path(args.out_dir or used.parent / "samples")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for i, wav in zip(ids.tolist(), waves, strict=True):
-        name, text = dataset.name_and_text(i)
-        domain = DOMAINS[dataset.index["domain"][i]]
-        path = out_dir / f"{domain}_{i:04d}.wav"
+    requests, about = make_requests(args, model, run, device)
+    if args.out and len(requests) > 1:
+        raise ValueError(f"out={args.out} is one file and {len(requests)} clips are asked for; pass --out_dir")
+    options, between = settings(args, run), time.time()
+    waves = synthesise(model, requests, vocoder, options, run["dtype"])
+    end, seconds = time.time(), sum(map(len, waves)) / audio.SAMPLE_RATE
+    folder = Path(args.out_dir or used.parent / "samples")
+    for wav, made in zip(waves, about, strict=True):
+        path = Path(args.out) if args.out else folder / f"{made.pop('file')}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
         audio.write(path, wav)
-        made = {"clip": name, "text": text, "domain": domain, "split": args.split, "step": state["step"], **options}
-        path.with_suffix(".json").write_text(json.dumps(made | {"args": asdict(args)}, indent=1))
-        print(f"{path}  {len(wav) / audio.SAMPLE_RATE:5.2f} s  {text}")
-    print(f"{seconds:.1f} s of audio in {spent:.1f} s: real-time factor {spent / seconds:.2f} at nfe {options['nfe']}")
+        made |= {"ckpt": args.ckpt, "step": state["step"], **options, "vocoder": args.vocoder or run["vocoder"]}
+        path.with_suffix(".json").write_text(json.dumps(made, indent=1))
+        print(f"{path}  {len(wav) / audio.SAMPLE_RATE:5.2f} s  {made.get('text', '')}")
+    print(
+        f"{seconds:.1f} s of audio: tokens in {between - start:.1f} s, waveform in {end - between:.1f} s, "
+        f"real-time factor {(end - start) / seconds:.2f} at nfe {options['nfe']}"
+    )
 
 
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except (checkpoint.CheckpointError, FileNotFoundError, ValueError) as error:
+    except (checkpoint.CheckpointError, data.DataError, fetch.FetchError, OSError, ValueError) as error:
         sys.exit(f"sample.py: {error}")

@@ -293,38 +293,36 @@ def token_count(frames: int, rate: int) -> int:
 # ---- batches
 
 
-class Batches:
-    """Training batches, bucketed by length under a frame budget; a pure function of (seed, step, rank).
+class Buckets:
+    """Groups of clips of like length under a budget of padded length; a pure function of (seed, step, rank).
 
-    Every epoch has the same number of batches, so a step's epoch is a division: slots are cut once from the sorted
+    Every epoch has the same number of groups, so a step's epoch is a division: slots are cut once from the sorted
     lengths, and each epoch deals clips to slots in the order of their jittered length, then shuffles the slots.
     """
 
     JITTER = 0.05  # of the length: enough for new neighbours each epoch, little enough to keep padding low
 
-    def __init__(self, dataset: Dataset, config: Config, rank: int = 0, world: int = 1):
-        self.dataset, self.config, self.rank, self.world = dataset, config, rank, world
-        self.lengths = np.asarray(dataset.index["frames"], np.int64)
-        if config.crop_frames:
-            self.lengths = np.minimum(self.lengths, config.crop_frames)
-        ordered = np.sort(self.lengths)
-        if ordered[-1] > config.batch_frames:
-            raise DataError(f"batch_frames={config.batch_frames} is below the longest clip ({ordered[-1]} frames)")
+    def __init__(self, lengths: np.ndarray, config, budget: str, rank: int = 0, world: int = 1):
+        """`config` has seed, batch_size (most clips of a group) and, under the name `budget`, the padded length of a
+        group. Raises DataError when one clip is longer."""
+        self.lengths, self.config, self.rank, self.world = np.asarray(lengths, np.int64), config, rank, world
+        ordered, room, most = np.sort(self.lengths), getattr(config, budget), config.batch_size
+        if ordered[-1] > room:
+            raise DataError(f"{budget}={room} is below the longest clip ({ordered[-1]})")
         slack = (1 + self.JITTER) / (1 - self.JITTER)  # how much longer a clip can be than the one it swaps with
         slots, first = [], 0
         while first < len(ordered):
             count = 1
             while (
-                count < config.batch_size
+                count < most
                 and first + count < len(ordered)
-                and (count + 1) * min(ordered[first + count] * slack, ordered[-1]) <= config.batch_frames
+                and (count + 1) * min(ordered[first + count] * slack, ordered[-1]) <= room
             ):
                 count += 1
             slots.append(count)
             first += count
         self.edges = np.cumsum([0, *slots])
         self.steps_per_epoch = max(1, len(slots) // world)
-        self.unit = crop_unit(dataset.rates)
         self.dealt: tuple = (None,)  # the epoch whose order is at hand, its clips in order, its slots in order
 
     def padding(self) -> float:
@@ -342,11 +340,21 @@ class Batches:
         return self.dealt[1:]
 
     def ids(self, step: int) -> np.ndarray:
-        """Rows of the split's index that make this rank's batch at `step`."""
+        """Clips, as rows of `lengths`, that make this rank's group at `step`."""
         epoch, place = divmod(step, self.steps_per_epoch)
         order, slots = self.deal(epoch)
         slot = slots[(place * self.world + self.rank) % len(slots)]
         return order[self.edges[slot] : self.edges[slot + 1]]
+
+
+class Batches(Buckets):
+    """Training batches of stage 2 under a frame budget; crops and prompts too follow from (seed, step, rank)."""
+
+    def __init__(self, dataset: Dataset, config: Config, rank: int = 0, world: int = 1):
+        self.dataset, self.unit = dataset, crop_unit(dataset.rates)
+        frames = dataset.index["frames"]
+        lengths = np.minimum(frames, config.crop_frames) if config.crop_frames else frames
+        super().__init__(lengths, config, "batch_frames", rank, world)
 
     def __call__(self, step: int) -> Batch:
         ids = self.ids(step)

@@ -24,6 +24,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -53,6 +54,8 @@ from model import (
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # t of the held-out loss
+COLUMNS = ("step", "phase", "loss", "fm", "bitc", "align", "grad_norm", "lr", "frames_per_s", "seconds")
+COLUMNS += tuple(f"held_out_{name}" for name in DOMAINS)
 # settings that a continued run may change, and those that a branch from the end of phase I may change as well
 MAY_DIFFER = (
     "out_dir branch_from device dtype compile data_dir log_every eval_every eval_clips save_every "
@@ -217,17 +220,24 @@ def train_step(run: Run, objective: nn.Module, batch: shards.Batch, machine: Mac
     on = not config.align_stop or run.step < config.align_stop  # 0 * keeps the heads in the graph, for DDP
     loss = losses["fm"] + config.bitc_weight * losses["bitc"] + on * losses.get("align", 0.0)
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(run.objective.parameters(), config.grad_clip)
-    rate = learning_rate(run.step, config)
-    for group in run.optimiser.param_groups:
-        group["lr"] = rate
-    if math.isfinite(norm):
-        run.optimiser.step()
+    moved = update(run.objective, run.optimiser, run.step, config)
+    if math.isfinite(moved["grad_norm"]):
         update_ema(run.ema, run.objective.model, min(config.ema_decay, (1 + run.step) / (10 + run.step)))
-    run.optimiser.zero_grad(set_to_none=True)
     run.step += 1
     numbers = {name: value.item() for name, value in losses.items()}
-    return numbers | {"loss": loss.item(), "grad_norm": float(norm), "lr": rate}
+    return numbers | moved | {"loss": loss.item()}
+
+
+def update(module: nn.Module, optimiser: torch.optim.Optimizer, step: int, config: Config) -> dict[str, float]:
+    """Clips the gradients, sets the learning rate of `step` and moves the weights, unless a gradient is not finite."""
+    norm = float(nn.utils.clip_grad_norm_(module.parameters(), config.grad_clip))
+    rate = learning_rate(step, config)
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    if math.isfinite(norm):
+        optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return {"grad_norm": norm, "lr": rate}
 
 
 @torch.no_grad()
@@ -299,15 +309,7 @@ def save(run: Run, name: str = "ckpt.pt") -> None:
 def restore(run: Run, path: Path) -> None:
     """Loads ckpt.pt or warmup.pt into `run`. Raises CheckpointError when it was made with incompatible settings."""
     state, used = checkpoint.load(path, set_aside=path.parent == Path(run.config.out_dir))
-    mine, theirs = asdict(run.config), state["config"]
-    may_differ = MAY_DIFFER + ([] if state["selected"] else BRANCH_MAY_DIFFER)
-    changed = [
-        f"{k}: {theirs.get(k)!r} -> {v!r}" for k, v in mine.items() if k not in may_differ and theirs.get(k) != v
-    ]
-    if changed:
-        raise checkpoint.CheckpointError(
-            f"{used} was made with other settings ({'; '.join(changed)}); pass --out_dir=ANOTHER_FOLDER or undo them"
-        )
+    same_settings(run.config, state["config"], MAY_DIFFER + ([] if state["selected"] else BRANCH_MAY_DIFFER), used)
     run.objective.model.load_state_dict(state["model"])
     run.ema.load_state_dict(state["ema"])
     run.step, run.probes, run.seconds = state["step"], state["probes"], state["seconds"]
@@ -318,27 +320,32 @@ def restore(run: Run, path: Path) -> None:
     run.optimiser.load_state_dict(state["optimiser"])
 
 
+def same_settings(config, theirs: dict, may_differ: list[str], used: Path) -> None:
+    """Raises CheckpointError when the checkpoint `used` was made with settings other than `config`'s."""
+    mine = {k: v for k, v in asdict(config).items() if k not in may_differ}
+    changed = [f"{k}: {theirs.get(k)!r} -> {v!r}" for k, v in mine.items() if theirs.get(k) != v]
+    if changed:
+        raise checkpoint.CheckpointError(
+            f"{used} was made with other settings ({'; '.join(changed)}); pass --out_dir=ANOTHER_FOLDER or undo them"
+        )
+
+
 class Log:
     """log.csv: one row each log_every steps. On a continued run, rows after the checkpoint's step are dropped."""
 
-    COLUMNS = ("step", "phase", "loss", "fm", "bitc", "align", "grad_norm", "lr", "frames_per_s", "seconds")
-    COLUMNS += ("held_out_speech", "held_out_audio")
-
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, columns: Sequence[str], step: int):
         rows = []
         if path.exists() and step:
             with open(path, newline="") as file:
                 rows = [r for r in csv.DictReader(file) if int(r["step"]) <= step]
         self.file = open(path, "w", newline="")  # noqa: SIM115  (kept open for the whole run)
-        self.writer = csv.DictWriter(self.file, self.COLUMNS)
+        self.writer = csv.DictWriter(self.file, columns, extrasaction="ignore")
         self.writer.writeheader()
         self.writer.writerows(rows)
         self.file.flush()
 
     def row(self, **values) -> None:
-        self.writer.writerow(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items() if k in self.COLUMNS}
-        )
+        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
         self.file.flush()
 
 
@@ -452,7 +459,7 @@ class Reporter:
     def __init__(self, run: Run, machine: Machine, held_out: shards.Dataset):
         config = run.config
         self.run, self.machine, self.smooth = run, machine, None
-        self.log = Log(Path(config.out_dir) / "log.csv", run.step)
+        self.log = Log(Path(config.out_dir) / "log.csv", COLUMNS, run.step)
         self.eval_batch = shards.fixed_batch(held_out, config.eval_clips, 0, config.probe_frames).to(machine.device)
         self.since, self.frames = time.time(), 0
 

@@ -22,6 +22,8 @@ SCRIPTS = {
     "data": "DataArgs",
     "tokenizer": "TokenizerArgs",
     "probe": "ProbeArgs",
+    "lm": "LMConfig",
+    "vocoder": "VocoderArgs",
     "sample": "SampleArgs",
     "evaluate": "EvalArgs",
     "bench": "BenchArgs",

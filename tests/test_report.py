@@ -16,6 +16,8 @@ import soundfile
 import audio
 import report
 
+UTTERANCE = {"id": 3, "text": "a <b>", "heard": "a & b", "wer": 0.5}
+
 # ---- comparison
 
 
@@ -24,7 +26,10 @@ def make_run(path: Path, speech_fad=10.0, wer=0.1, curve=(), judge="yamnet", los
     result = {
         "step": 100,
         "held_out_fm": {"speech": loss, "audio": 2 * loss},
-        "wer": {"generated": wer, "utterances": [{"id": 3, "text": "a <b>", "heard": "a & b", "wer": 0.5}]},
+        "wer": {
+            "generated": wer,
+            "utterances": {"generated": [{"id": 3, "text": "a <b>", "heard": "a & b", "wer": 0.5}]},
+        },
         "fad": {"model": judge, "speech": {"generated": speech_fad}, "audio": {"generated": 5.0}},
     }
     (path / "eval.json").write_text(json.dumps(result))

@@ -187,7 +187,7 @@ def test_the_frame_budget_is_kept_and_padding_is_low(many):
 
 def test_a_budget_below_the_longest_clip(many):
     longest = int(many.index["frames"].max())
-    with pytest.raises(DataError, match=f"batch_frames={longest - 1} is below the longest clip \\({longest} frames\\)"):
+    with pytest.raises(DataError, match=f"batch_frames={longest - 1} is below the longest clip \\({longest}\\)"):
         shards.Batches(many, replace(BATCHES, batch_frames=longest - 1))
     shards.Batches(many, replace(BATCHES, batch_frames=longest))
     shards.Batches(many, replace(BATCHES, batch_frames=200, crop_frames=200))  # cropped, they fit

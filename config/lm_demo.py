@@ -1,0 +1,16 @@
+# Stage 1 of the demo: a small Qwen3 from scratch on the demo's texts and tokens, minutes on two CPU cores.
+# Needs the prepared data of config/demo.py.
+out_dir = "out/lm_demo"
+data_dir = "data/demo"
+lm = "small"
+dropout = 0.1
+style_drop = 0.5  # it is mostly used without a reference
+max_steps = 600
+batch_tokens = 8192
+batch_size = 64
+learning_rate = 1e-3
+lr_warmup = 0.1
+weight_decay = 0.1
+eval_every = 100
+eval_clips = 24
+save_every = 200

@@ -1,0 +1,135 @@
+"""sample.py: requests against the dataset's own batches, prompts cut at tokens, and the command from words to a wav."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import checkpoint
+import lm
+import model
+import sample
+import shards
+import train
+from corpora import AUDIO, SPEECH, Clip
+from sample import Request, SampleArgs
+from test_lm import SMALL
+from train import Machine
+
+MACHINE = Machine(0, 1, "cpu", "float32")
+
+
+def test_requests_of_prepared_clips_are_its_batch(tiny_config):
+    dataset = shards.Dataset(tiny_config.data_dir, "held_out")
+    ids = np.array([3, 0, 4])
+    ours, theirs = sample.to_batch(sample.from_dataset(dataset, ids)), dataset.batch(ids)
+    for name in ("frames", "tokens", "token_len", "domain", "prompt"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert ours.mel.shape == theirs.mel.shape and not ours.mel.any()
+
+
+def test_synthesis_does_not_depend_on_the_order_of_requests(tiny_config, monkeypatch):
+    """Each wave belongs to its own request, whatever batches were made inside; the reference is cut off again."""
+    seen = []
+
+    def fake_sample(net, cond, **options):  # the sampler alone is replaced: a clip's mel is its number of frames
+        frames = cond.mask.sum(1)
+        seen.append(len(frames))
+        return (frames[:, None, None] * torch.ones(len(frames), cond.mask.shape[1], 100)) * cond.mask[..., None]
+
+    monkeypatch.setattr(sample, "sample", fake_sample)
+    net = train.build_model(tiny_config, [("whisper", 12), ("aisfx", 10)]).eval()
+    codes = np.zeros((9, 1), np.int64)
+    requests = [Request(codes, SPEECH, n) for n in (70, 30, 50, 31)]
+    requests.append(Request(codes, SPEECH, 45, np.ones((15, 100), np.float16)))
+    waves = sample.synthesise(net, requests, lambda m: m[:, 0].numpy(), {}, batch_frames=100)
+    assert [len(w) for w in waves] == [70, 30, 50, 31, 30] and seen == [3, 1, 1]
+    assert [w[0] for w in waves] == [70, 30, 50, 31, 45]
+
+
+def test_a_reference_is_cut_where_tokens_start():
+    reference = shards.Prepared(Clip("r", b"", "", SPEECH, ""), np.arange(200.0)[:, None], np.zeros(0), np.zeros(0))
+    reference.tokens = np.arange(107)[:, None]
+    request = sample.with_prompt(Request(np.full((53, 1), 7), SPEECH, 100), reference, [50, 25], 0.3)
+    assert len(request.prompt) == 30 and request.frames == 130  # of 42 that 30 % allows, a multiple of 15
+    assert request.codes[:16, 0].tolist() == list(range(16)) and (request.codes[16:] == 7).all()
+
+
+def test_lines_of_a_batch_file(tmp_path):
+    (tmp_path / "b.txt").write_text("say this\n\n[dog] barks twice\n  [rain]\n", encoding="utf-8")
+    found = sample.texts_of(SampleArgs(text="first", event="owl", describe="at night", batch=str(tmp_path / "b.txt")))
+    assert found == [
+        (SPEECH, "first"),
+        (AUDIO, "owl: at night"),
+        (SPEECH, "say this"),
+        (AUDIO, "dog: barks twice"),
+        (AUDIO, "rain"),
+    ]
+    (tmp_path / "b.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="no line in it"):
+        sample.texts_of(SampleArgs(batch=str(tmp_path / "b.txt")))
+
+
+def test_epss_is_the_even_grid_with_steps_left_out():
+    for steps in model.EPSS:
+        grid = model.time_grid(steps, 0.0, epss=True)
+        assert len(grid) == steps + 1 and grid[0] == 0 and grid[-1] == 1
+        assert all(t in model.time_grid(32, 0.0) for t in grid) and (grid.diff() > 0).all()
+        swayed = model.time_grid(steps, -1.0, epss=True)
+        torch.testing.assert_close(swayed, 1 - torch.cos(torch.pi * grid / 2))  # u - (cos - 1 + u)
+    with pytest.raises(ValueError, match="epss has no schedule of 8 steps; it has 5, 6, 7, 10, 12, 16"):
+        model.time_grid(8, epss=True)
+
+
+@pytest.fixture
+def trained(tiny_config, tmp_path) -> dict:
+    config = replace(tiny_config, max_steps=2, warmup_steps=1, vocoder="griffin_lim", nfe=2)
+    train.train(config, MACHINE)
+    lm.train(replace(SMALL, data_dir=config.data_dir, out_dir=str(tmp_path / "lm"), max_steps=2), MACHINE)
+    return {"ckpt": f"{config.out_dir}/ckpt.pt", "lm": str(tmp_path / "lm" / "ckpt.pt"), "device": "cpu"}
+
+
+def test_words_become_a_waveform(trained, tmp_path, capsys):
+    out = tmp_path / "deep" / "hello.wav"
+    sample.main(SampleArgs(**trained, text="hello there", out=str(out), max_seconds=1.5, nfe=5, epss=True))
+    wav, rate = soundfile.read(out)
+    made = json.loads(out.with_suffix(".json").read_text())
+    assert rate == 24000 and 0 < len(wav) <= 1.5 * 24000 and np.isfinite(wav).all()
+    assert made["text"] == "hello there" and made["nfe"] == 5 and made["epss"] and made["lm"] == trained["lm"]
+    assert "real-time factor" in capsys.readouterr().out
+    first = out.read_bytes()
+    sample.main(SampleArgs(**trained, text="hello there", out=str(out), max_seconds=1.5, nfe=5, epss=True))
+    assert out.read_bytes() == first  # the seed decides everything
+    (tmp_path / "b.txt").write_text("one two\n[dog] barks\n")
+    sample.main(SampleArgs(**trained, batch=str(tmp_path / "b.txt"), out_dir=str(tmp_path / "b"), max_seconds=1.0))
+    assert {p.name for p in (tmp_path / "b").glob("*.wav")} == {"0000_speech.wav", "0001_audio.wav"}
+
+
+def test_prepared_clips_are_made_again(trained, tmp_path):
+    sample.main(SampleArgs(ckpt=trained["ckpt"], device="cpu", n=2, out_dir=str(tmp_path / "s")))
+    dataset = shards.Dataset(str(tmp_path / "data"), "held_out")
+    for path in (tmp_path / "s").glob("*.wav"):
+        made = json.loads(path.with_suffix(".json").read_text())
+        frames = dataset.index["frames"][int(Path(path).stem.split("_")[1])]
+        assert soundfile.info(path).frames == (frames - 1) * 256 and made["split"] == "held_out"
+    assert len(list((tmp_path / "s").glob("*.wav"))) == 4
+
+
+def test_what_does_not_fit_is_named(trained, tmp_path):
+    with pytest.raises(ValueError, match="pass --lm=CKPT"):
+        sample.main(SampleArgs(ckpt=trained["ckpt"], text="hi", device="cpu"))
+    with pytest.raises(ValueError, match="is one file and 4 clips are asked for"):
+        sample.main(SampleArgs(ckpt=trained["ckpt"], n=2, out=str(tmp_path / "a.wav"), device="cpu"))
+    with pytest.raises(checkpoint.CheckpointError, match="is not a checkpoint of lm.py"):
+        sample.main(SampleArgs(ckpt=trained["ckpt"], lm=trained["ckpt"], text="hi", device="cpu"))
+    with pytest.raises(ValueError, match="is not a checkpoint of train.py"):
+        sample.main(SampleArgs(ckpt=trained["lm"], device="cpu"))
+    state, _ = checkpoint.load(trained["lm"])
+    state["vocabulary"]["codes"] = (16, 17)
+    checkpoint.save(tmp_path / "other.pt", state)
+    with pytest.raises((ValueError, RuntimeError)):
+        sample.main(SampleArgs(ckpt=trained["ckpt"], lm=str(tmp_path / "other.pt"), text="hi", device="cpu"))

@@ -1,0 +1,66 @@
+"""vocoder.py: its losses against scipy, exact resume, and a folder that loads like any other Vocos."""
+
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.signal
+import torch
+
+import audio
+import checkpoint
+import shards
+import vocoder
+
+ARGS = vocoder.VocoderArgs(
+    dim=32, n_layer=2, max_steps=12, batch_size=4, crop_frames=20, learning_rate=2e-3, log_every=1, save_every=3,
+    device="cpu", dtype="float32",
+)  # fmt: skip
+
+
+def test_losses_against_scipy(rng):
+    a, b = rng.normal(0, 0.1, (2, 6000)), rng.normal(0, 0.2, (2, 6000))
+    got = vocoder.spectral_losses(torch.from_numpy(a).float(), torch.from_numpy(b).float())
+    convergence, magnitude = [], []
+    for n in (512, 1024, 2048):
+        options = {"window": scipy.signal.windows.hann(n, sym=False), "hop": n // 4, "fs": 1}
+        stft = scipy.signal.ShortTimeFFT(**options, fft_mode="onesided")
+        pads = [np.pad(x, ((0, 0), (n // 2, n // 2)), mode="reflect") for x in (a, b)]
+        p0, p1 = stft.lower_border_end[1], stft.upper_border_begin(pads[0].shape[1])[1]
+        S, R = (np.abs(stft.stft(x, p0=p0, p1=p1)) for x in pads)
+        for s, r in zip(S, R, strict=True):
+            convergence.append(np.linalg.norm(s - r) / np.linalg.norm(r))
+        magnitude.append(np.abs(np.log(S) - np.log(R)).mean())
+    assert float(got["convergence"]) == pytest.approx(np.mean(convergence), rel=0.02)  # the edges' frames may differ
+    assert float(got["magnitude"]) == pytest.approx(np.mean(magnitude), rel=0.02)
+    same = vocoder.spectral_losses(torch.from_numpy(a).float(), torch.from_numpy(a).float())
+    assert all(float(v) == 0 for v in same.values())
+
+
+def test_gradients_are_finite_at_silence():
+    wav = torch.zeros(1, 6000, requires_grad=True)
+    sum(vocoder.spectral_losses(wav, torch.randn(1, 6000)).values()).backward()
+    assert torch.isfinite(wav.grad).all()
+
+
+def test_trains_resumes_and_loads_like_any_vocos(tiny_config, tmp_path, monkeypatch):
+    args = replace(ARGS, data_dir=tiny_config.data_dir, out_dir=str(tmp_path / "v"))
+    whole, finished = vocoder.train(replace(args, out_dir=str(tmp_path / "whole")))
+    assert finished
+    with monkeypatch.context() as m:
+        seen = iter(range(100))
+        m.setattr(checkpoint.StopRequest, "agreed", lambda self: next(seen) >= 5)
+        assert not vocoder.train(args)[1]
+    resumed, _ = vocoder.train(args)
+    for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    with open(tmp_path / "v" / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["step"]) for r in rows] == list(range(1, 13))
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    torch.save(resumed.state_dict(), tmp_path / "v" / "pytorch_model.bin")
+    vocode = audio.load_vocoder(str(tmp_path / "v"))
+    mel = torch.from_numpy(shards.Dataset(args.data_dir, "train").mel(0).astype(np.float32))
+    wav = vocode(mel)
+    assert wav.shape == ((len(mel) - 1) * audio.HOP,) and np.isfinite(wav).all()
