@@ -45,6 +45,7 @@ class LMConfig:
     coarse_weight: float = 0.5  # of the clusters' cross-entropy
     coarse_clusters: int = 128  # clusters per codebook
     coarse: Literal["kmeans", "uniform"] = "kmeans"  # clusters of the codebook's vectors, or equal runs of ids
+    code_noise: float = 0.0  # share of the codes it reads that are replaced by random ones, against exposure bias
     # optimisation
     max_steps: int = 100_000  # optimiser steps
     batch_tokens: int = 16_384  # sequence positions per step and rank, padding included
@@ -61,7 +62,7 @@ class LMConfig:
     save_every: int = 1000  # steps between checkpoints
 
     ranges: ClassVar[dict] = {
-        **dict.fromkeys("style_alpha style_drop lr_warmup beta2 dropout".split(), (0, 1)),
+        **dict.fromkeys("style_alpha style_drop code_noise lr_warmup beta2 dropout".split(), (0, 1)),
         **dict.fromkeys(
             "n_layer n_head n_embd coarse_clusters max_steps batch_tokens batch_size log_every eval_every eval_clips "
             "save_every".split(),
@@ -256,7 +257,8 @@ class LM(nn.Module):
 
     def __init__(self, net: nn.Module, vocabulary: Vocabulary, style_width: int, clusters: torch.Tensor, alpha: float):
         super().__init__()
-        self.net, self.vocabulary, self.alpha, self.dropout = net, vocabulary, alpha, 0.0
+        self.net, self.vocabulary, self.alpha = net, vocabulary, alpha
+        self.dropout = self.code_noise = 0.0  # in training
         D = net.get_input_embeddings().embedding_dim
         self.style = nn.Linear(style_width, D, bias=False)  # W of eq. 18
         self.coarse = nn.Linear(D, int(clusters.max()) + 1)  # eq. 20
@@ -273,6 +275,14 @@ class LM(nn.Module):
         styled = (place >= 0) & (place < STYLES) & keep[:, None]
         return torch.where(styled[..., None], mixed, e)
 
+    def noisy(self, batch: Sequences) -> torch.Tensor:
+        """The ids (B, S) with a share of the codes replaced by random codes of the same domain."""
+        size = torch.tensor(self.vocabulary.codes, device=batch.ids.device)[batch.domain][:, None]
+        first = torch.tensor([r.start for r in map(self.vocabulary.codes_of, range(len(DOMAINS)))], device=size.device)
+        other = first[batch.domain][:, None] + (torch.rand(batch.ids.shape, device=size.device) * size).long()
+        hit = torch.rand(batch.ids.shape, device=size.device) < self.code_noise
+        return torch.where(hit & batch.target & (batch.ids != self.vocabulary.end), other, batch.ids)
+
     def hidden(self, x: torch.Tensor, **options):
         """The LM's last hidden states before its head, with whatever else transformers returns."""
         return self.net.base_model(inputs_embeds=x, **options)
@@ -286,7 +296,8 @@ class LM(nn.Module):
         Padding is at the end and attention causal, so no target ever sees it and no mask is needed.
         """
         keep = torch.rand(len(batch.ids), device=batch.ids.device) >= style_drop
-        x = F.dropout(self.embed(batch.ids, batch.style, keep), self.dropout, self.training)
+        ids = self.noisy(batch) if self.training and self.code_noise else batch.ids
+        x = F.dropout(self.embed(ids, batch.style, keep), self.dropout, self.training)
         hidden = self.hidden(x, use_cache=False)[0]
         counts = batch.target[:, 1:]  # position i predicts i + 1
         h, wanted = hidden[:, :-1][counts], batch.ids[:, 1:][counts]
@@ -306,7 +317,7 @@ class LM(nn.Module):
 class Sampling:
     """How codes are drawn."""
 
-    temperature: float = 0.8  # 0 takes the likeliest
+    temperature: float = 0.6  # 0 takes the likeliest
     top_p: float = 0.95  # draw from the likeliest codes that together have this probability
     guidance: float = 1.0  # logits u + guidance (c - u), u without style; 1 is none
     repetition: float = 1.1  # codes of the last `window` have their probability divided by this
@@ -445,7 +456,7 @@ def new_run(config: LMConfig, dataset: shards.Dataset, machine: Machine) -> Run:
     sample = np.stack([dataset.style(i) for i in range(min(200, len(dataset)))]).astype(np.float32)
     lm = LM(net, Vocabulary(text, codes), sample.shape[2], all_clusters(config, codes), config.style_alpha)
     lm.style_scale.copy_(1 / torch.from_numpy(sample).flatten(0, 1).std(0).clamp_min(1e-4))
-    lm.dropout = config.dropout
+    lm.dropout, lm.code_noise = config.dropout, config.code_noise
     lm.to(machine.device)
     return Run(config, lm, make_optimiser(lm, config), dataset.rates)
 

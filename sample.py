@@ -35,7 +35,7 @@ class SampleArgs:
     # stage 1: text to tokens
     lm: str = ""  # a checkpoint of lm.py
     reference: str = ""  # a recording whose style is taken on
-    temperature: float = 0.8  # of the tokens; 0 takes the likeliest
+    temperature: float = 0.6  # of the tokens; 0 takes the likeliest
     top_p: float = 0.95  # draw from the likeliest tokens that together have this probability
     guidance: float = 1.0  # towards the reference's style; 1 is none
     repetition: float = 1.1  # divides the probability of the last 20 tokens

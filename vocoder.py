@@ -49,16 +49,13 @@ class VocoderArgs:
 
     ranges: ClassVar[dict] = {
         **dict.fromkeys(("lr_warmup", "beta2"), (0, 1)),
-        **dict.fromkeys(
-            "dim ff_mult n_layer max_steps batch_size crop_frames log_every save_every".split(), (1, None)
-        ),
+        **dict.fromkeys("dim ff_mult n_layer max_steps batch_size crop_frames log_every save_every".split(), (1, None)),
     }
 
 
 if __name__ == "__main__":
     ARGS = configure(VocoderArgs, __doc__)  # a typo is answered before torch is imported
 
-import json
 import math
 import sys
 import time
