@@ -1,9 +1,12 @@
 """Measured speed and memory: every number a median of several runs with its spread, beside the device's name.
 
-    python bench.py                    # prints the table, writes out/bench.md
-    python bench.py --only=decode      # only the rows whose name contains this
+    python bench.py config/demo.py                    # prints the table, writes out/bench.md
+    python bench.py config/unified_b.py --frames=38400 --compile        # on a GPU
+    python bench.py config/demo.py --only=step        # only the rows whose name contains this
 
-No other file makes claims of speed.
+Model, batch and sampler are of the config's size, on random clips; no prepared data is needed. Rows about a peer need
+its package (pip install f5-tts) and are skipped, with a line, without it. No other file makes claims of speed.
+B clips, T mel frames, L layers.
 """
 
 from dataclasses import dataclass
@@ -13,19 +16,22 @@ from configurator import Config, configure
 
 
 @dataclass
-class BenchArgs:
-    """Settings of `python bench.py`."""
+class BenchArgs(Config):
+    """Config's keys, and:"""
 
     only: str = ""  # run only the rows whose name contains this
     runs: int = 5  # repetitions of each row
+    frames: int = 4096  # mel frames per training step here
+    clip_frames: int = 256  # T of each clip in it
     out: str = "out/bench.md"  # where the table goes
 
-    ranges: ClassVar[dict] = {"runs": (1, None)}
+    ranges: ClassVar[dict] = Config.ranges | dict.fromkeys(("runs", "frames", "clip_frames"), (1, None))
 
 
 if __name__ == "__main__":
     ARGS = configure(BenchArgs, __doc__)  # a typo is answered before torch is imported
 
+import itertools
 import json
 import platform
 import statistics
@@ -33,7 +39,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,23 +50,361 @@ import torch
 import audio
 import corpora
 import data
+import evaluate
+import judges
+import probe
 import shards
+import train
+from model import count_parameters, flops_per_frame, noised, pick_device, precision, sample
 
-Row = Callable[[Path], tuple[str, Callable[[], float], str]]  # empty folder -> what, one measurement of it, its unit
+# dense bfloat16 peak in FLOP/s, by a part of the GPU's name (the makers' data sheets)
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
+PROBES = 25  # of the paper's phase I
+STEPS = 500_000  # of the paper's runs
+Measure = tuple[str, Callable[[], float], str]  # what, one measurement of it, its unit
 
 
 def device_name() -> str:
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
     return f"{torch.get_num_threads()} cores of {model}, torch {torch.__version__}"
 
 
-def decode_row(folder: Path) -> tuple[str, Callable[[], float], str]:
+def seconds(work: Callable[[], object], device: str = "cpu") -> float:
+    """Wall time of one call, the GPU's work included."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class Bench:
+    """What the rows share: the arguments, the device, and models, batches and runs of the config's size."""
+
+    def __init__(self, args: BenchArgs, folder: Path):
+        self.args, self.folder, self.device = args, folder, pick_device(args.device)
+        self.machine = train.Machine(0, 1, self.device, args.dtype)
+        self.demo = args.audio_teacher == "demo"
+        self.teachers = [["whisper", 384], ["aisfx", 512]] if self.demo else [["whisper", 1280], ["beats", 768]]
+
+    def batch(self, clips: int = 0, T: int = 0, varied: bool = False) -> shards.Batch:
+        """`clips` clips of T frames (`varied`: the shorter ones three quarters of it), the domains in turn."""
+        a, T = self.args, T or self.args.clip_frames
+        B, rng = clips or max(1, a.frames // T), np.random.default_rng(0)
+        frames = torch.full((B,), T)
+        if varied:
+            frames[1::2] = 3 * T // 4
+        N, streams = shards.token_count(T, 50), 2 if a.beats_tokens else 1
+        tokens = torch.from_numpy(rng.integers(0, min(a.speech_codes, a.audio_codes, 1024), (B, N, streams)))
+        token_len = (frames * N) // T
+        teacher = {name: torch.randn(B, width) for name, width in self.teachers}
+        mel, domain = torch.randn(B, T, audio.N_MELS) - 5, torch.arange(B) % 2
+        tokens, prompt = tokens if streams > 1 else tokens[..., 0], frames // 10
+        return shards.Batch(mel, frames, tokens, token_len, domain, teacher, prompt, torch.arange(B)).to(self.device)
+
+    def run(self, **changes) -> train.Run:
+        """A run at step 0, with nothing read from disk; with align=fixed it is at the start of phase II."""
+        changed = {"code_init": False, "mel_stats": (-5.8843, 2.2615), "compile": False} | changes
+        config = replace(Config(**{k: getattr(self.args, k) for k in Config.__dataclass_fields__}), **changed)
+        run = train.new_run(config, {"teachers": self.teachers}, self.machine)
+        run.objective.model.checkpoint_activations = config.checkpoint_activations
+        if config.compile:
+            for block in run.objective.model.blocks:
+                block.compile(dynamic=True)
+        for p in run.objective.model.parameters():  # a zero output layer would make some work trivial
+            if not p.any():
+                torch.nn.init.normal_(p, std=0.02)
+        return run
+
+    def step(self, run: train.Run, batch: shards.Batch) -> Callable[[], object]:
+        """One whole training step, as train.py does it: forward, backward, clipping, AdamW, EMA."""
+        return lambda: train.train_step(run, run.objective, batch, self.machine)
+
+    def frames_per_s(self, step: Callable[[], object], batch: shards.Batch) -> Callable[[], float]:
+        return lambda: int(batch.frames.sum()) / seconds(step, self.device)
+
+    def ratio(self, one: Callable[[], object], other: Callable[[], object]) -> Callable[[], float]:
+        """Time of `other` over time of `one`, measured in turn."""
+        return lambda: 1 / (seconds(one, self.device) / seconds(other, self.device))
+
+
+# ---- training
+
+
+def step_row(b: Bench) -> Iterator[Measure]:
+    run, batch = b.run(align="none"), b.batch()
+    size = f"{count_parameters(run.objective.model) / 1e6:.0f} M parameters, {len(batch.frames)} x {b.args.clip_frames}"
+    step = b.step(run, batch)
+    rate = b.frames_per_s(step, batch)
+    yield f"training step, {size} frames", rate, "frames/s"
+    flops = flops_per_frame(run.objective.model, b.args.clip_frames)
+    yield "model FLOPs of that", lambda: rate() * flops / 1e12, "TFLOP/s"
+    peak = next((p for name, p in PEAK.items() if name in device_name()), None)
+    if peak:
+        yield "MFU (bfloat16 peak of the data sheet)", lambda: 100 * rate() * flops / peak, "%"
+    padded = b.batch(varied=True)
+    yield "the same, half of the clips a quarter shorter", b.frames_per_s(b.step(run, padded), padded), "frames/s"
+
+
+def growth_row(b: Bench) -> Iterator[Measure]:
+    """How a step's time grows with each dimension, as the exponent of a power law between the size and twice it."""
+
+    def exponent(small: Callable, large: Callable) -> Callable[[], float]:
+        return lambda: np.log2(seconds(large, b.device) / seconds(small, b.device))
+
+    run, T, B = b.run(align="none"), b.args.clip_frames, max(1, b.args.frames // b.args.clip_frames // 2)
+    base = b.step(run, b.batch(B, T))
+    yield (
+        "growth of step time with clips, 1 in proportion",
+        exponent(base, b.step(run, b.batch(2 * B, T))),
+        "exponent",
+    )
+    yield "growth with frames of a clip", exponent(base, b.step(run, b.batch(B, 2 * T))), "exponent"
+    deep = b.run(align="none", n_layer=2 * b.args.n_layer)
+    yield "growth with layers", exponent(base, b.step(deep, b.batch(B, T))), "exponent"
+
+
+def peer_row(b: Bench) -> Iterator[Measure]:
+    """F5-TTS's DiT in its eager form at equal width, depth, heads, feed-forward, batch and precision: velocity loss,
+    backward, clipping, fused AdamW; no EMA, no hidden states, no second loss, which our step has."""
+    a, batch = b.args, b.batch()
+    f5 = f5_dit(a, b.device).train()
+    optimiser = torch.optim.AdamW(f5.parameters(), 1e-4, fused=True)
+    text = batch.tokens if batch.tokens.dim() == 2 else batch.tokens[..., 0]
+    mask = torch.ones(batch.mel.shape[:2], dtype=torch.bool, device=b.device)
+
+    def theirs(dtype: str) -> None:
+        x1, t = batch.mel, torch.rand(len(text), device=b.device)
+        x0 = torch.randn_like(x1)
+        with precision(b.device, dtype):
+            v = f5(torch.lerp(x0, x1, t[:, None, None]), torch.zeros_like(x1), text, t, mask=mask)
+        (v.float() - (x1 - x0)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(f5.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    for dtype in ("bfloat16", "float32"):
+        machine, run = replace(b.machine, dtype=dtype), b.run(align="none", n_embd=f5.dim, dropout=a.dropout)
+
+        def ours(run=run, machine=machine) -> None:
+            train.train_step(run, run.objective, batch, machine)
+
+        yield (
+            f"training step, ours / F5-TTS's DiT ({count_parameters(f5) / 1e6:.0f} M), {dtype}",
+            b.ratio(ours, lambda dtype=dtype: theirs(dtype)),
+            "times",
+        )
+
+
+def f5_dit(a: Config, device: str) -> torch.nn.Module:
+    audio.torchaudio()
+    from f5_tts.model.backbones.dit import DiT
+
+    size = {"dim": a.n_embd, "depth": a.n_layer, "heads": a.n_head, "dim_head": a.n_embd // a.n_head}
+    codes = max(a.speech_codes, a.audio_codes)
+    f5 = DiT(**size, ff_mult=a.ff_mult, dropout=a.dropout, text_num_embeds=codes, text_dim=a.n_embd)
+    for p in f5.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
+    return f5.to(device)
+
+
+def compile_row(b: Bench) -> Iterator[Measure]:
+    batch, run = b.batch(), b.run(align="none", compile=True)
+    step, plain = b.step(run, batch), b.step(b.run(align="none"), batch)
+    first = seconds(step, b.device)
+    yield "torch.compile of the blocks: the first step", lambda: first, "s"
+    yield "training step, compiled / not", b.ratio(step, plain), "times"
+
+
+def align_row(b: Bench) -> Iterator[Measure]:
+    batch, layers = b.batch(), tuple(range(1, 1 + min(3, b.args.n_layer)))
+    aligned = b.run(align="fixed", align_layers=layers, weighting="equal")
+    aligned.objective.select([{l: [0.5] for l in layers} for _ in range(2)])
+    aligned.optimiser = train.make_optimiser(aligned.objective, aligned.config)
+    plain = b.run(align="none")
+    cost = b.ratio(b.step(plain, batch), b.step(aligned, batch))
+    yield "AG-REPA step (3 layers, cached teachers) / plain step", cost, "times"
+
+
+def teacher_row(b: Bench) -> Iterator[Measure]:
+    """REPA's habit of running the frozen teachers in every step. The teachers are the demo's small ones."""
+    encoders = data.Networks(replace(Config(), whisper="demo", audio_teacher="demo", device=b.device)).encoders
+    batch, run = b.batch(), b.run(align="none")
+    step, rng = b.step(run, batch), np.random.default_rng(0)
+    length = b.args.clip_frames / audio.FRAME_RATE
+    own = [int((batch.domain == d).sum()) for d in range(2)]
+    waves = [
+        [rng.normal(0, 0.1, int(t.sample_rate * length)).astype("f4") for _ in range(n)]
+        for t, n in zip(encoders, own, strict=True)
+    ]
+
+    def online() -> None:
+        for teacher, clips in zip(encoders, waves, strict=True):
+            teacher.embed(clips)
+        step()
+
+    yield "step with the demo's teachers run online / cached", b.ratio(step, online), "times"
+
+
+def memory_row(b: Bench) -> Iterator[Measure]:
+    """Bytes that autograd keeps for the backward pass of a step, weights left out."""
+    batch = b.batch()
+
+    def kept(again: bool) -> float:
+        run, total, seen = b.run(align="none", checkpoint_activations=again), 0, set()
+        weights = {p.untyped_storage().data_ptr() for p in run.objective.parameters()}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in weights | seen:
+                seen.add(storage.data_ptr())
+                total += storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), b.machine.precision():
+            losses = run.objective(batch)
+        del losses
+        return total / int(batch.frames.sum()) / 1024
+
+    yield "activations kept for backward, per frame", lambda: kept(False), "KiB"
+    yield "the same with checkpoint_activations", lambda: kept(True), "KiB"
+    again, plain = b.run(align="none", checkpoint_activations=True), b.run(align="none")
+    yield "step with checkpoint_activations / without", b.ratio(b.step(plain, batch), b.step(again, batch)), "times"
+    if b.device.startswith("cuda"):
+
+        def peak() -> float:
+            torch.cuda.reset_peak_memory_stats()
+            b.step(plain, batch)()
+            return torch.cuda.max_memory_allocated() / 2**30
+
+        yield f"peak GPU memory of a step of {b.args.frames} frames", peak, "GiB"
+
+
+def foga_row(b: Bench) -> Iterator[Measure]:
+    run, batch, L = b.run(align="none"), b.batch(2), b.args.n_layer
+    model, t = run.objective.model.eval(), torch.full((2,), 0.5, device=b.device)
+    with torch.no_grad():
+        cond, x_t = model.embed_condition(batch), noised(model, batch.mel, t, 0.5)[0]
+
+    @torch.no_grad()
+    def sweep() -> None:
+        with b.machine.precision():
+            probe.ablated_velocities(model, x_t, t, cond)
+
+    @torch.no_grad()
+    def forward() -> None:
+        with b.machine.precision():
+            model.velocity(x_t, t, cond)
+
+    one = b.ratio(forward, sweep)
+    yield f"FoG-A of all {L} layers in one sweep, in forward passes per layer", lambda: one() / L, "forwards"
+    training = b.run(align="none")
+    step, grid = b.step(training, b.batch()), b.args.probe_times
+
+    def share() -> float:
+        return 100 * PROBES * grid * seconds(sweep, b.device) / (STEPS * seconds(step, b.device))
+
+    yield f"{PROBES} probes of 2 clips and {grid} t, share of {STEPS // 1000}k steps like the above", share, "%"
+
+
+# ---- sampling and evaluation
+
+
+def sampling_row(b: Bench) -> Iterator[Measure]:
+    model, T = b.run(align="none").objective.model.eval(), int(10 * audio.FRAME_RATE)
+    for clips, nfe in itertools.product((1, 16), (32, 16, 7)):
+        with torch.no_grad():
+            cond = model.embed_condition(b.batch(clips, T))
+
+        def work(cond=cond, nfe=nfe) -> None:
+            with b.machine.precision():
+                sample(model, cond, nfe, 2.0, -1.0, epss=nfe < 32)
+
+        per_second = clips * T / audio.FRAME_RATE
+        yield (
+            f"real-time factor of mels, nfe {nfe}, guided, {clips} x 10 s",
+            lambda work=work, s=per_second: seconds(work, b.device) / s,
+            "",
+        )
+
+
+def sampler_row(b: Bench) -> Iterator[Measure]:
+    """F5-TTS's own CFM.sample beside ours: equal size, nfe, guidance and clip."""
+    f5, T, nfe = f5_dit(b.args, b.device), int(10 * audio.FRAME_RATE), 16
+    from f5_tts.model import CFM
+
+    peer, batch = (
+        CFM(transformer=f5, mel_spec_kwargs={"n_mel_channels": audio.N_MELS}).eval().to(b.device),
+        b.batch(1, T),
+    )
+    text = batch.tokens if batch.tokens.dim() == 2 else batch.tokens[..., 0]
+    model = b.run(align="none").objective.model.eval()
+    with torch.no_grad():
+        cond = model.embed_condition(batch)
+    options = {"steps": nfe, "cfg_strength": 2.0, "sway_sampling_coef": -1.0}
+
+    def theirs() -> None:
+        with b.machine.precision():
+            peer.sample(batch.mel[:, : T // 10], text, T, **options)
+
+    def ours() -> None:
+        with b.machine.precision():
+            sample(model, cond, nfe, 2.0, -1.0, epss=True)
+
+    yield f"sampling a 10 s mel at nfe {nfe}, ours / F5-TTS's", b.ratio(ours, theirs), "times"
+
+
+def judge_row(b: Bench) -> Iterator[Measure]:
+    rng, clips, length = np.random.default_rng(0), 8, 5
+    waves = [rng.normal(0, 0.1, length * audio.SAMPLE_RATE).astype("f4") for _ in range(clips)]
+    judge, listener = judges.load_judge("yamnet", "", b.device), evaluate.load_recogniser("demo", b.device)
+    low = [audio.resample(w, audio.SAMPLE_RATE, 16000) for w in waves]
+    yield (
+        f"YAMNet embeddings of {length} s clips",
+        lambda: clips / seconds(lambda: evaluate.embeddings(judge, waves), b.device),
+        "clips/s",
+    )
+    yield (
+        f"Whisper tiny transcribes {length} s clips",
+        lambda: clips / seconds(lambda: listener.transcribe(low), b.device),
+        "clips/s",
+    )
+    a, c = rng.normal(size=(1500, 1024)), rng.normal(size=(1500, 1024))
+    yield (
+        "Frechet distance of 1500 and 1500 embeddings of 1024",
+        lambda: seconds(lambda: evaluate.frechet_distance(a, c)),
+        "s",
+    )
+    yield (
+        "the same, ours / by scipy's sqrtm",
+        b.ratio(lambda: evaluate.frechet_distance(a, c), lambda: sqrtm_distance(a, c)),
+        "times",
+    )
+
+
+def sqrtm_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """What pytorch-fid and frechet-audio-distance compute."""
+    import scipy.linalg
+
+    A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(A @ B)
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B - 2 * root.real))
+
+
+# ---- data and start-up
+
+
+def decode_row(b: Bench) -> Iterator[Measure]:
     """What preparation does to a LibriSpeech clip before any network: read flac, resample twice, log-mel, one core."""
-    path, seconds = folder / "a.flac", 15.0
-    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, int(16000 * seconds)), 16000)
+    path, length = b.folder / "a.flac", 15.0
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, int(16000 * length)), 16000)
     clip = corpora.Clip("a.flac", path, "text", corpora.SPEECH, "g")
 
     def measure() -> float:
@@ -71,47 +416,31 @@ def decode_row(folder: Path) -> tuple[str, Callable[[], float], str]:
             audio.log_mel(torch.from_numpy(wav)).half().numpy()
         spent = time.perf_counter() - start
         torch.set_num_threads(threads)
-        return clips * seconds / spent
+        return clips * length / spent
 
-    return "decode + resample + mel of 16 kHz flac, one core", measure, "times real time"
+    yield "decode + resample + mel of 16 kHz flac, one core", measure, "times real time"
 
 
-def large_dataset(folder: Path, clips: int) -> None:
+def large_dataset(folder: Path, clips: int) -> shards.Dataset:
     """A prepared folder's indices for `clips` clips of LibriSpeech-like lengths, without their shards."""
     rng = np.random.default_rng(0)
-    seconds = np.concatenate([rng.normal(14, 1.5, clips * 2 // 3), rng.uniform(2, 16, clips - clips * 2 // 3)])
+    length = np.concatenate([rng.normal(14, 1.5, clips * 2 // 3), rng.uniform(2, 16, clips - clips * 2 // 3)])
     index = np.zeros(clips, shards.INDEX)
-    index["frames"] = (seconds.clip(1.5, 17) * audio.FRAME_RATE).astype(int)
+    index["frames"] = (length.clip(1.5, 17) * audio.FRAME_RATE).astype(int)
     index["shard"] = np.arange(clips) // data.SHARD_CLIPS
     np.save(folder / "train.npy", index)
     (folder / "meta.json").write_text(json.dumps({"token_rates": [50, 50], "streams": 2, "teachers": []}))
+    return shards.Dataset(folder, "train")
 
 
-def open_row(folder: Path) -> tuple[str, Callable[[], float], str]:
-    large_dataset(folder, 1_000_000)
+def dataset_row(b: Bench) -> Iterator[Measure]:
+    large_dataset(b.folder, 1_000_000)
+    yield "open a dataset of 1 M clips", lambda: seconds(lambda: len(shards.Dataset(b.folder, "train"))), "s"
 
-    def measure() -> float:
-        start = time.perf_counter()
-        len(shards.Dataset(folder, "train"))
-        return time.perf_counter() - start
+    def choose() -> None:
+        shards.Batches(shards.Dataset(b.folder, "train"), Config()).ids(0)
 
-    return "open a dataset of 1 M clips", measure, "s"
-
-
-def choose_row(folder: Path) -> tuple[str, Callable[[], float], str]:
-    large_dataset(folder, 1_000_000)
-
-    def measure() -> float:
-        dataset, start = shards.Dataset(folder, "train"), time.perf_counter()
-        shards.Batches(dataset, Config()).ids(0)
-        return time.perf_counter() - start
-
-    return "bucket 1 M clips and choose the first batch", measure, "s"
-
-
-def memory_row(folder: Path) -> tuple[str, Callable[[], float], str]:
-    """What both add to the resident memory of a fresh process (Linux)."""
-    large_dataset(folder, 1_000_000)
+    yield "bucket 1 M clips and choose the first batch", lambda: seconds(choose), "s"
     code = (
         "import sys, shards; from configurator import Config\n"
         "used = lambda: int(open('/proc/self/statm').read().split()[1]) * 4\n"
@@ -119,36 +448,87 @@ def memory_row(folder: Path) -> tuple[str, Callable[[], float], str]:
         "print(used() - before)"
     )
 
-    def measure() -> float:
-        command = [sys.executable, "-c", code, str(folder)]
+    def memory() -> float:
+        command = [sys.executable, "-c", code, str(b.folder)]
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
         return int(done.stdout) / 1024
 
-    return "both, added memory of the process", measure, "MB"
+    yield "both, added memory of the process", memory, "MB"
 
 
-def padding_row(folder: Path) -> tuple[str, Callable[[], float], str]:
-    """Share of padding in an epoch of LibriSpeech-like lengths under the paper's frame budget."""
-    large_dataset(folder, 100_000)
-    dataset = shards.Dataset(folder, "train")
-    return "padding, LibriSpeech-like lengths", lambda: 100 * shards.Batches(dataset, Config()).padding(), "%"
+def padding_row(b: Bench) -> Iterator[Measure]:
+    dataset = large_dataset(b.folder, 100_000)
+    yield "padding, LibriSpeech-like lengths", lambda: 100 * shards.Batches(dataset, Config()).padding(), "%"
 
 
-ROWS: tuple[Row, ...] = (decode_row, open_row, choose_row, memory_row, padding_row)
+def loader_row(b: Bench) -> Iterator[Measure]:
+    """The loader on real files against a step of this config: what a step would wait without threads, and with."""
+    rng, prepared, T = np.random.default_rng(0), [], b.args.clip_frames
+    widths = [width for _, width in b.teachers]
+    for i in range(256):
+        clip, mel = (
+            corpora.Clip(f"{i}", b"", "text", i % 2, ""),
+            rng.normal(-5, 2, (T, audio.N_MELS)).astype(np.float16),
+        )
+        tokens = rng.integers(0, 100, (shards.token_count(T, 50), 1))
+        wav, embedding = np.zeros(0, np.float32), np.zeros(widths[i % 2])
+        style = np.zeros((16, widths[1]))
+        prepared.append(shards.Prepared(clip, mel, wav, wav, False, tokens, embedding, style))
+    shards.write_shard(b.folder / "train_00000", prepared, widths, -11.5)
+    shards.join(b.folder, ["train_00000"], {"teachers": b.teachers, "token_rates": [50, 50], "streams": 1})
+    config = replace(Config(), batch_frames=b.args.frames, batch_size=b.args.frames // T + 1, beats_tokens=False)
+    batches = shards.Batches(shards.Dataset(b.folder, "train"), config)
+    run, ahead = b.run(align="none", beats_tokens=False), shards.Ahead(batches, max(1, b.args.loader_threads))
+    step, counter = b.step(run, batches(0).to(b.device)), itertools.count()
+    yield (
+        "loader without threads, share of a step",
+        lambda: 100 * seconds(lambda: batches(0)) / seconds(step, b.device),
+        "%",
+    )
+
+    def stall() -> float:
+        ahead(next(counter))
+        spent = seconds(step, b.device)
+        return 100 * seconds(lambda: ahead(next(counter))) / spent
+
+    yield "data stall with loader_threads, share of a step", stall, "%"
+
+
+def help_row(b: Bench) -> Iterator[Measure]:
+    for script in ("train.py", "probe.py"):
+        command = [sys.executable, str(Path(__file__).parent / script), "--help"]
+        yield (
+            f"python {script} --help",
+            lambda command=command: seconds(lambda: subprocess.run(command, capture_output=True, check=True)),
+            "s",
+        )
+
+
+ROWS = (
+    step_row, peer_row, compile_row, align_row, teacher_row, memory_row, growth_row, foga_row, sampling_row,
+    sampler_row, judge_row, decode_row, dataset_row, padding_row, loader_row, help_row,
+)  # fmt: skip
 
 
 def main(args: BenchArgs) -> None:
-    lines = [f"{device_name()}; median of {args.runs} runs [lowest, highest]", ""]
+    size = f"{args.n_layer} layers x {args.n_embd}, {args.dtype} precision"
+    lines = [f"{device_name()}; {size}; median of {args.runs} runs [lowest, highest]", ""]
     lines += ["| what | number | unit |", "|---|---|---|"]
-    print("\n".join(lines))
+    print("\n".join(lines), flush=True)
     for row in ROWS:
-        if args.only in row.__name__:
-            with tempfile.TemporaryDirectory() as folder:
-                what, measure, unit = row(Path(folder))
-                values = [measure() for _ in range(args.runs)]
-            number = f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
-            lines.append(f"| {what} | {number} | {unit} |")
-            print(lines[-1], flush=True)
+        if args.only not in row.__name__:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                for what, measure, unit in row(Bench(args, Path(folder))):
+                    measure()  # once unmeasured: allocations, caches, compilation
+                    values = [measure() for _ in range(args.runs)]
+                    number = f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
+                    lines.append(f"| {what} | {number} | {unit} |")
+                    print(lines[-1], flush=True)
+            except ImportError as error:
+                lines.append(f"| {row.__name__} | not measured: {error} | |")
+                print(lines[-1], flush=True)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(lines) + "\n")

@@ -33,6 +33,8 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto takes bfloat16 where the machine has it
     compile: bool = False  # torch.compile each block
+    checkpoint_activations: bool = False  # compute activations again in backward: less memory, a third more time
+    loader_threads: int = 1  # threads that prepare the next batches; 0: none
     # corpus
     data_dir: str = "data/unified_b"  # prepared shards, shared by all runs on the same data
     speech_dir: str = ""  # any folder of recordings, each with a same-named .txt; "demo": fetch a small corpus
@@ -125,8 +127,8 @@ class Config:
             (1, None),
         ),
         **dict.fromkeys(
-            "seed data_seed reference_clips crop_frames weight_decay head_dim refresh_every align_stop evaluate_every "
-            "bitc_weight align_weight".split(),
+            "seed data_seed loader_threads reference_clips crop_frames weight_decay head_dim refresh_every align_stop "
+            "evaluate_every bitc_weight align_weight".split(),
             (0, None),
         ),
     }

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from configurator import DOMAINS
 
@@ -157,6 +158,7 @@ class DiT(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         self.shape = shape
+        self.checkpoint_activations = False  # True: keep a block's input alone and compute the rest again in backward
         D, M = shape.n_embd, shape.n_mels
         self.tokens = nn.Embedding(sum(shape.codes), D)  # domain d's code i is row sum(codes[:d]) + i
         if shape.second_codes:
@@ -249,8 +251,9 @@ class DiT(nn.Module):
         """v (B, T, M) at x_t (B, T, M), t (B,). `gates` holds g_1..g_L; `hidden` also returns [h_0, ..., h_L]."""
         h, context = self.stem(x_t, t, cond)
         states = [h]
+        again = self.checkpoint_activations and torch.is_grad_enabled()
         for block, gate in zip(self.blocks, gates or [1.0] * len(self.blocks), strict=True):
-            h = block(h, context, gate)
+            h = checkpoint(block, h, context, gate, use_reentrant=False) if again else block(h, context, gate)
             if hidden:
                 states.append(h)
         v = self.head(h, context)
@@ -271,6 +274,16 @@ def precision(device: str, dtype: str) -> torch.autocast:
 
 def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def flops_per_frame(model: DiT, T: int) -> float:
+    """Floating-point operations of a training step per mel frame of clips of T frames: forward, and twice that for
+    backward. Two for each weight that every frame meets, and 4 T D per layer for attention's two products."""
+    D, per_clip = model.shape.n_embd, {id(p) for m in (model.time_mlp, model.head_modulation) for p in m.parameters()}
+    per_clip |= {id(p) for b in model.blocks for p in b.modulation.parameters()}
+    parts = (model.stem_in, model.local, model.blocks, model.head_out)
+    weights = sum(p.numel() for m in parts for p in m.parameters() if p.dim() > 1 and id(p) not in per_clip)
+    return 3 * (2 * weights + 4 * T * D * model.shape.n_layer)
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ B clips, T frames, N tokens, M = 100 mel bins, E teacher width.
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -73,9 +75,15 @@ class Batch:
     ids: torch.Tensor  # (B,) rows of the split's index
 
     def to(self, device: str) -> "Batch":
-        move = {f.name: getattr(self, f.name) for f in fields(self)}
-        move = {k: v.to(device) for k, v in move.items() if k != "teacher"}
-        return Batch(**move, teacher={k: v.to(device) for k, v in self.teacher.items()})
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def pin(self) -> "Batch":
+        """The same in page-locked memory, from which copies to a GPU do not wait."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        moved = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "teacher"}
+        return Batch(**moved, teacher={k: change(v) for k, v in self.teacher.items()})
 
     def double(self) -> "Batch":
         """The same in float64, for checks."""
@@ -332,12 +340,13 @@ class Buckets:
 
     def deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Clips and slots in the order of an epoch; kept until another epoch is asked for."""
-        if self.dealt[0] != epoch:
+        dealt = self.dealt  # read once: other threads may be at another epoch
+        if dealt[0] != epoch:
             rng = np.random.default_rng([self.config.seed, epoch])
             jitter = rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(self.lengths))
             order = np.argsort(self.lengths * jitter, kind="stable")
-            self.dealt = (epoch, order, rng.permutation(len(self.edges) - 1))
-        return self.dealt[1:]
+            dealt = self.dealt = (epoch, order, rng.permutation(len(self.edges) - 1))
+        return dealt[1:]
 
     def ids(self, step: int) -> np.ndarray:
         """Clips, as rows of `lengths`, that make this rank's group at `step`."""
@@ -364,6 +373,24 @@ class Batches(Buckets):
         first = rng.integers(0, room + 1) * self.unit
         share = rng.uniform(0, self.config.prompt_max, len(ids)) * (rng.random(len(ids)) >= self.config.prompt_drop)
         return self.dataset.batch(ids, np.stack([first, lengths], 1), (share * lengths).astype(np.int64))
+
+
+class Ahead:
+    """Batches by step, the next ones prepared by threads meanwhile. As a batch is a function of its step alone, the
+    number of threads changes nothing but the time."""
+
+    def __init__(self, batches: Callable[[int], Batch], threads: int, pin: bool = False):
+        self.batches, self.threads = (lambda step: batches(step).pin()) if pin else batches, threads
+        self.pool = ThreadPoolExecutor(threads) if threads else None
+        self.pending: dict[int, Future] = {}
+
+    def __call__(self, step: int) -> Batch:
+        if not self.pool:
+            return self.batches(step)
+        for k in range(step, step + self.threads + 1):
+            if k not in self.pending:
+                self.pending[k] = self.pool.submit(self.batches, k)
+        return self.pending.pop(step).result()
 
 
 def fixed_batch(dataset: Dataset, per_domain: int, seed: int, max_frames: int) -> Batch:

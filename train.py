@@ -58,8 +58,8 @@ COLUMNS = ("step", "phase", "loss", "fm", "bitc", "align", "grad_norm", "lr", "f
 COLUMNS += tuple(f"held_out_{name}" for name in DOMAINS)
 # settings that a continued run may change, and those that a branch from the end of phase I may change as well
 MAY_DIFFER = (
-    "out_dir branch_from device dtype compile data_dir log_every eval_every eval_clips save_every "
-    "nfe cfg sway vocoder asr fad_model evaluate evaluate_every"
+    "out_dir branch_from device dtype compile checkpoint_activations loader_threads data_dir log_every eval_every "
+    "eval_clips save_every nfe cfg sway vocoder asr fad_model evaluate evaluate_every"
 ).split()
 BRANCH_MAY_DIFFER = (
     "align align_layers align_head align_teacher timestep_adaptive refresh_every align_stop top_k weighting "
@@ -394,9 +394,11 @@ def open_run(config: Config, machine: Machine) -> tuple[Run, shards.Dataset, sha
         restore(run, Path(config.branch_from))
     if run.step == config.warmup_steps and not run.selected and run.probes:
         intervene(run)
+    model = run.objective.model
+    model.checkpoint_activations = config.checkpoint_activations
     if config.compile:
-        for block in run.objective.model.blocks:
-            block.compile()
+        for block in model.blocks:  # alike, so one compilation serves them all, and any shape
+            block.compile(dynamic=True)
     return run, shards.Dataset(config.data_dir, "train"), shards.Dataset(config.data_dir, "held_out")
 
 
@@ -417,8 +419,9 @@ def train(config: Config, machine: Machine) -> Run:
         return DistributedDataParallel(run.objective) if machine.world > 1 else run.objective
 
     objective, stop, bad = wrapped(), checkpoint.StopRequest(machine.device), 0
+    ahead = shards.Ahead(batches, config.loader_threads, pin=machine.device.startswith("cuda"))
     while run.step < config.max_steps and not stop.agreed():
-        batch = batches(run.step).to(machine.device)
+        batch = ahead(run.step).to(machine.device)
         numbers = train_step(run, objective, batch, machine)
         bad = 0 if math.isfinite(numbers["grad_norm"]) else bad + 1
         if bad:

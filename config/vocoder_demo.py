@@ -2,9 +2,6 @@
 # Needs the prepared data of config/demo.py.
 out_dir = "out/vocoder_demo"
 data_dir = "data/demo"
-dim = 256
-n_layer = 6
-max_steps = 2500
-batch_size = 8
-crop_frames = 64
+dim = 384
+max_steps = 4200
 learning_rate = 1e-3
