@@ -40,7 +40,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -89,8 +89,9 @@ class Bench:
     def __init__(self, args: BenchArgs, folder: Path):
         self.args, self.folder, self.device = args, folder, pick_device(args.device)
         self.machine = train.Machine(0, 1, self.device, args.dtype)
-        self.demo = args.audio_teacher == "demo"
-        self.teachers = [["whisper", 384], ["aisfx", 512]] if self.demo else [["whisper", 1280], ["beats", 768]]
+        self.codes = min(args.speech_codes, args.audio_codes, 1024)  # in every codebook
+        demo = args.audio_teacher == "demo"
+        self.teachers = [["whisper", 384], ["aisfx", 512]] if demo else [["whisper", 1280], ["beats", 768]]
 
     def batch(self, clips: int = 0, T: int = 0, varied: bool = False) -> shards.Batch:
         """`clips` clips of T frames (`varied`: the shorter ones three quarters of it), the domains in turn."""
@@ -100,7 +101,7 @@ class Bench:
         if varied:
             frames[1::2] = 3 * T // 4
         N, streams = shards.token_count(T, 50), 2 if a.beats_tokens else 1
-        tokens = torch.from_numpy(rng.integers(0, min(a.speech_codes, a.audio_codes, 1024), (B, N, streams)))
+        tokens = torch.from_numpy(rng.integers(0, self.codes, (B, N, streams)))
         token_len = (frames * N) // T
         teacher = {name: torch.randn(B, width) for name, width in self.teachers}
         mel, domain = torch.randn(B, T, audio.N_MELS) - 5, torch.arange(B) % 2
@@ -110,7 +111,7 @@ class Bench:
     def run(self, **changes) -> train.Run:
         """A run at step 0, with nothing read from disk; with align=fixed it is at the start of phase II."""
         changed = {"code_init": False, "mel_stats": (-5.8843, 2.2615), "compile": False} | changes
-        config = replace(Config(**{k: getattr(self.args, k) for k in Config.__dataclass_fields__}), **changed)
+        config = replace(Config(**{f.name: getattr(self.args, f.name) for f in fields(Config)}), **changed)
         run = train.new_run(config, {"teachers": self.teachers}, self.machine)
         run.objective.model.checkpoint_activations = config.checkpoint_activations
         if config.compile:
@@ -123,7 +124,7 @@ class Bench:
 
     def step(self, run: train.Run, batch: shards.Batch) -> Callable[[], object]:
         """One whole training step, as train.py does it: forward, backward, clipping, AdamW, EMA."""
-        return lambda: train.train_step(run, run.objective, batch, self.machine)
+        return lambda: train.train_step(run, run.objective, [batch], self.machine)
 
     def frames_per_s(self, step: Callable[[], object], batch: shards.Batch) -> Callable[[], float]:
         return lambda: int(batch.frames.sum()) / seconds(step, self.device)
@@ -192,7 +193,7 @@ def peer_row(b: Bench) -> Iterator[Measure]:
         machine, run = replace(b.machine, dtype=dtype), b.run(align="none", n_embd=f5.dim, dropout=a.dropout)
 
         def ours(run=run, machine=machine) -> None:
-            train.train_step(run, run.objective, batch, machine)
+            train.train_step(run, run.objective, [batch], machine)
 
         yield (
             f"training step, ours / F5-TTS's DiT ({count_parameters(f5) / 1e6:.0f} M), {dtype}",
@@ -470,7 +471,7 @@ def loader_row(b: Bench) -> Iterator[Measure]:
             corpora.Clip(f"{i}", b"", "text", i % 2, ""),
             rng.normal(-5, 2, (T, audio.N_MELS)).astype(np.float16),
         )
-        tokens = rng.integers(0, 100, (shards.token_count(T, 50), 1))
+        tokens = rng.integers(0, b.codes, (shards.token_count(T, 50), 1))
         wav, embedding = np.zeros(0, np.float32), np.zeros(widths[i % 2])
         style = np.zeros((16, widths[1]))
         prepared.append(shards.Prepared(clip, mel, wav, wav, False, tokens, embedding, style))

@@ -7,6 +7,8 @@ A file holds tensors, numbers, strings and plain containers only, so reading one
 writes a zip with a CRC-32 for every tensor, which torch.load does not check and load() does.
 """
 
+import hashlib
+import json
 import os
 import signal
 import sys
@@ -14,6 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 
@@ -52,8 +55,22 @@ def save(path: str | Path, state: dict[str, Any], keep_previous: bool = True) ->
         os.close(folder)
 
 
+def sweep(folder: str | Path) -> None:
+    """Removes the temporary files that a killed save has left behind."""
+    for part in Path(folder).glob(".*.part"):
+        part.unlink()
+
+
 def exists(path: str | Path) -> bool:
     return Path(path).exists() or previous(Path(path)).exists()
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise zipfile.BadZipFile(f"checksum of {damaged} does not match")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load(path: str | Path, set_aside: bool = False) -> tuple[dict[str, Any], Path]:
@@ -66,11 +83,7 @@ def load(path: str | Path, set_aside: bool = False) -> tuple[dict[str, Any], Pat
     problems = []
     for file in (path, previous(path)):
         try:
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise zipfile.BadZipFile(f"checksum of {damaged} does not match")
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = read_export(file) if path.suffix == ".safetensors" else read_checked(file)
         except FileNotFoundError:
             problems.append(f"{file}: no such file")
         except Exception as error:  # a damaged zip or pickle raises many types
@@ -82,6 +95,32 @@ def load(path: str | Path, set_aside: bool = False) -> tuple[dict[str, Any], Pat
                     os.replace(path, path.with_name(f"{path.stem}.damaged{path.suffix}"))
             return state, file
     raise CheckpointError("; ".join(problems))
+
+
+def export(path: str | Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+    """Writes NAME.safetensors: the tensors, and in its header `about` as JSON and a checksum. What people share: a
+    fraction of a checkpoint's size, read by load() like one, and by anything that reads safetensors."""
+    path, tensors = Path(path), {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    part = path.with_name(f".{path.name}.part")
+    safetensors.torch.save_file(tensors, part, {"about": json.dumps(about), "sha256": digest(tensors)})
+    part.replace(path)
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode() + tensors[name].numpy().tobytes())
+    return total.hexdigest()
+
+
+def read_export(path: Path) -> dict[str, Any]:
+    """What export() wrote: `about`, with layer numbers as integers again, and the tensors under "ema"."""
+    with safetensors.safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (no mapping)
+    if digest(tensors) != header["sha256"]:
+        raise ValueError("checksum does not match")
+    about = json.loads(header["about"], object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()})
+    return about | {"ema": tensors}
 
 
 class StopRequest:

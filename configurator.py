@@ -75,8 +75,9 @@ class Config:
     mel_stats: tuple[float, ...] = (-5.8843, 2.2615)  # log-mel mean and std; (): per bin, from the training split
     # optimisation
     max_steps: int = 500_000  # optimiser steps, both phases
-    batch_frames: int = 38_400  # mel frames per step and rank, padding included
-    batch_size: int = 64  # most clips per step and rank
+    batch_frames: int = 38_400  # mel frames of a batch, padding included
+    batch_size: int = 64  # most clips of a batch
+    accumulate: int = 1  # batches per step and rank, their gradients averaged
     crop_frames: int = 0  # longer clips are cropped to this at random, each time anew; 0: never
     learning_rate: float = 1e-4  # peak of the one-cycle schedule
     lr_warmup: float = 0.1  # share of max_steps on the way up
@@ -122,8 +123,8 @@ class Config:
         **dict.fromkeys("held_out token_drop prompt_drop prompt_max dropout lr_warmup beta2 ema_decay".split(), (0, 1)),
         **dict.fromkeys(
             "speech_codes audio_codes tokenizer_steps n_layer n_head n_embd ff_mult max_steps batch_frames batch_size "
-            "warmup_steps probe_every probe_clips probe_times probe_frames top_k log_every eval_every eval_clips "
-            "save_every nfe".split(),
+            "accumulate warmup_steps probe_every probe_clips probe_times probe_frames top_k log_every eval_every "
+            "eval_clips save_every nfe".split(),
             (1, None),
         ),
         **dict.fromkeys(

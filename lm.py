@@ -96,7 +96,7 @@ import shards
 import tokenizer
 from corpora import SPEECH, DataError
 from model import count_parameters
-from train import MAX_BAD_STEPS, Log, Machine, make_optimiser, same_settings, set_up, update
+from train import Finite, Log, Machine, make_optimiser, same_settings, set_up, update
 
 STYLES = 16  # style placeholders, and time segments of the reference
 MAY_DIFFER = "out_dir data_dir device dtype log_every eval_every eval_clips save_every".split()
@@ -461,6 +461,10 @@ def new_run(config: LMConfig, dataset: shards.Dataset, machine: Machine) -> Run:
     return Run(config, lm, make_optimiser(lm, config), dataset.rates)
 
 
+def save(run: Run) -> None:
+    checkpoint.save(Path(run.config.out_dir) / "ckpt.pt", run.state())
+
+
 def restore(run: Run, path: Path) -> None:
     """Loads ckpt.pt into `run`. Raises CheckpointError when it was made with incompatible settings."""
     state, used = checkpoint.load(path, set_aside=True)
@@ -516,19 +520,16 @@ def train(config: LMConfig, machine: Machine) -> Run:
         held = Corpus(held_out, run.lm.vocabulary, encode).first_of_each_domain(config.eval_clips)
         reporter = Reporter(run, machine, held.to(machine.device))
     lm = DistributedDataParallel(run.lm) if machine.world > 1 else run.lm
-    stop, bad = checkpoint.StopRequest(machine.device), 0
+    stop = checkpoint.StopRequest(machine.device)
+    finite = Finite(lambda: save(run) if machine.rank == 0 else None)
     while run.step < config.max_steps and not stop.agreed():
         ids = buckets.ids(run.step)
         numbers = train_step(run, lm, corpus.batch(ids).to(machine.device), machine)
-        bad = 0 if math.isfinite(numbers["grad_norm"]) else bad + 1
-        if bad:
-            print(f"step {run.step}: non-finite gradient, nothing updated; clips {ids.tolist()}", file=sys.stderr)
-        if bad == MAX_BAD_STEPS:
-            raise FloatingPointError(f"{bad} non-finite steps in a row; the last good state is in {out_dir}/ckpt.pt")
+        finite.check(run.step, numbers["grad_norm"], ids.tolist())
         if reporter:
             reporter.step(numbers, int(corpus.lengths[ids].sum()) * machine.world)
     if reporter and run.step < config.max_steps:
-        checkpoint.save(out_dir / "ckpt.pt", run.state())
+        save(run)
     return run
 
 
@@ -572,7 +573,7 @@ class Reporter:
                 flush=True,
             )
         if due["save"]:
-            checkpoint.save(Path(run.config.out_dir) / "ckpt.pt", run.state())
+            save(run)
 
 
 def main(config: LMConfig) -> int:

@@ -2,7 +2,7 @@
 
     dataset = Dataset("data/demo", "train")      # opens in milliseconds, whatever its size
     batch = dataset.batch(np.array([0, 5]))      # two clips, padded
-    batch = Batches(dataset, config)(step)       # a training batch, a function of (seed, step, rank)
+    batch = Batches(dataset, config)(0)       # a training batch, a function of (seed, step, place)
 
     train_00000/, ...       mel.bin (frames, 100) float16; tokens.bin (tokens, streams) int32; text.bin;
                             teacher_0.npy, teacher_1.npy (clips of the domain, E); style.npy (clips, 16, E) float16
@@ -294,6 +294,11 @@ def read_meta(data_dir: str | Path) -> dict:
     return json.loads((Path(data_dir) / "meta.json").read_text())
 
 
+def identity(meta: dict) -> str:
+    """A name for exactly this preparation: equal for copies, another for other clips, tokens or tokenizers."""
+    return hashlib.sha256(json.dumps(meta.get("sha256", {}), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def token_count(frames: int, rate: int) -> int:
     return max(1, round(frames * rate / audio.FRAME_RATE))
 
@@ -302,18 +307,21 @@ def token_count(frames: int, rate: int) -> int:
 
 
 class Buckets:
-    """Groups of clips of like length under a budget of padded length; a pure function of (seed, step, rank).
+    """Groups of clips of like length under a budget of padded length; a pure function of (seed, step, place).
 
-    Every epoch has the same number of groups, so a step's epoch is a division: slots are cut once from the sorted
-    lengths, and each epoch deals clips to slots in the order of their jittered length, then shuffles the slots.
+    A step takes world * accumulate groups; place = micro * world + rank says which is whose, so that two ranks, or one
+    that accumulates twice, take the same groups. Every epoch has the same number of steps, so a step's epoch is a
+    division: slots are cut once from the sorted lengths, and each epoch deals clips to slots in the order of their
+    jittered length, then shuffles the slots.
     """
 
     JITTER = 0.05  # of the length: enough for new neighbours each epoch, little enough to keep padding low
 
-    def __init__(self, lengths: np.ndarray, config, budget: str, rank: int = 0, world: int = 1):
+    def __init__(self, lengths: np.ndarray, config, budget: str, rank: int = 0, world: int = 1, accumulate: int = 1):
         """`config` has seed, batch_size (most clips of a group) and, under the name `budget`, the padded length of a
         group. Raises DataError when one clip is longer."""
-        self.lengths, self.config, self.rank, self.world = np.asarray(lengths, np.int64), config, rank, world
+        self.lengths, self.config = np.asarray(lengths, np.int64), config
+        self.rank, self.world, self.accumulate = rank, world, accumulate
         ordered, room, most = np.sort(self.lengths), getattr(config, budget), config.batch_size
         if ordered[-1] > room:
             raise DataError(f"{budget}={room} is below the longest clip ({ordered[-1]})")
@@ -330,12 +338,12 @@ class Buckets:
             slots.append(count)
             first += count
         self.edges = np.cumsum([0, *slots])
-        self.steps_per_epoch = max(1, len(slots) // world)
+        self.steps_per_epoch = max(1, len(slots) // (world * accumulate))
         self.dealt: tuple = (None,)  # the epoch whose order is at hand, its clips in order, its slots in order
 
     def padding(self) -> float:
         """Share of padding in the batches of the first epoch."""
-        groups = [self.lengths[self.ids(step)] for step in range(self.steps_per_epoch)]
+        groups = [self.lengths[self.ids(k)] for k in range(self.steps_per_epoch * self.accumulate)]
         return 1 - sum(g.sum() for g in groups) / sum(len(g) * g.max() for g in groups)
 
     def deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -348,26 +356,32 @@ class Buckets:
             dealt = self.dealt = (epoch, order, rng.permutation(len(self.edges) - 1))
         return dealt[1:]
 
-    def ids(self, step: int) -> np.ndarray:
-        """Clips, as rows of `lengths`, that make this rank's group at `step`."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+    def place(self, k: int) -> tuple[int, int]:
+        """Step and place of this rank's k-th group since the beginning."""
+        step, micro = divmod(k, self.accumulate)
+        return step, micro * self.world + self.rank
+
+    def ids(self, k: int) -> np.ndarray:
+        """Clips, as rows of `lengths`, that make this rank's k-th group."""
+        step, place = self.place(k)
+        epoch, step = divmod(step, self.steps_per_epoch)
         order, slots = self.deal(epoch)
-        slot = slots[(place * self.world + self.rank) % len(slots)]
+        slot = slots[(step * self.world * self.accumulate + place) % len(slots)]
         return order[self.edges[slot] : self.edges[slot + 1]]
 
 
 class Batches(Buckets):
-    """Training batches of stage 2 under a frame budget; crops and prompts too follow from (seed, step, rank)."""
+    """Training batches of stage 2 under a frame budget; crops and prompts too follow from (seed, step, place)."""
 
     def __init__(self, dataset: Dataset, config: Config, rank: int = 0, world: int = 1):
         self.dataset, self.unit = dataset, crop_unit(dataset.rates)
         frames = dataset.index["frames"]
         lengths = np.minimum(frames, config.crop_frames) if config.crop_frames else frames
-        super().__init__(lengths, config, "batch_frames", rank, world)
+        super().__init__(lengths, config, "batch_frames", rank, world, config.accumulate)
 
-    def __call__(self, step: int) -> Batch:
-        ids = self.ids(step)
-        rng = np.random.default_rng([self.config.seed, step, self.rank])
+    def __call__(self, k: int) -> Batch:
+        ids = self.ids(k)
+        rng = np.random.default_rng([self.config.seed, *self.place(k)])
         lengths, records = self.lengths[ids], self.dataset.index[ids]
         room = np.maximum(records["frames"] - lengths, 0) // self.unit
         first = rng.integers(0, room + 1) * self.unit
@@ -376,21 +390,21 @@ class Batches(Buckets):
 
 
 class Ahead:
-    """Batches by step, the next ones prepared by threads meanwhile. As a batch is a function of its step alone, the
-    number of threads changes nothing but the time."""
+    """Batches in turn, the next ones prepared by threads meanwhile. As a batch is a function of its number alone, the
+    threads change nothing but the time."""
 
     def __init__(self, batches: Callable[[int], Batch], threads: int, pin: bool = False):
-        self.batches, self.threads = (lambda step: batches(step).pin()) if pin else batches, threads
+        self.batches, self.threads = (lambda k: batches(k).pin()) if pin else batches, threads
         self.pool = ThreadPoolExecutor(threads) if threads else None
         self.pending: dict[int, Future] = {}
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, k: int) -> Batch:
         if not self.pool:
-            return self.batches(step)
-        for k in range(step, step + self.threads + 1):
-            if k not in self.pending:
-                self.pending[k] = self.pool.submit(self.batches, k)
-        return self.pending.pop(step).result()
+            return self.batches(k)
+        for i in range(k, k + self.threads + 1):
+            if i not in self.pending:
+                self.pending[i] = self.pool.submit(self.batches, i)
+        return self.pending.pop(k).result()
 
 
 def fixed_batch(dataset: Dataset, per_domain: int, seed: int, max_frames: int) -> Batch:

@@ -16,6 +16,8 @@ from configurator import DOMAINS, Config, configure, show
 if __name__ == "__main__":
     ARGS = configure(Config, __doc__)  # a typo is answered before torch is imported
 
+import collections
+import contextlib
 import copy
 import csv
 import json
@@ -24,7 +26,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -116,6 +118,7 @@ class Run:
     objective: Objective
     optimiser: torch.optim.Optimizer
     ema: DiT
+    data: str = ""  # which preparation it trains on
     step: int = 0  # optimiser steps done
     selected: bool = False  # phase II
     probes: list[dict] = field(default_factory=list)  # one entry per probe of phase I
@@ -131,6 +134,7 @@ class Run:
             "optimiser": self.optimiser.state_dict(),
             "selection": self.objective.selection,
             "selected": self.selected,
+            "data": self.data,
             "step": self.step,
             "probes": self.probes,
             "seconds": self.seconds,
@@ -165,7 +169,7 @@ def new_run(config: Config, meta: dict, machine: Machine) -> Run:
     model.to(machine.device)
     objective = Objective(model, config)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    return Run(config, objective, make_optimiser(model, config), ema)
+    return Run(config, objective, make_optimiser(model, config), ema, shards.identity(meta))
 
 
 def init_tokens_from_codebooks(model: DiT, config: Config) -> None:
@@ -206,26 +210,30 @@ def learning_rate(step: int, config: Config) -> float:
 # ---- one step
 
 
-def train_step(run: Run, objective: nn.Module, batch: shards.Batch, machine: Machine) -> dict[str, float]:
-    """One optimiser step; returns the losses, the gradient norm and the learning rate.
+def train_step(run: Run, objective: nn.Module, batches: Sequence[shards.Batch], machine: Machine) -> dict[str, float]:
+    """One optimiser step on the mean gradient of this rank's batches; returns their mean losses, the gradient norm and
+    the learning rate.
 
-    All randomness of a step (noise, t, dropout, condition drop) follows from (seed, step, rank), so a resumed run
-    repeats it exactly and probes or samples between steps change nothing. A non-finite gradient, which every rank
-    sees alike after the all-reduce, updates nothing.
+    All randomness (noise, t, dropout, condition drop) follows from (seed, step, place), so a resumed run repeats it
+    exactly, probes or samples between steps change nothing, and two ranks do what one does that accumulates twice.
+    A non-finite gradient, which every rank sees alike after the all-reduce, updates nothing.
     """
-    config = run.config
-    torch.manual_seed(hash((config.seed, run.step, machine.rank)) % 2**63)
-    with machine.precision():
-        losses = objective(batch)
+    config, means = run.config, collections.Counter()
     on = not config.align_stop or run.step < config.align_stop  # 0 * keeps the heads in the graph, for DDP
-    loss = losses["fm"] + config.bitc_weight * losses["bitc"] + on * losses.get("align", 0.0)
-    loss.backward()
+    for micro, batch in enumerate(batches):
+        torch.manual_seed(hash((config.seed, run.step, micro * machine.world + machine.rank)) % 2**63)
+        last = micro == len(batches) - 1
+        with contextlib.nullcontext() if last or machine.world == 1 else objective.no_sync():
+            with machine.precision():
+                losses = objective(batch)
+            loss = losses["fm"] + config.bitc_weight * losses["bitc"] + on * losses.get("align", 0.0)
+            (loss / len(batches)).backward()
+        means.update({k: v.item() / len(batches) for k, v in (losses | {"loss": loss}).items()})
     moved = update(run.objective, run.optimiser, run.step, config)
     if math.isfinite(moved["grad_norm"]):
         update_ema(run.ema, run.objective.model, min(config.ema_decay, (1 + run.step) / (10 + run.step)))
     run.step += 1
-    numbers = {name: value.item() for name, value in losses.items()}
-    return numbers | moved | {"loss": loss.item()}
+    return dict(means) | moved
 
 
 def update(module: nn.Module, optimiser: torch.optim.Optimizer, step: int, config: Config) -> dict[str, float]:
@@ -306,10 +314,23 @@ def save(run: Run, name: str = "ckpt.pt") -> None:
     checkpoint.save(Path(run.config.out_dir) / name, run.state())
 
 
+def export(run: Run) -> None:
+    """model.safetensors: the averaged weights and what probe.py, sample.py and evaluate.py need to know of them."""
+    state = run.state()
+    about = {k: state[k] for k in ("config", "shape", "selection", "step", "seconds")}
+    about["probes"] = [{"result": {"seconds": p["result"]["seconds"]}} for p in run.probes]
+    checkpoint.export(Path(run.config.out_dir) / "model.safetensors", state["ema"], about)
+
+
 def restore(run: Run, path: Path) -> None:
     """Loads ckpt.pt or warmup.pt into `run`. Raises CheckpointError when it was made with incompatible settings."""
     state, used = checkpoint.load(path, set_aside=path.parent == Path(run.config.out_dir))
     same_settings(run.config, state["config"], MAY_DIFFER + ([] if state["selected"] else BRANCH_MAY_DIFFER), used)
+    if state["data"] != run.data:
+        raise checkpoint.CheckpointError(
+            f"{used} was trained on another preparation than {run.config.data_dir} holds now; pass its --data_dir, or "
+            f"--out_dir=ANOTHER_FOLDER to start anew"
+        )
     run.objective.model.load_state_dict(state["model"])
     run.ema.load_state_dict(state["ema"])
     run.step, run.probes, run.seconds = state["step"], state["probes"], state["seconds"]
@@ -388,6 +409,8 @@ def open_run(config: Config, machine: Machine) -> tuple[Run, shards.Dataset, sha
     """The run as it stands in out_dir, or branched, or new; and the training and held-out data, prepared if missing."""
     run = new_run(config, data.ensure_prepared(config), machine)  # all ranks prepare together
     path = Path(config.out_dir) / "ckpt.pt"
+    if machine.rank == 0:
+        checkpoint.sweep(path.parent)
     if checkpoint.exists(path):
         restore(run, path)
     elif config.branch_from:
@@ -418,23 +441,37 @@ def train(config: Config, machine: Machine) -> Run:
     def wrapped() -> nn.Module:
         return DistributedDataParallel(run.objective) if machine.world > 1 else run.objective
 
-    objective, stop, bad = wrapped(), checkpoint.StopRequest(machine.device), 0
+    objective, stop = wrapped(), checkpoint.StopRequest(machine.device)
+    finite = Finite(lambda: save(run) if machine.rank == 0 else None)
     ahead = shards.Ahead(batches, config.loader_threads, pin=machine.device.startswith("cuda"))
     while run.step < config.max_steps and not stop.agreed():
-        batch = ahead(run.step).to(machine.device)
-        numbers = train_step(run, objective, batch, machine)
-        bad = 0 if math.isfinite(numbers["grad_norm"]) else bad + 1
-        if bad:
-            print(f"step {run.step}: non-finite gradient, nothing updated; clips {batch.ids.tolist()}", file=sys.stderr)
-        if bad == MAX_BAD_STEPS:
-            raise FloatingPointError(f"{bad} non-finite steps in a row; the last good state is in {out_dir}/ckpt.pt")
+        numbers_of = range(run.step * config.accumulate, (run.step + 1) * config.accumulate)
+        parts = [ahead(k).to(machine.device) for k in numbers_of]
+        numbers = train_step(run, objective, parts, machine)
+        finite.check(run.step, numbers["grad_norm"], [i for part in parts for i in part.ids.tolist()])
         if probe_when_due(run, probe_batch, machine):
             objective = wrapped()
         if reporter:
-            reporter.step(numbers, int(batch.frames.sum()) * machine.world)
+            reporter.step(numbers, sum(int(part.frames.sum()) for part in parts) * machine.world)
     if reporter and run.step < config.max_steps:
         save(run)
     return run
+
+
+class Finite:
+    """Watches for non-finite gradients, which updated nothing: names the clips, and after MAX_BAD_STEPS in a row saves
+    what there is, the last good state, and raises FloatingPointError. Every rank sees the same norm and acts alike."""
+
+    def __init__(self, save: Callable[[], None]):
+        self.save, self.bad = save, 0
+
+    def check(self, step: int, norm: float, ids: list[int]) -> None:
+        self.bad = 0 if math.isfinite(norm) else self.bad + 1
+        if self.bad:
+            print(f"step {step}: non-finite gradient, nothing updated; clips {ids}", file=sys.stderr)
+        if self.bad == MAX_BAD_STEPS:
+            self.save()
+            raise FloatingPointError(f"{self.bad} non-finite steps in a row; the last good state is saved")
 
 
 def probe_when_due(run: Run, batch: shards.Batch, machine: Machine) -> bool:
@@ -544,7 +581,8 @@ def main(config: Config) -> int:
     if run.step < config.max_steps:
         print(f"stopped at step {run.step}, saved in {path}; the same command continues")
         return checkpoint.INTERRUPTED
-    print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path}", flush=True)
+    export(run)
+    print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path} and model.safetensors", flush=True)
     for script in ("probe.py", "evaluate.py") if config.evaluate else ():
         run_script(script, path, machine.device)
     return 0

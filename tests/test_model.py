@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import (
     AlignHeads,
@@ -21,6 +23,7 @@ from model import (
     deeper_layer,
     descriptor,
     descriptors,
+    flops_per_frame,
     flow_matching_loss,
     load_model,
     masked_mse,
@@ -637,3 +640,58 @@ def test_count_parameters():
     model = DiT(SHAPE)
     buffers = 2 * SHAPE.n_mels + 1  # the mel statistics
     assert count_parameters(model) == sum(math.prod(v.shape) for v in model.state_dict().values()) - buffers
+
+
+# ---- cost
+
+
+def gradients(model: DiT, batch: Batch, seed: int = 3) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    model.zero_grad()
+    losses = flow_matching_loss(model.train(), batch, 0.5, 0.2)
+    (losses["fm"] + losses["bitc"]).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_activation_checkpointing_changes_nothing(rng):
+    """Dropout included: the second computation of a block repeats its random numbers."""
+    model, batch = awake(), random_batch(rng)
+    plain = gradients(model, batch)
+    model.checkpoint_activations = True
+    for a, b in zip(plain, gradients(model, batch), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_flops_are_what_pytorch_counts(rng):
+    shape = replace(SHAPE, n_embd=64, n_mels=100, n_layer=6, ff_mult=4)
+    model, T, B = awake(shape).float(), 80, 3
+    batch = random_batch(rng, shape, [T] * B)
+    batch.mel, batch.teacher = batch.mel.float(), {k: v.float() for k, v in batch.teacher.items()}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        gradients(model, batch)
+    counts = {str(k).removeprefix("aten."): v for k, v in counter.get_flop_counts()["Global"].items()}
+    counts["convolution_backward"] = 2 * counts["convolution"]  # it counts a depthwise one as if it were full
+    assert sum(counts.values()) == pytest.approx(flops_per_frame(model, T) * B * T, rel=0.05)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_no_breaks_and_serve_all_shapes(rng):
+    """fullgraph raises at a graph break; shapes of five buckets, padded and not, cost at most two compilations more
+    than the first, and gradients are those of the plain model."""
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    shape = replace(SHAPE, dropout=0.0)
+    plain = awake(shape).float()
+    compiled = DiT(shape)
+    compiled.load_state_dict(plain.state_dict())
+    for block in compiled.blocks:
+        block.compile(dynamic=True, fullgraph=True)
+    counts = []
+    for frames in ([40, 40], [64, 50, 33], [128] * 4, [23, 21, 20], [96, 95]):
+        batch = random_batch(rng, shape, frames)
+        batch.mel, batch.teacher = batch.mel.float(), {k: v.float() for k, v in batch.teacher.items()}
+        for a, b in zip(gradients(plain, batch), gradients(compiled, batch), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+        counts.append(dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[-1] <= counts[0] + 2, counts

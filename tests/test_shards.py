@@ -258,3 +258,15 @@ def test_padding_on_librispeech_like_lengths_is_under_5_percent(tmp_path, rng):
 
     Lengths.index["frames"] = seconds * audio.FRAME_RATE
     assert shards.Batches(Lengths(), Config()).padding() < 0.05
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_batches_prepared_ahead_are_the_same(tmp_path, threads):
+    frames = [40 + 5 * i for i in range(30)]
+    dataset = prepared(tmp_path / "d", frames, [i % 2 for i in range(30)])
+    config = Config(batch_frames=400, batch_size=4, seed=1)
+    plain, ahead = shards.Batches(dataset, config), shards.Ahead(shards.Batches(dataset, config), threads)
+    for step in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 40, 41):  # several epochs
+        a, b = plain(step), ahead(step)
+        assert torch.equal(a.ids, b.ids) and torch.equal(a.mel, b.mel) and torch.equal(a.prompt, b.prompt)
+    assert len(ahead.pending) <= 2 * threads + 1

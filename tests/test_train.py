@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+import model
 import shards
 import train
 from train import Machine
@@ -44,9 +45,10 @@ def stop_after(monkeypatch, steps: int) -> None:
     monkeypatch.setattr(checkpoint.StopRequest, "agreed", agreed)
 
 
-@pytest.mark.parametrize("stop", [2, 5, 6, 7, 11])
-def test_stopped_and_continued_equals_one_go(tiny_config, monkeypatch, tmp_path, stop):
+@pytest.mark.parametrize("stop, threads", [(2, 0), (5, 2), (6, 1), (7, 2), (11, 0)])
+def test_stopped_and_continued_equals_one_go(tiny_config, monkeypatch, tmp_path, stop, threads):
     whole = train.train(replace(tiny_config, out_dir=str(tmp_path / "whole")), MACHINE).state()
+    tiny_config = replace(tiny_config, loader_threads=threads)
     with monkeypatch.context() as m:
         stop_after(m, stop)
         part = train.train(tiny_config, MACHINE)
@@ -157,7 +159,7 @@ def test_step_equals_plain_pytorch(tiny_config):
     (losses["fm"] + losses["bitc"]).backward()
     grads = {k: p.grad.clone() for k, p in run.objective.model.named_parameters()}
     run.optimiser.zero_grad()
-    train.train_step(run, run.objective, batch, MACHINE)
+    train.train_step(run, run.objective, [batch], MACHINE)
     rate = train.learning_rate(0, config)
     for name, p in run.objective.model.named_parameters():
         g, old = grads[name].double(), before[name].double()
@@ -181,7 +183,7 @@ def test_non_finite_step_updates_nothing(tiny_config):
     batch = shards.Batches(shards.Dataset(tiny_config.data_dir, "train"), tiny_config)(0)
     batch.mel[0, 0, 0] = float("nan")
     before = {k: v.clone() for k, v in run.objective.model.state_dict().items()}
-    numbers = train.train_step(run, run.objective, batch, MACHINE)
+    numbers = train.train_step(run, run.objective, [batch], MACHINE)
     assert not numbers["grad_norm"] < float("inf")
     assert same(before, run.objective.model.state_dict()) and same(before, run.ema.state_dict())
 
@@ -226,3 +228,90 @@ def test_two_ranks_train_as_one(tiny_config, tmp_path):
         (losses["fm"] + losses["bitc"]).backward()
         grads.append(torch.cat([p.grad.flatten() for p in run.objective.parameters()]))
     assert norm_two == pytest.approx(float(((grads[0] + grads[1]) / 2).norm()), rel=1e-4)
+
+
+def test_two_accumulated_batches_are_two_ranks(tiny_config, tmp_path):
+    """The same global batch, on one process in turn or on two at once (here: both by hand), is the same step."""
+    config = replace(tiny_config, accumulate=2, dropout=0.1)
+    run = train.new_run(config, shards.read_meta(config.data_dir), MACHINE)
+    dataset = shards.Dataset(config.data_dir, "train")
+    one = shards.Batches(dataset, config)
+    two = [shards.Batches(dataset, replace(config, accumulate=1), rank, 2) for rank in range(2)]
+    assert one.steps_per_epoch == two[0].steps_per_epoch
+    for step in range(5):
+        for micro in range(2):
+            a, b = one(2 * step + micro), two[micro](step)
+            assert torch.equal(a.ids, b.ids) and torch.equal(a.mel, b.mel) and torch.equal(a.prompt, b.prompt)
+    grads = []
+    for rank in range(2):
+        torch.manual_seed(hash((config.seed, 0, rank)) % 2**63)
+        losses = run.objective(two[rank](0))
+        (losses["fm"] + losses["bitc"]).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in run.objective.parameters()]))
+        run.optimiser.zero_grad()
+    numbers = train.train_step(run, run.objective, [one(0), one(1)], MACHINE)
+    assert numbers["grad_norm"] == pytest.approx(float(((grads[0] + grads[1]) / 2).norm()), rel=1e-5)
+
+
+def test_accumulating_run_resumes_exactly(tiny_config, monkeypatch, tmp_path):
+    config = replace(tiny_config, accumulate=2)
+    whole = train.train(replace(config, out_dir=str(tmp_path / "whole")), MACHINE).state()
+    with monkeypatch.context() as m:
+        stop_after(m, 7)
+        train.train(config, MACHINE)
+    resumed = train.train(config, MACHINE).state()
+    assert same(whole["model"], resumed["model"]) and same(whole["optimiser"], resumed["optimiser"])
+
+
+def test_non_finite_steps_in_a_row_save_and_stop(tiny_config, monkeypatch, capsys):
+    config = replace(tiny_config, max_steps=40, warmup_steps=39, save_every=100, learning_rate=0.003)
+    honest, calls = train.update, []
+
+    def broken(module, optimiser, step, config):
+        calls.append(step)
+        if step >= 5:
+            next(iter(module.parameters())).grad[0] = float("nan")
+        return honest(module, optimiser, step, config)
+
+    monkeypatch.setattr(train, "update", broken)
+    with pytest.raises(FloatingPointError, match="10 non-finite steps in a row; the last good state is saved"):
+        train.train(config, MACHINE)
+    assert calls == list(range(15))
+    assert "step 6: non-finite gradient, nothing updated; clips [" in capsys.readouterr().err
+    state, _ = checkpoint.load(Path(config.out_dir) / "ckpt.pt")
+    assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_another_preparation_is_refused(tiny_config):
+    train.train(replace(tiny_config, max_steps=2, warmup_steps=1), MACHINE)
+    path = Path(tiny_config.data_dir) / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["sha256"]["train.npy"] = "0" * 64
+    path.write_text(json.dumps(meta))
+    with pytest.raises(checkpoint.CheckpointError, match="trained on another preparation than"):
+        train.train(replace(tiny_config, max_steps=2, warmup_steps=1), MACHINE)
+
+
+def test_temporary_files_of_a_killed_save_are_removed(tiny_config):
+    out = Path(tiny_config.out_dir)
+    out.mkdir()
+    (out / ".ckpt.pt.part").write_bytes(b"half")
+    train.train(replace(tiny_config, max_steps=2, warmup_steps=1), MACHINE)
+    assert not list(out.glob(".*"))
+
+
+def test_export_holds_what_others_need(tiny_config):
+    run = train.train(replace(tiny_config, max_steps=8), MACHINE)
+    train.export(run)
+    path = Path(tiny_config.out_dir) / "model.safetensors"
+    state, used = checkpoint.load(path)
+    full, _ = checkpoint.load(path.with_name("ckpt.pt"))
+    assert used == path and same(state["ema"], full["ema"]) and state["selection"] == full["selection"]
+    assert all(state[k] == full[k] for k in ("step", "seconds"))
+    a, b = model.load_model(state), model.load_model(full)
+    assert same(a.state_dict(), b.state_dict()) and a.shape == b.shape
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(checkpoint.CheckpointError, match="checksum does not match"):
+        checkpoint.load(path)
