@@ -189,17 +189,15 @@ def peer_row(b: Bench) -> Iterator[Measure]:
         optimiser.step()
         optimiser.zero_grad()
 
-    for dtype in ("bfloat16", "float32"):
-        machine, run = replace(b.machine, dtype=dtype), b.run(align="none", n_embd=f5.dim, dropout=a.dropout)
+    name = f"F5-TTS's DiT ({count_parameters(f5) / 1e6:.0f} M) as it is"
+    for dtype, fused in itertools.product(("bfloat16", "float32"), (False, True)):
+        machine, run = replace(b.machine, dtype=dtype), b.run(align="none", compile=fused)
 
         def ours(run=run, machine=machine) -> None:
             train.train_step(run, run.objective, [batch], machine)
 
-        yield (
-            f"training step, ours / F5-TTS's DiT ({count_parameters(f5) / 1e6:.0f} M), {dtype}",
-            b.ratio(ours, lambda dtype=dtype: theirs(dtype)),
-            "times",
-        )
+        label = f"training step, {'ours compiled' if fused else 'ours'} / {name}, {dtype}"
+        yield label, b.ratio(ours, lambda dtype=dtype: theirs(dtype)), "times"
 
 
 def f5_dit(a: Config, device: str) -> torch.nn.Module:
