@@ -59,6 +59,9 @@ from model import count_parameters, flops_per_frame, noised, pick_device, precis
 
 # dense bfloat16 peak in FLOP/s, by a part of the GPU's name (the makers' data sheets)
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
+PAPER_MFU = 0.4  # assumed by scaling_row, as the next two: bytes/s of a GPU's NVLink one way, and of a node's network
+NVLINK = 450e9
+NETWORKS = {"8 x 400 Gb/s": 8 * 50e9, "100 Gb/s": 12.5e9}
 PROBES = 25  # of the paper's phase I
 STEPS = 500_000  # of the paper's runs
 Measure = tuple[str, Callable[[], float], str]  # what, one measurement of it, its unit
@@ -313,6 +316,25 @@ def foga_row(b: Bench) -> Iterator[Measure]:
     yield f"{PROBES} probes of 2 clips and {grid} t, share of {STEPS // 1000}k steps like the above", share, "%"
 
 
+def scaling_row(b: Bench) -> Iterator[Measure]:
+    """On paper, not measured: DDP on nodes of 8 H100 for this config's own batch_frames on each, clips of 10 s. Compute
+    at PAPER_MFU of the peak; the all-reduce of float32 gradients goes over NVLink within a node and, an eighth of it for
+    each GPU, over the node's network; it hides behind backward, two thirds of compute; loading is hidden."""
+    model = train.build_model(b.args, b.teachers, "meta")
+    weights = count_parameters(model)
+    compute = flops_per_frame(model, int(10 * audio.FRAME_RATE)) * b.args.batch_frames / (PAPER_MFU * PEAK["H100"])
+    yield f"on paper, {weights / 1e6:.0f} M parameters on an H100: compute of a step", lambda: compute, "s"
+    yield "weights, gradients, AdamW and EMA in float32", lambda: 20 * weights / 2**30, "GiB"
+    for nodes, (link, speed) in itertools.product((1, 2, 8), NETWORKS.items()):
+        within = 2 * 7 / 8 * 4 * weights / NVLINK
+        across = 2 * (nodes - 1) / nodes * 4 * weights / speed
+        efficiency = compute / (compute + max(0.0, within + across - 2 / 3 * compute))
+        if nodes > 1 or link == next(iter(NETWORKS)):
+            where = f"{8 * nodes} GPUs" + (f", {link} per node" if nodes > 1 else "")
+            yield f"{where}: all-reduce", lambda t=within + across: t, "s"
+            yield f"{where}: share of the compute rate that is left", lambda e=100 * efficiency: e, "%"
+
+
 # ---- sampling and evaluation
 
 
@@ -504,8 +526,8 @@ def help_row(b: Bench) -> Iterator[Measure]:
 
 
 ROWS = (
-    step_row, peer_row, compile_row, align_row, teacher_row, memory_row, growth_row, foga_row, sampling_row,
-    sampler_row, judge_row, decode_row, dataset_row, padding_row, loader_row, help_row,
+    step_row, peer_row, compile_row, align_row, teacher_row, memory_row, growth_row, foga_row, scaling_row,
+    sampling_row, sampler_row, judge_row, decode_row, dataset_row, padding_row, loader_row, help_row,
 )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
+    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:]), 1 + scale[:, None])
 
 
 class Block(nn.Module):
@@ -136,8 +136,8 @@ class Block(nn.Module):
         shift1, scale1, alpha1, shift2, scale2, alpha2 = self.modulation(F.silu(context.time)).chunk(6, dim=-1)
         if gate != 1:
             alpha1, alpha2 = gate * alpha1, gate * alpha2
-        h = h + alpha1[:, None] * self.attention(modulate(h, shift1, scale1), context)
-        return h + alpha2[:, None] * self.feed_forward(modulate(h, shift2, scale2))
+        h = torch.addcmul(h, alpha1[:, None], self.attention(modulate(h, shift1, scale1), context))
+        return torch.addcmul(h, alpha2[:, None], self.feed_forward(modulate(h, shift2, scale2)))
 
 
 class LocalPosition(nn.Module):
