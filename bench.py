@@ -52,7 +52,6 @@ import corpora
 import data
 import evaluate
 import judges
-import probe
 import shards
 import train
 from model import count_parameters, flops_per_frame, noised, pick_device, precision, sample
@@ -298,7 +297,7 @@ def foga_row(b: Bench) -> Iterator[Measure]:
     @torch.no_grad()
     def sweep() -> None:
         with b.machine.precision():
-            probe.ablated_velocities(model, x_t, t, cond)
+            model.ablated(x_t, t, cond)
 
     @torch.no_grad()
     def forward() -> None:
@@ -317,9 +316,9 @@ def foga_row(b: Bench) -> Iterator[Measure]:
 
 
 def scaling_row(b: Bench) -> Iterator[Measure]:
-    """On paper, not measured: DDP on nodes of 8 H100 for this config's own batch_frames on each, clips of 10 s. Compute
-    at PAPER_MFU of the peak; the all-reduce of float32 gradients goes over NVLink within a node and, an eighth of it for
-    each GPU, over the node's network; it hides behind backward, two thirds of compute; loading is hidden."""
+    """On paper, not measured: DDP on nodes of 8 H100, this config's batch_frames on each, clips of 10 s. Compute at
+    PAPER_MFU of the peak; the all-reduce of float32 gradients goes over NVLink within a node and, once for the node,
+    over its network; it hides behind backward, two thirds of compute; loading is hidden."""
     model = train.build_model(b.args, b.teachers, "meta")
     weights = count_parameters(model)
     compute = flops_per_frame(model, int(10 * audio.FRAME_RATE)) * b.args.batch_frames / (PAPER_MFU * PEAK["H100"])

@@ -61,6 +61,7 @@ class Config:
     tokenizer_steps: int = 20_000  # training steps of a tokenizer that is fitted here
     code_init: bool = False  # start the token table at the tokenizer's codebook, so that near codes start near
     # model
+    backbone: Literal["", "f5tts", "voicebox", "cosyvoice", "matcha"] = ""  # another's published model; empty: ours
     n_layer: int = 24  # DiT blocks
     n_head: int = 16  # attention heads
     n_embd: int = 1024  # model width D

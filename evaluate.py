@@ -70,9 +70,10 @@ import checkpoint
 import fetch
 import judges
 import report
+from backbones import load_model
 from corpora import SPEECH
 from lm import Sampling
-from model import load_model, pick_device
+from model import pick_device
 from report import read_csv
 from sample import Stage1, first_of_each_domain, from_dataset, settings, synthesise
 from shards import Dataset

@@ -152,46 +152,43 @@ class LocalPosition(nn.Module):
         return h + F.gelu(self.conv(h.transpose(1, 2)).transpose(1, 2), approximate="tanh")
 
 
-class DiT(nn.Module):
-    """The velocity field v(x_t, t, c), with a gate on each of its L blocks."""
+class FlowModel(nn.Module):
+    """What training, probes and sampling ask of a velocity model; DiT is ours, backbones.py has others'.
+
+    A subclass has `tokens`, the table of codes, `blocks`, the modules of each layer, `velocity` and `randomise`.
+    """
 
     def __init__(self, shape: Shape):
         super().__init__()
         self.shape = shape
-        self.checkpoint_activations = False  # True: keep a block's input alone and compute the rest again in backward
-        D, M = shape.n_embd, shape.n_mels
-        self.tokens = nn.Embedding(sum(shape.codes), D)  # domain d's code i is row sum(codes[:d]) + i
-        if shape.second_codes:
-            self.second = nn.Embedding(shape.second_codes, D)
-            if shape.interleave == "pair":
-                self.pair = nn.Linear(2 * D, D)
-        self.stem_in = nn.Linear(M + D + M, D)
-        self.local = LocalPosition(D)
-        self.time_mlp = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
-        self.head_modulation = nn.Linear(D, 2 * D)
-        self.head_out = nn.Linear(D, M)
         # BiT-C's projections P_T (eq. 4), shared by all layers so that LASP compares depths in one space
-        self.projections = nn.ModuleDict({name: nn.Linear(D, E, bias=False) for name, E in shape.teachers})
-        self.register_buffer("code_offset", torch.tensor([0, *shape.codes[:-1]]).cumsum(0), persistent=False)
-        self.register_buffer("mel_mean", torch.zeros(M))
-        self.register_buffer("mel_std", torch.ones(M))
-        self.register_buffer("mel_floor", torch.tensor(-11.5129))  # log 1e-5
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """DiT's initialisation: xavier, small tables, and zeros at every adaLN layer and the output (eq. 22)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.5)
-        for module in [*(b.modulation for b in self.blocks), self.head_modulation, self.head_out]:
-            nn.init.zeros_(module.weight)
+        self.projections = nn.ModuleDict({name: nn.Linear(shape.n_embd, E, bias=False) for name, E in shape.teachers})
         for projection in self.projections.values():
             nn.init.orthogonal_(projection.weight)
+        self.register_buffer("code_offset", torch.tensor([0, *shape.codes[:-1]]).cumsum(0), persistent=False)
+        self.register_buffer("mel_mean", torch.zeros(shape.n_mels))
+        self.register_buffer("mel_std", torch.ones(shape.n_mels))
+        self.register_buffer("mel_floor", torch.tensor(-11.5129))  # log 1e-5
+
+    def velocity(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        cond: Condition,
+        gates: Sequence[float] | None = None,
+        hidden: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+        """v (B, T, M) at x_t (B, T, M), t (B,). `gates` holds g_1..g_L; `hidden` also returns [h_0, ..., h_L]."""
+        raise NotImplementedError
+
+    def ablated(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
+        """v and every v^(-l) (eq. 8), (L + 1, B, T, M), index 0 the intact model; here a whole pass for each."""
+        layers = range(self.shape.n_layer)
+        return torch.stack([self.velocity(x_t, t, cond, [float(l != k) for l in layers]) for k in (-1, *layers)])
+
+    def randomise(self) -> None:
+        """Draws all weights anew, also those that start at zero."""
+        raise NotImplementedError
 
     def normalise(self, mel: torch.Tensor) -> torch.Tensor:
         """Log-mel (..., M) -> x1: floored, then per-bin zero mean and unit variance over the training corpus."""
@@ -226,6 +223,47 @@ class DiT(nn.Module):
         prompt = self.normalise(batch.mel) * ((j < batch.prompt[:, None])[..., None] & keep)
         return Condition(tokens, prompt, mask, kept)
 
+
+class DiT(FlowModel):
+    """The velocity field v(x_t, t, c), with a gate on each of its L blocks."""
+
+    def __init__(self, shape: Shape):
+        super().__init__(shape)
+        self.checkpoint_activations = False  # True: keep a block's input alone and compute the rest again in backward
+        D, M = shape.n_embd, shape.n_mels
+        self.tokens = nn.Embedding(sum(shape.codes), D)  # domain d's code i is row sum(codes[:d]) + i
+        if shape.second_codes:
+            self.second = nn.Embedding(shape.second_codes, D)
+            if shape.interleave == "pair":
+                self.pair = nn.Linear(2 * D, D)
+        self.stem_in = nn.Linear(M + D + M, D)
+        self.local = LocalPosition(D)
+        self.time_mlp = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
+        self.head_modulation = nn.Linear(D, 2 * D)
+        self.head_out = nn.Linear(D, M)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """DiT's initialisation: xavier, small tables, and zeros at every adaLN layer and the output (eq. 22)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.5)
+        for module in [*(b.modulation for b in self.blocks), self.head_modulation, self.head_out]:
+            nn.init.zeros_(module.weight)
+        for projection in self.projections.values():
+            nn.init.orthogonal_(projection.weight)
+
+    def randomise(self) -> None:
+        self.init_weights()
+        self.local.conv.reset_parameters()  # keeps torch's own initialisation, so init_weights leaves it alone
+        for linear in [*(b.modulation for b in self.blocks), self.head_modulation, self.head_out]:
+            nn.init.xavier_uniform_(linear.weight)
+
     def stem(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> tuple[torch.Tensor, Context]:
         """x_t (B, T, M), t (B,) -> h_0 (B, T, D) and what the blocks need."""
         T, head_dim = x_t.shape[1], self.shape.n_embd // self.shape.n_head
@@ -248,7 +286,6 @@ class DiT(nn.Module):
         gates: Sequence[float] | None = None,
         hidden: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
-        """v (B, T, M) at x_t (B, T, M), t (B,). `gates` holds g_1..g_L; `hidden` also returns [h_0, ..., h_L]."""
         h, context = self.stem(x_t, t, cond)
         states = [h]
         again = self.checkpoint_activations and torch.is_grad_enabled()
@@ -258,6 +295,17 @@ class DiT(nn.Module):
                 states.append(h)
         v = self.head(h, context)
         return (v, states) if hidden else v
+
+    def ablated(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
+        """All ablations in one sweep. The ablation of layer l shares everything before l. So one batch grows while the
+        layers run in order: after layer l the state that skipped it joins. Exactly the naive loop's result for
+        (L + 1) / 2 forward passes instead of L + 1."""
+        B, L = len(x_t), len(self.blocks)
+        h, context = self.stem(x_t, t, cond)
+        for block in self.blocks:
+            after = block(h, context.repeat(len(h) // B))
+            h = torch.cat([after, h[:B]])  # h[:B] is the intact state before this layer
+        return self.head(h, context.repeat(L + 1)).unflatten(0, (L + 1, B))
 
 
 def pick_device(device: str) -> str:
@@ -514,12 +562,3 @@ def sample(
             v = velocity(x + dt / 2 * v, t + dt / 2)
         x = x + dt * v
     return x * cond.mask[..., None]
-
-
-def load_model(state: dict, ema: bool = True, device: str = "cpu") -> DiT:
-    """The DiT of a checkpoint's state, in eval mode; the averaged weights unless ema=False."""
-    shape = dict(state["shape"])
-    shape["codes"], shape["teachers"] = tuple(shape["codes"]), tuple((n, e) for n, e in shape["teachers"])
-    model = DiT(Shape(**shape))
-    model.load_state_dict(state["ema" if ema else "model"])
-    return model.to(device).eval()

@@ -3,6 +3,7 @@
     python probe.py --ckpt out/demo/ckpt.pt                # table, probe.json and probe.png beside the checkpoint
     python probe.py --ckpt out/demo/ckpt.pt --clips=32 --control=false
     python probe.py --ckpt out/demo/warmup.pt out/demo/ckpt.pt      # does the ranking last? (the paper's table 7)
+    python probe.py --backbone f5tts --random_init         # another's published model, see backbones.py
 
 Store: s_T(l) = cos(P_T z_l, e_T), one frozen projection for all depths (eq. 4, 6). Contribute: the relative change of
 the velocity when a layer's gate is set to 0 (eq. 8-9). Every attribution is shown beside a random-init control of the
@@ -23,7 +24,12 @@ class ProbeArgs:
     """Settings of `python probe.py`."""
 
     ckpt: tuple[str, ...] = ("out/demo/ckpt.pt",)  # a checkpoint of train.py; several: how far their rankings agree
-    data_dir: str = ""  # prepared data; empty: the one the checkpoint was trained on
+    random_init: bool = False  # probe a model with random weights, of the sizes below, instead of a checkpoint
+    backbone: Literal["", "f5tts", "voicebox", "cosyvoice", "matcha"] = ""  # another's published model; empty: ours
+    n_layer: int = 8  # its layers
+    n_head: int = 4  # its attention heads
+    n_embd: int = 256  # its width
+    data_dir: str = ""  # prepared data; empty: the one the checkpoint was trained on, or data/demo
     split: Literal["train", "held_out"] = "train"  # which clips
     clips: int = 8  # clips per domain
     times: int = 8  # points of the t grid
@@ -35,7 +41,7 @@ class ProbeArgs:
     device: str = "auto"  # auto | cpu | cuda
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto takes bfloat16 where the machine has it
 
-    ranges: ClassVar[dict] = dict.fromkeys(("clips", "times", "frames", "top_k"), (1, None))
+    ranges: ClassVar[dict] = dict.fromkeys("clips times frames top_k n_layer n_head n_embd".split(), (1, None))
 
 
 if __name__ == "__main__":
@@ -53,8 +59,9 @@ import scipy.stats
 import torch
 
 import checkpoint
-from model import Condition, DiT, Selection, cosine, descriptors, load_model, masked_mse, noised, pick_device, precision
-from shards import Batch, Dataset, fixed_batch, write_json
+from backbones import build, load_model
+from model import FlowModel, Selection, Shape, cosine, descriptors, masked_mse, noised, pick_device, precision
+from shards import Batch, Dataset, fixed_batch, read_meta, write_json
 
 EPS = 1e-8  # of eq. 9
 SWEEP_FRAMES = 40_000  # clips x frames x (L + 1) of one growing batch, which bounds its memory
@@ -79,21 +86,6 @@ def probing(model: torch.nn.Module, seed: int) -> Iterator[None]:
             model.train(training)
 
 
-def ablated_velocities(model: DiT, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
-    """v and every v^(-l) (eq. 8) in one sweep: (L + 1, B, T, M), index 0 the intact model.
-
-    The ablation of layer l shares everything before l. So one batch grows while the layers run in order: after layer l
-    the state that skipped it joins. Exactly the naive loop's result for (L + 1) / 2 forward passes instead of L + 1.
-    """
-    B = len(x_t)
-    h, context = model.stem(x_t, t, cond)
-    for block in model.blocks:
-        after = block(h, context.repeat(len(h) // B))
-        h = torch.cat([after, h[:B]])  # h[:B] is the intact state before this layer
-    L = len(model.blocks)
-    return model.head(h, context.repeat(L + 1)).unflatten(0, (L + 1, B))
-
-
 def foga_scores(velocities: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. 9 per clip: ||v - v^(-l)||_2 / (||v||_2 + eps) over valid frames -> (B, L), and ||v||_2 (B,)."""
     v = velocities.to(torch.promote_types(velocities.dtype, torch.float32)) * mask[..., None]
@@ -103,7 +95,7 @@ def foga_scores(velocities: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Ten
 
 
 @torch.no_grad()
-def foga_map(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: float = 0.5, seed: int = 0):
+def foga_map(model: FlowModel, batch: Batch, t_grid: Sequence[float], sigma: float = 0.5, seed: int = 0):
     """FoG-A of every layer at every t: scores (G, B, L) and velocity norms (G, B). Eval mode, one fixed noise."""
     scores, norms = [], []
     with probing(model, seed):
@@ -116,14 +108,13 @@ def foga_map(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: float = 0
             x_t, _ = noised(model, batch.mel, ts, sigma)
             conds = [cond.clips(rows) for rows in parts]
             each = [
-                foga_scores(ablated_velocities(model, x_t[rows], ts[rows], c), c.mask)
-                for rows, c in zip(parts, conds, strict=True)
+                foga_scores(model.ablated(x_t[rows], ts[rows], c), c.mask) for rows, c in zip(parts, conds, strict=True)
             ]
             scores.append(torch.cat([s for s, _ in each])), norms.append(torch.cat([n for _, n in each]))
     return torch.stack(scores), torch.stack(norms)
 
 
-def foga(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: float = 0.5, seed: int = 0) -> dict:
+def foga(model: FlowModel, batch: Batch, t_grid: Sequence[float], sigma: float = 0.5, seed: int = 0) -> dict:
     """A_l of eq. 9 as an expectation over the clips of each domain and over t_grid: {domain: (L,)}."""
     scores, _ = foga_map(model, batch, t_grid, sigma, seed)
     return {
@@ -132,7 +123,9 @@ def foga(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: float = 0.5, 
 
 
 @torch.no_grad()
-def lasp_map(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: float = 0.5, seed: int = 0) -> torch.Tensor:
+def lasp_map(
+    model: FlowModel, batch: Batch, t_grid: Sequence[float], sigma: float = 0.5, seed: int = 0
+) -> torch.Tensor:
     """LASP (eq. 6): s_T(l) with the teacher of each clip's own domain, (G, B, L + 1); index 0 is BiT-C's interface."""
     rows = []
     with probing(model, seed):
@@ -153,7 +146,7 @@ def lasp_map(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: float = 0
     return torch.stack(rows)
 
 
-def gradient_products(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: float = 0.5, seed: int = 0):
+def gradient_products(model: FlowModel, batch: Batch, t_grid: Sequence[float], sigma: float = 0.5, seed: int = 0):
     """Inner products of the clips' gradients in each block, (G, L, B, B) float64, for squared errors summed over a
     clip's frames. Any batch drawn from these clips has a gradient norm that follows from them. Leaves .grad alone.
     """
@@ -187,7 +180,7 @@ def norms_of_batches(products: np.ndarray, frames: np.ndarray, counts: np.ndarra
     return np.sqrt(squares.clip(0)).mean(1) / (counts @ frames)[:, None]
 
 
-def gradient_norms(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: float = 0.5, seed: int = 0) -> dict:
+def gradient_norms(model: FlowModel, batch: Batch, t_grid: Sequence[float], sigma: float = 0.5, seed: int = 0) -> dict:
     """||dL_FM / dtheta_l||_2 of each block, per domain, averaged over t_grid: {domain: (L,)}."""
     products = gradient_products(model, batch, t_grid, sigma, seed).numpy()
     frames, domain = batch.frames.cpu().numpy(), batch.domain.cpu().numpy()
@@ -195,18 +188,15 @@ def gradient_norms(model: DiT, batch: Batch, t_grid: Sequence[float], sigma: flo
     return {name: norms_of_batches(products, frames, own)[0] for name, own in present.items()}
 
 
-def random_control(model: DiT, seed: int = 0) -> DiT:
+def random_control(model: FlowModel, seed: int = 0) -> FlowModel:
     """A copy with freshly drawn weights, also where adaLN-Zero starts at zero: what architecture alone would score."""
     control = copy.deepcopy(model)
     with probing(control, seed):
-        control.init_weights()
-        control.local.conv.reset_parameters()  # keeps torch's own initialisation, so init_weights leaves it alone
-        for linear in [*(b.modulation for b in control.blocks), control.head_modulation, control.head_out]:
-            torch.nn.init.xavier_uniform_(linear.weight)
+        control.randomise()
     return control
 
 
-def control_scores(model: DiT, batch: Batch, times: int, sigma: float, seed: int = 0) -> dict:
+def control_scores(model: FlowModel, batch: Batch, times: int, sigma: float, seed: int = 0) -> dict:
     """FoG-A of the random-init control, as plain lists: {domain: {"foga": (L), "foga_clips": (B, L)}}."""
     scores = foga_map(random_control(model, seed), batch, time_points(times), sigma, seed)[0].mean(0)
     own = {name: scores[batch.domain == d] for d, name in enumerate(DOMAINS)}
@@ -239,7 +229,7 @@ def top_overlap(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
     return (tops[0][..., :, None] == tops[1][..., None, :]).sum((-1, -2))
 
 
-def probe(model: DiT, batch: Batch, times: int, sigma: float, seed: int = 0, k: int = 3) -> dict:
+def probe(model: FlowModel, batch: Batch, times: int, sigma: float, seed: int = 0, k: int = 3) -> dict:
     """All probes of one model on one batch, as plain lists for probe.json.
 
     Per domain: foga (L), foga_map (G, L), foga_clips (B, L), lasp (L + 1), lasp_map (G, L + 1), bitc, gradnorm (L),
@@ -447,14 +437,48 @@ def cost(result: dict, n_layer: int, state: dict) -> str:
     )
 
 
-def main(args: ProbeArgs) -> None:
-    loaded, device = [checkpoint.load(path) for path in args.ckpt], pick_device(args.device)
-    if len({state["config"]["n_layer"] for state, _ in loaded}) > 1:
+def random_state(args: ProbeArgs) -> tuple[FlowModel, dict, Path]:
+    """A model with random weights for the prepared data, what a checkpoint would say of it, and where its ckpt.pt would
+    be. Raises ValueError when the data are not prepared."""
+    data_dir = args.data_dir or "data/demo"
+    if not (Path(data_dir) / "meta.json").exists():
+        raise ValueError(f"data_dir={data_dir} is not prepared; python data.py CONFIG makes it")
+    meta = read_meta(data_dir)
+    codes = tuple(meta["prepared_with"][f"{name}_codes"] for name in DOMAINS)
+    second = 1024 if meta["streams"] > 1 else 0
+    size = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "dropout": 0.0}
+    model = build(args.backbone, Shape(**size, codes=codes, second_codes=second, teachers=tuple(meta["teachers"])))
+    with probing(model, args.seed):
+        model.randomise()
+    model.mel_mean.copy_(torch.tensor(meta["mel_mean"])), model.mel_std.copy_(torch.tensor(meta["mel_std"]))
+    about = {"config": {**size, "data_dir": data_dir, "sigma": 0.5}, "selection": [{}, {}], "step": 0}
+    name = f"{args.backbone or 'dit'}_random"
+    return model, about | {"probes": [], "seconds": 0.0}, Path("out") / name / "ckpt.pt"
+
+
+def opened(args: ProbeArgs, device: str) -> list[tuple[FlowModel, dict, Path]]:
+    """The models to probe, each with its checkpoint's state and file."""
+    if args.random_init:
+        model, state, path = random_state(args)
+        return [(model.to(device).eval(), state, path)]
+    states = [checkpoint.load(path) for path in args.ckpt]
+    if len({state["config"]["n_layer"] for state, _ in states}) > 1:
         raise ValueError("the checkpoints of --ckpt have different depths: their layers cannot be compared")
-    dataset = Dataset(args.data_dir or loaded[0][0]["config"]["data_dir"], args.split)
-    batch, results = fixed_batch(dataset, args.clips, args.seed, args.frames).to(device), {}
-    for state, used in loaded:
-        model, run = load_model(state, device=device), state["config"]
+    own = states[0][0]["config"]["backbone"]
+    if args.backbone not in ("", own):
+        raise ValueError(
+            f"{args.ckpt[0]} holds backbone {own!r}, not {args.backbone!r}; --random_init needs no checkpoint"
+        )
+    return [(load_model(state, device=device), state, used) for state, used in states]
+
+
+def main(args: ProbeArgs) -> None:
+    device, results = pick_device(args.device), {}
+    models = opened(args, device)
+    dataset = Dataset(args.data_dir or models[0][1]["config"]["data_dir"], args.split)
+    batch = fixed_batch(dataset, args.clips, args.seed, args.frames).to(device)
+    for model, state, used in models:
+        run = state["config"]
         with precision(device, args.dtype):
             results[str(used)] = probe(model, batch, args.times, run["sigma"], args.seed, args.top_k)
     out_dir = Path(args.out_dir or used.parent)
@@ -469,7 +493,8 @@ def main(args: ProbeArgs) -> None:
         with precision(device, args.dtype):
             control = control_scores(model, batch, args.times, run["sigma"], args.seed)
     report(out_dir, result, control, state["selection"])
-    print(f"{used}, step {state['step']}; t on {args.times} points; * aligned in training; [95 % interval over clips]")
+    what = f"{args.backbone or 'our model'}, random weights" if args.random_init else f"{used}, step {state['step']}"
+    print(f"{what}; t on {args.times} points; * aligned in training; [95 % interval over clips]")
     print(table(result, control, state["selection"]))
     print(cost(result, len(model.blocks), state))
     print(f"wrote {out_dir / 'probe.json'} and {out_dir / 'probe.png'}")

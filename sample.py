@@ -80,8 +80,9 @@ import data
 import fetch
 import lm as stage1
 import shards
+from backbones import load_model
 from corpora import AUDIO, SPEECH
-from model import DiT, load_model, pick_device, precision, sample
+from model import FlowModel, pick_device, precision, sample
 from shards import Batch, Dataset, Prepared
 
 
@@ -125,7 +126,7 @@ def to_batch(requests: Sequence[Request]) -> Batch:
 
 
 def synthesise(
-    model: DiT,
+    model: FlowModel,
     requests: Sequence[Request],
     vocoder: Callable,
     options: dict,
@@ -164,7 +165,7 @@ def first_of_each_domain(dataset: Dataset, n: int, min_frames: int = 0) -> np.nd
 class Stage1:
     """An LM of lm.py and the model that will read its codes. Raises ValueError when the two do not fit."""
 
-    def __init__(self, path: str, model: DiT, device: str):
+    def __init__(self, path: str, model: FlowModel, device: str):
         self.lm, self.encode, self.state = stage1.load_lm(path, device)
         if model.shape.second_codes:
             raise ValueError("the model reads a second token stream, which no LM writes; use one of beats_tokens=False")
@@ -225,7 +226,7 @@ def texts_of(args: SampleArgs) -> list[tuple[int, str]]:
 # ---- the command
 
 
-def make_requests(args: SampleArgs, model: DiT, run: dict, device: str) -> tuple[list[Request], list[dict]]:
+def make_requests(args: SampleArgs, model: FlowModel, run: dict, device: str) -> tuple[list[Request], list[dict]]:
     """What the command asks for, and what to say of each clip in its .json; `file` is its name."""
     config = from_dict(Config, run | {"data_dir": args.data_dir or run["data_dir"], "device": device}, args.ckpt)
     texts = texts_of(args)

@@ -35,6 +35,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+import backbones
 import checkpoint
 import data
 import fetch
@@ -43,7 +44,7 @@ import shards
 import tokenizer
 from model import (
     AlignHeads,
-    DiT,
+    FlowModel,
     Selection,
     Shape,
     count_parameters,
@@ -85,7 +86,7 @@ class Machine:
 class Objective(nn.Module):
     """All that is trained: the DiT and, in phase II, the alignment heads. forward(batch) gives the losses (eq. 12)."""
 
-    def __init__(self, model: DiT, config: Config):
+    def __init__(self, model: FlowModel, config: Config):
         super().__init__()
         self.model, self.config = model, config
         self.heads: AlignHeads | None = None
@@ -117,7 +118,7 @@ class Run:
     config: Config
     objective: Objective
     optimiser: torch.optim.Optimizer
-    ema: DiT
+    ema: FlowModel
     data: str = ""  # which preparation it trains on
     step: int = 0  # optimiser steps done
     selected: bool = False  # phase II
@@ -141,7 +142,7 @@ class Run:
         }
 
 
-def build_model(config: Config, teachers: list, device: str = "cpu") -> DiT:
+def build_model(config: Config, teachers: list, device: str = "cpu") -> FlowModel:
     """The DiT of `config`; `teachers` is [(name, width), ...] per domain. device="meta" costs no memory."""
     shape = Shape(
         n_layer=config.n_layer,
@@ -155,7 +156,7 @@ def build_model(config: Config, teachers: list, device: str = "cpu") -> DiT:
         teachers=tuple((name, width) for name, width in teachers),
     )
     with torch.device(device):
-        return DiT(shape)
+        return backbones.build(config.backbone, shape)
 
 
 def new_run(config: Config, meta: dict, machine: Machine) -> Run:
@@ -172,7 +173,7 @@ def new_run(config: Config, meta: dict, machine: Machine) -> Run:
     return Run(config, objective, make_optimiser(model, config), ema, shards.identity(meta))
 
 
-def init_tokens_from_codebooks(model: DiT, config: Config) -> None:
+def init_tokens_from_codebooks(model: FlowModel, config: Config) -> None:
     """Starts each domain's rows of the token table at its codebook, rotated to width D, at the table's own scale."""
     for d, name in enumerate(DOMAINS):
         path = Path(config.data_dir) / f"{name}_tokenizer.pt"
@@ -249,12 +250,12 @@ def update(module: nn.Module, optimiser: torch.optim.Optimizer, step: int, confi
 
 
 @torch.no_grad()
-def update_ema(ema: DiT, model: DiT, decay: float) -> None:
+def update_ema(ema: FlowModel, model: FlowModel, decay: float) -> None:
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 @torch.no_grad()
-def held_out_loss(model: DiT, batch: shards.Batch, sigma: float, machine: Machine) -> dict[str, float]:
+def held_out_loss(model: FlowModel, batch: shards.Batch, sigma: float, machine: Machine) -> dict[str, float]:
     """L_FM of each domain on fixed clips and noise, the mean over EVAL_TIMES; global random state unchanged."""
     totals = [0.0] * len(DOMAINS)
     with probe.probing(model, 0), machine.precision():

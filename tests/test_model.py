@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import backbones
 from model import (
     AlignHeads,
     Condition,
@@ -25,7 +26,6 @@ from model import (
     descriptors,
     flops_per_frame,
     flow_matching_loss,
-    load_model,
     masked_mse,
     noised,
     sample,
@@ -624,11 +624,14 @@ def test_bad_sampler_settings(scene, nfe, method):
 def test_load_model_round_trip(rng, tmp_path, second):
     shape = replace(SHAPE, second_codes=second)
     model, ema, batch = awake(shape).float(), awake(shape).float(), random_batch(rng, shape)
-    torch.save({"shape": asdict(shape), "model": model.state_dict(), "ema": ema.state_dict()}, tmp_path / "ckpt.pt")
+    torch.save(
+        {"config": {"backbone": ""}, "shape": asdict(shape), "model": model.state_dict(), "ema": ema.state_dict()},
+        tmp_path / "ckpt.pt",
+    )
     state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     state["shape"]["teachers"] = [list(pair) for pair in shape.teachers]  # as JSON would give it back
     state["shape"]["codes"] = list(shape.codes)
-    for original, loaded in ((ema, load_model(state)), (model, load_model(state, ema=False))):
+    for original, loaded in ((ema, backbones.load_model(state)), (model, backbones.load_model(state, ema=False))):
         assert loaded.shape == shape and not loaded.training
         close(loaded.mel_mean, original.mel_mean, 0)
         expected, x_t, t, cond, _ = forward(original.double(), batch)

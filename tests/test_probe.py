@@ -49,7 +49,7 @@ def test_one_sweep_equals_the_naive_loop(rng, dtype, tolerance, frames):
     expected = naive_velocities(model, x_t, t, cond)
     for l, block in enumerate(model.blocks, 1):
         block.register_forward_pre_hook(lambda _, args, l=l: calls.append((l, len(args[0]))))
-    got = probe.ablated_velocities(model, x_t, t, cond)
+    got = model.ablated(x_t, t, cond)
     assert calls == [(l, l * len(frames)) for l in range(1, L + 1)]
     assert got.shape == (L + 1, len(frames), max(frames), SHAPE.n_mels) and got.dtype == dtype
     for l in range(L + 1):
@@ -72,10 +72,10 @@ def test_scores_are_a_loop_over_valid_frames(rng):
 def test_scores_are_the_same_alone_and_padded(rng):
     model, batch = awake(), random_batch(rng)
     _, x_t, t, cond, _ = forward(model, batch)
-    scores, norm = probe.foga_scores(probe.ablated_velocities(model, x_t, t, cond), cond.mask)
+    scores, norm = probe.foga_scores(model.ablated(x_t, t, cond), cond.mask)
     for b, n in enumerate(FRAMES):
         c = model.embed_condition(rows(batch, b, b + 1))
-        v = probe.ablated_velocities(model, x_t[b : b + 1, :n], t[b : b + 1], c)
+        v = model.ablated(x_t[b : b + 1, :n], t[b : b + 1], c)
         alone, alone_norm = probe.foga_scores(v, c.mask)
         close(scores[b], alone[0])
         close(norm[b], alone_norm[0])

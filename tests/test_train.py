@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import backbones
 import checkpoint
-import model
 import shards
 import train
 from train import Machine
@@ -308,7 +308,7 @@ def test_export_holds_what_others_need(tiny_config):
     full, _ = checkpoint.load(path.with_name("ckpt.pt"))
     assert used == path and same(state["ema"], full["ema"]) and state["selection"] == full["selection"]
     assert all(state[k] == full[k] for k in ("step", "seconds"))
-    a, b = model.load_model(state), model.load_model(full)
+    a, b = backbones.load_model(state), backbones.load_model(full)
     assert same(a.state_dict(), b.state_dict()) and a.shape == b.shape
     data = bytearray(path.read_bytes())
     data[-5] ^= 1

@@ -1,0 +1,317 @@
+"""Other people's velocity models behind the methods of our own: F5-TTS, Voicebox, CosyVoice, Matcha (tables 4 and 5).
+
+    pip install --no-deps -r requirements-backbones.txt
+    python probe.py --backbone f5tts --random_init
+    python train.py config/f5tts_demo.py
+
+The packages are used as they were published. What is ours: a token table where they have none, the mel's statistics,
+BiT-C's projections, and hooks that close a layer, read a hidden state, or let a batch grow, all taken off again.
+
+A layer is a list of gates: (module, what its output becomes when the layer is closed). "input": its own first input,
+for a residual block; "zero": zeros, for a branch whose output is added to a skip that stays.
+
+B clips, T frames, M mel bins, D width, L layers.
+"""
+
+import contextlib
+import copy
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import audio
+import model
+from model import Condition, FlowModel, Shape
+
+INSTALL = "pip install --no-deps -r requirements-backbones.txt"
+
+
+class Gate(NamedTuple):
+    module: nn.Module
+    closed: str  # input | zero
+
+
+def close(layer: Sequence[Gate]) -> list[torch.utils.hooks.RemovableHandle]:
+    """Closes a layer until the handles that are returned are removed: its contribution is exactly nothing."""
+
+    def hook(kind: str):
+        def closed(module, args, kwargs, output):
+            return torch.zeros_like(output) if kind == "zero" else (args or list(kwargs.values()))[0]
+
+        return closed
+
+    return [g.module.register_forward_hook(hook(g.closed), with_kwargs=True) for g in layer]
+
+
+@contextlib.contextmanager
+def held(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
+    """Removes the handles at the end, whatever happens inside."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Backbone(FlowModel):
+    """A published network as a FlowModel. A subclass builds `net` and lists `layers`, calls it in `run`, and says in
+    `readers` where its hidden states are."""
+
+    name, pip = "", ""
+    tokens: nn.Embedding  # the net's own table where it has one
+
+    def __init__(self, shape: Shape):
+        super().__init__(shape)
+        if shape.second_codes:
+            raise ValueError(f"backbone={self.name} reads one token stream: pass --beats_tokens=false")
+        self.net = self.build()
+        if len(self.layers) != shape.n_layer:
+            raise ValueError(f"n_layer={shape.n_layer}: a {self.name} of this kind has {len(self.layers)} layers")
+
+    def build(self) -> nn.Module:
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> list[list[Gate]]:
+        """The gates of each of the L layers."""
+        raise NotImplementedError
+
+    def run(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
+        """One call of the published network: v (B, T, M)."""
+        raise NotImplementedError
+
+    def readers(self, states: list, T: int) -> list[torch.utils.hooks.RemovableHandle]:
+        """Hooks that append h_0 .. h_L, (B, T, D) each, to `states` in a call of run()."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The modules of each layer, for their gradients."""
+        return nn.ModuleList(nn.ModuleList(g.module for g in layer) for layer in self.layers)
+
+    def velocity(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        cond: Condition,
+        gates: Sequence[float] | None = None,
+        hidden: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+        """As DiT.velocity; a gate is 0 or 1."""
+        if any(g not in (0, 1) for g in gates or ()):
+            raise ValueError("the gates of a published model are open (1) or closed (0)")
+        states: list[torch.Tensor] = []
+        handles = self.readers(states, x_t.shape[1]) if hidden else []
+        for layer, gate in zip(self.layers, gates or [1] * len(self.layers), strict=True):
+            handles += [] if gate else close(layer)
+        with held(handles):
+            v = self.run(x_t, t, cond) * cond.mask[..., None]
+        return (v.float(), states) if hidden else v.float()
+
+    def randomise(self) -> None:
+        self.net = self.build().to(self.mel_mean.device)
+        for p in self.net.parameters():
+            if p.dim() > 1 and not p.any():
+                nn.init.xavier_uniform_(p)
+
+
+# ---- the four
+
+
+class F5TTS(Backbone):
+    """f5_tts.model.backbones.dit.DiT. Its text table holds our codes (row 0 is its filler); their embedding, stretched
+    to the mel's rate, is handed over through its own text cache. A dropped condition is zeros."""
+
+    name, pip = "f5tts", "f5-tts"
+
+    def build(self) -> nn.Module:
+        s = self.shape
+        dit = package(self.name, "f5_tts.model.backbones.dit").DiT
+        size = {"dim": s.n_embd, "depth": s.n_layer, "heads": s.n_head, "dim_head": s.n_embd // s.n_head}
+        codes = {"text_num_embeds": sum(s.codes), "text_dim": s.n_embd, "mel_dim": s.n_mels}
+        return dit(**size, **codes, ff_mult=s.ff_mult, dropout=s.dropout, attn_mask_enabled=True)
+
+    def __init__(self, shape: Shape):
+        super().__init__(shape)
+        self.code_offset += 1  # past the filler
+
+    @property
+    def tokens(self) -> nn.Embedding:
+        return self.net.text_embed.text_embed
+
+    @property
+    def layers(self) -> list[list[Gate]]:
+        return [[Gate(block, "input")] for block in self.net.transformer_blocks]
+
+    def run(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
+        self.net.text_cond = self.net.text_uncond = cond.tokens
+        try:
+            text = torch.zeros(len(x_t), 1, dtype=torch.long, device=x_t.device)
+            return self.net(x_t, cond.prompt, text, t, mask=cond.mask, cache=True)
+        finally:
+            self.net.clear_cache()
+
+    def readers(self, states: list, T: int) -> list[torch.utils.hooks.RemovableHandle]:
+        blocks = self.net.transformer_blocks
+        first = blocks[0].register_forward_pre_hook(lambda module, args: states.append(args[0]))
+        return [first, *(b.register_forward_hook(lambda module, args, out: states.append(out)) for b in blocks)]
+
+    def ablated(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
+        """The growing batch of DiT.ablated, by hooks: after each block the state that skipped it joins."""
+        B, blocks = len(x_t), self.net.transformer_blocks
+
+        def widen(module, args, kwargs):
+            n = len(args[0]) // B  # time and mask follow the batch
+
+            def wide(x):
+                return x.repeat(n, *(1,) * (x.dim() - 1)) if isinstance(x, torch.Tensor) else x
+
+            return (args[0], *map(wide, args[1:])), {k: wide(v) if k == "mask" else v for k, v in kwargs.items()}
+
+        def grow(module, args, out):
+            return torch.cat([out, args[0][:B]])
+
+        handles = [m.register_forward_pre_hook(widen, with_kwargs=True) for m in (*blocks, self.net.norm_out)]
+        handles += [b.register_forward_hook(grow) for b in blocks]
+        with held(handles):
+            v = self.run(x_t, t, cond).unflatten(0, (len(blocks) + 1, B))
+        return (v * cond.mask[..., None]).float()
+
+
+class Voicebox(Backbone):
+    """voicebox_pytorch.VoiceBox, conditioned on token ids: its own table holds our codes, and its place in the network
+    is given their embedding, stretched to the mel's rate."""
+
+    name, pip = "voicebox", "voicebox-pytorch"
+
+    def build(self) -> nn.Module:
+        s = self.shape
+        box = package(self.name, "voicebox_pytorch.voicebox_pytorch").VoiceBox
+        size = {"dim": s.n_embd, "depth": s.n_layer, "heads": s.n_head, "dim_head": s.n_embd // s.n_head}
+        tokens = {"num_cond_tokens": sum(s.codes), "dim_cond_emb": s.n_embd, "dim_in": s.n_mels}
+        return box(**size, **tokens, ff_mult=s.ff_mult, ff_dropout=s.dropout)
+
+    @property
+    def tokens(self) -> nn.Embedding:
+        return self.net.to_cond_emb
+
+    @property
+    def layers(self) -> list[list[Gate]]:
+        return [[Gate(layer[3], "zero"), Gate(layer[5], "zero")] for layer in self.net.transformer.layers]
+
+    def run(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
+        ids = torch.zeros(x_t.shape[:2], dtype=torch.long, device=x_t.device)
+        given = torch.zeros_like(cond.mask)  # nothing more of the prompt is hidden: it ends in zeros already
+        options = {"cond": cond.prompt, "cond_mask": given, "self_attn_mask": cond.mask, "cond_drop_prob": 0.0}
+        with held([self.net.to_cond_emb.register_forward_hook(lambda module, args, out: cond.tokens)]):
+            return self.net(x_t, times=t, cond_token_ids=ids, **options)
+
+    def readers(self, states: list, T: int) -> list[torch.utils.hooks.RemovableHandle]:
+        norms = [layer[2] for layer in self.net.transformer.layers] + [self.net.transformer.final_norm]
+        return [n.register_forward_pre_hook(lambda module, args: states.append(args[0][:, -T:])) for n in norms]
+
+
+class Matcha(Backbone):
+    """matcha.models.components.decoder.Decoder: a U-net whose layers are its resnets and its transformer blocks, twelve
+    with two stages. Ours: a token table, and a linear map of its embedding to the M channels of `mu`. A hidden state at
+    half the frame rate is repeated."""
+
+    name, pip = "matcha", "matcha-tts"
+
+    def __init__(self, shape: Shape):
+        super().__init__(shape)
+        self.tokens = nn.Embedding(sum(shape.codes), shape.n_embd)
+        self.to_mu = nn.Linear(shape.n_embd, shape.n_mels)
+
+    def build(self) -> nn.Module:
+        return package(self.name, "matcha.models.components.decoder").Decoder(**self.size(2))
+
+    def size(self, inputs: int) -> dict:
+        s = self.shape
+        channels = {"in_channels": inputs * s.n_mels, "out_channels": s.n_mels, "channels": (s.n_embd, s.n_embd)}
+        heads = {"num_heads": s.n_head, "attention_head_dim": s.n_embd // s.n_head}
+        middle = {"num_mid_blocks": max(0, s.n_layer - 8) // 2}
+        return {**channels, **heads, **middle, "dropout": s.dropout, "act_fn": "snakebeta"}
+
+    def stages(self) -> list[nn.Module]:
+        """The resnets and transformer blocks in the order in which they run."""
+        parts = (*self.net.down_blocks, *self.net.mid_blocks, *self.net.up_blocks)
+        return [unit for part in parts for unit in (part[0], *part[1])]
+
+    @property
+    def layers(self) -> list[list[Gate]]:
+        return [
+            [Gate(unit.block2, "zero") if hasattr(unit, "res_conv") else Gate(unit, "input")] for unit in self.stages()
+        ]
+
+    def inputs(self, x: torch.Tensor, mask: torch.Tensor, mu: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor):
+        return x, mask, mu, t
+
+    def run(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
+        T, room = x_t.shape[1], -x_t.shape[1] % 4  # the U-net halves the frames
+
+        def channels_first(x: torch.Tensor) -> torch.Tensor:
+            return F.pad(x.transpose(1, 2), (0, room))
+
+        mask = F.pad(cond.mask[:, None].to(x_t.dtype), (0, room))
+        mu = self.to_mu(cond.tokens) * cond.mask[..., None]
+        x, mu, prompt = (channels_first(x) for x in (x_t, mu, cond.prompt))
+        return self.net(*self.inputs(x, mask, mu, t, prompt)).transpose(1, 2)[:, :T]
+
+    def readers(self, states: list, T: int) -> list[torch.utils.hooks.RemovableHandle]:
+        wanted, D = T + -T % 4, self.shape.n_embd
+
+        def keep(module, args, kwargs, out):
+            h = out.transpose(1, 2) if hasattr(module, "res_conv") else out
+            states.append(h.repeat_interleave(wanted // h.shape[1], 1)[:, :T])
+
+        def first(module, args):
+            states.append(args[0].new_zeros(len(args[0]), T, D))  # h_0 has other channels; z_0 comes from the tokens
+
+        stages = self.stages()
+        return [
+            stages[0].register_forward_pre_hook(first),
+            *(unit.register_forward_hook(keep, with_kwargs=True) for unit in stages),
+        ]
+
+
+class CosyVoice(Matcha):
+    """cosyvoice.flow.decoder.ConditionalDecoder: Matcha's U-net with the prompt as a condition; no speaker vector."""
+
+    name, pip = "cosyvoice", "cosyvoice2-eu"
+
+    def build(self) -> nn.Module:
+        return package(self.name, "cosyvoice.flow.decoder").ConditionalDecoder(**self.size(4))
+
+    def inputs(self, x: torch.Tensor, mask: torch.Tensor, mu: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor):
+        return x, mask, mu, t, x.new_zeros(len(x), self.shape.n_mels), prompt
+
+
+BACKBONES = {b.name: b for b in (F5TTS, Voicebox, CosyVoice, Matcha)}
+
+
+def package(name: str, module: str):
+    """A module of a backbone's package. Raises ValueError with the pip line when it is not there."""
+    audio.torchaudio()
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"backbone={name} needs {BACKBONES[name].pip} ({error}): {INSTALL}") from error
+
+
+def build(name: str, shape: Shape) -> FlowModel:
+    """The model called `name`, our own for "". Raises ValueError for one whose package is not installed."""
+    return BACKBONES[name](shape) if name else model.DiT(shape)
+
+
+def load_model(state: dict, ema: bool = True, device: str = "cpu") -> FlowModel:
+    """The model of a checkpoint's state, in eval mode; the averaged weights unless ema=False."""
+    shape = copy.deepcopy(state["shape"])
+    shape["codes"], shape["teachers"] = tuple(shape["codes"]), tuple((n, e) for n, e in shape["teachers"])
+    loaded = build(state["config"]["backbone"], Shape(**shape))
+    loaded.load_state_dict(state["ema" if ema else "model"])
+    return loaded.to(device).eval()
