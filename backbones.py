@@ -16,6 +16,8 @@ B clips, T frames, M mel bins, D width, L layers.
 import contextlib
 import copy
 import importlib
+import sys
+import types
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -105,9 +107,10 @@ class Backbone(FlowModel):
         if any(g not in (0, 1) for g in gates or ()):
             raise ValueError("the gates of a published model are open (1) or closed (0)")
         states: list[torch.Tensor] = []
-        handles = self.readers(states, x_t.shape[1]) if hidden else []
+        handles: list[torch.utils.hooks.RemovableHandle] = []
         for layer, gate in zip(self.layers, gates or [1] * len(self.layers), strict=True):
             handles += [] if gate else close(layer)
+        handles += self.readers(states, x_t.shape[1]) if hidden else []  # after: they read what a closed layer gives
         with held(handles):
             v = self.run(x_t, t, cond) * cond.mask[..., None]
         return (v.float(), states) if hidden else v.float()
@@ -124,9 +127,10 @@ class Backbone(FlowModel):
 
 class F5TTS(Backbone):
     """f5_tts.model.backbones.dit.DiT. Its text table holds our codes (row 0 is its filler); their embedding, stretched
-    to the mel's rate, is handed over through its own text cache. A dropped condition is zeros."""
+    to the mel's rate, takes the place of its text embedding. A dropped condition is zeros."""
 
     name, pip = "f5tts", "f5-tts"
+    one_sweep = True
 
     def build(self) -> nn.Module:
         s = self.shape
@@ -148,12 +152,9 @@ class F5TTS(Backbone):
         return [[Gate(block, "input")] for block in self.net.transformer_blocks]
 
     def run(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
-        self.net.text_cond = self.net.text_uncond = cond.tokens
-        try:
-            text = torch.zeros(len(x_t), 1, dtype=torch.long, device=x_t.device)
-            return self.net(x_t, cond.prompt, text, t, mask=cond.mask, cache=True)
-        finally:
-            self.net.clear_cache()
+        text = torch.zeros(len(x_t), 1, dtype=torch.long, device=x_t.device)
+        with held([self.net.text_embed.register_forward_hook(lambda module, args, out: cond.tokens)]):
+            return self.net(x_t, cond.prompt, text, t, mask=cond.mask)
 
     def readers(self, states: list, T: int) -> list[torch.utils.hooks.RemovableHandle]:
         blocks = self.net.transformer_blocks
@@ -220,7 +221,7 @@ class Matcha(Backbone):
     with two stages. Ours: a token table, and a linear map of its embedding to the M channels of `mu`. A hidden state at
     half the frame rate is repeated."""
 
-    name, pip = "matcha", "matcha-tts"
+    name, pip = "matcha", "cosyvoice2-eu"  # which brings matcha along
 
     def __init__(self, shape: Shape):
         super().__init__(shape)
@@ -294,13 +295,43 @@ class CosyVoice(Matcha):
 BACKBONES = {b.name: b for b in (F5TTS, Voicebox, CosyVoice, Matcha)}
 
 
-def package(name: str, module: str):
-    """A module of a backbone's package. Raises ValueError with the pip line when it is not there."""
+# what the packages import beside their networks (trainers, recognisers, codecs) and a velocity model never calls
+UNUSED = {
+    "f5tts": {
+        "f5_tts.model.trainer": ["Trainer"],
+        "librosa": [],
+        "librosa.filters": ["mel"],
+    },
+    "voicebox": {
+        "voicebox_pytorch.trainer": ["VoiceBoxTrainer"],
+        "audiolm_pytorch": ["EncodecWrapper", "HubertWithKmeans"],
+        "spear_tts_pytorch": ["TextToSemantic"],
+        "naturalspeech2_pytorch": [],
+        "naturalspeech2_pytorch.aligner": ["Aligner", "ForwardSumLoss", "BinLoss", "maximum_path"],
+        "naturalspeech2_pytorch.utils": [],
+        "naturalspeech2_pytorch.utils.tokenizer": ["Tokenizer"],
+        "naturalspeech2_pytorch.naturalspeech2_pytorch": ["generate_mask_from_repeats"],
+    },
+    "cosyvoice": {},
+    "matcha": {},
+}
+
+
+def package(name: str, module: str) -> types.ModuleType:
+    """A module of a backbone's package, imported with empty classes in the place of what UNUSED lists. Raises
+    ValueError with the pip line when the package is not there."""
     audio.torchaudio()
+    empty = {other: types.ModuleType(other) for other in UNUSED[name] if other not in sys.modules}
+    for other, stand_in in empty.items():
+        stand_in.__dict__.update({n: type(n, (), {}) for n in UNUSED[name][other]})
+    sys.modules.update(empty)
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(f"backbone={name} needs {BACKBONES[name].pip} ({error}): {INSTALL}") from error
+    finally:
+        for other in empty:
+            del sys.modules[other]
 
 
 def build(name: str, shape: Shape) -> FlowModel:

@@ -158,6 +158,8 @@ class FlowModel(nn.Module):
     A subclass has `tokens`, the table of codes, `blocks`, the modules of each layer, `velocity` and `randomise`.
     """
 
+    one_sweep = False  # whether ablated() grows one batch
+
     def __init__(self, shape: Shape):
         super().__init__()
         self.shape = shape
@@ -226,6 +228,8 @@ class FlowModel(nn.Module):
 
 class DiT(FlowModel):
     """The velocity field v(x_t, t, c), with a gate on each of its L blocks."""
+
+    one_sweep = True
 
     def __init__(self, shape: Shape):
         super().__init__(shape)

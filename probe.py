@@ -425,14 +425,15 @@ def report(out_dir: Path, result: dict, control: dict | None, selection: Selecti
     figure(result, control, out_dir / "probe.png")
 
 
-def cost(result: dict, n_layer: int, state: dict) -> str:
+def cost(result: dict, model: FlowModel, state: dict) -> str:
     """What the probes cost, here and in training."""
-    forwards, naive = (n_layer + 1) / 2 * len(result["t"]), (n_layer + 1) * len(result["t"])
-    here = f"FoG-A of {n_layer} layers: {result['foga_seconds']:.1f} s, the work of {forwards:.0f} forward passes"
+    L, naive = model.shape.n_layer, (model.shape.n_layer + 1) * len(result["t"])
+    here = f"FoG-A of {L} layers: {result['foga_seconds']:.1f} s, "
+    here += f"the work of {naive / 2:.0f} forward passes instead of {naive}" if model.one_sweep else f"{naive} passes"
     spent = sum(p["result"]["seconds"] for p in state["probes"])
     share = f" ({100 * spent / state['seconds']:.1f} % of it)" if state["seconds"] else ""
     return (
-        f"{here} instead of {naive}; all probes {result['seconds']:.1f} s\n"
+        f"{here}; all probes {result['seconds']:.1f} s\n"
         f"in training: {len(state['probes'])} probes, {spent:.1f} s of {state['seconds']:.0f} s{share}"
     )
 
@@ -489,14 +490,14 @@ def main(args: ProbeArgs) -> None:
         print(f"wrote {out_dir / 'stability.json'}")
         return
     result, control = results[str(used)], None
-    if args.control:
+    if args.control and not args.random_init:  # which is one
         with precision(device, args.dtype):
             control = control_scores(model, batch, args.times, run["sigma"], args.seed)
     report(out_dir, result, control, state["selection"])
     what = f"{args.backbone or 'our model'}, random weights" if args.random_init else f"{used}, step {state['step']}"
     print(f"{what}; t on {args.times} points; * aligned in training; [95 % interval over clips]")
     print(table(result, control, state["selection"]))
-    print(cost(result, len(model.blocks), state))
+    print(cost(result, model, state))
     print(f"wrote {out_dir / 'probe.json'} and {out_dir / 'probe.png'}")
 
 

@@ -420,6 +420,8 @@ def open_run(config: Config, machine: Machine) -> tuple[Run, shards.Dataset, sha
         intervene(run)
     model = run.objective.model
     model.checkpoint_activations = config.checkpoint_activations
+    if config.compile and config.backbone:
+        raise ValueError("compile=True is for our own model; leave it out with a backbone")
     if config.compile:
         for block in model.blocks:  # alike, so one compilation serves them all, and any shape
             block.compile(dynamic=True)

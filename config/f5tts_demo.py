@@ -1,0 +1,6 @@
+# The demo's data and schedule on F5-TTS's published DiT (see backbones.py); any other backbone by --backbone.
+from pathlib import Path
+
+exec(Path(__file__).with_name("demo.py").read_text())
+out_dir = "out/f5tts_demo"
+backbone = "f5tts"

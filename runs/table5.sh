@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Tables 4 and 5 of the paper on a small scale: each published backbone without alignment, with layers 1-3 aligned, and
+# with AG-REPA, all from the same warm-up; then one table a backbone.
+#
+#     bash runs/table5.sh [config] [backbones] [options of train.py ...]
+#     bash runs/table5.sh config/f5tts_demo.py "f5tts voicebox" --max_steps=600 --warmup_steps=200
+#
+# Finished runs are skipped; an interrupted one is continued when the same command is given again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+config=${1:-config/f5tts_demo.py}
+names=${2:-f5tts voicebox cosyvoice matcha}
+shift $(($# < 2 ? $# : 2))
+
+run() { # name options...
+  local dir=out/table5/$1
+  shift
+  if [ -f "$dir/finished" ]; then
+    echo "== $dir is finished"
+    return
+  fi
+  echo "== $dir"
+  python train.py "$config" --out_dir="$dir" "$@"
+  touch "$dir/finished"
+}
+
+for b in $names; do
+  run "${b}_none_s0" "$@" --backbone="$b" --align=none
+  from=--branch_from=out/table5/${b}_none_s0/warmup.pt
+  run "${b}_shallow_s0" "$@" "$from" --backbone="$b" --align=fixed --align_layers=1,2,3
+  run "${b}_agrepa_s0" "$@" "$from" --backbone="$b" --align=foga
+  python evaluate.py --compare out/table5/"${b}"_*_s0 --out="out/table5/$b"
+done

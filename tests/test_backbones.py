@@ -1,0 +1,172 @@
+"""backbones.py on the published packages: gates that close exactly and leave no trace, sweep against naive loop,
+hidden states, padding, and a whole probe-then-intervene run. Skipped where a package is not installed."""
+
+import copy
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+import backbones
+import checkpoint
+import probe
+import shards
+import train
+from model import Shape, flow_matching_loss, sample
+
+NEEDS = {"f5tts": "f5_tts", "voicebox": "voicebox_pytorch", "cosyvoice": "cosyvoice", "matcha": "matcha"}
+INSTALLED = [
+    pytest.param(name, marks=pytest.mark.skipif(not importlib.util.find_spec(module), reason=f"pip install {module}"))
+    for name, module in NEEDS.items()
+]
+SHAPE = Shape(
+    n_layer=8, n_head=2, n_embd=32, ff_mult=2, dropout=0.1, codes=(16, 16), teachers=(("whisper", 12), ("aisfx", 10))
+)
+
+
+@pytest.fixture
+def batch(tiny_config) -> shards.Batch:
+    return shards.fixed_batch(shards.Dataset(tiny_config.data_dir, "train"), 2, 0, 60)
+
+
+def scene(name: str, batch: shards.Batch):
+    net = backbones.build(name, SHAPE)
+    net.randomise()
+    net = net.eval()
+    x_t, t = torch.randn(batch.mel.shape), torch.linspace(0.2, 0.8, len(batch.frames))
+    return net, x_t, t, net.embed_condition(batch)
+
+
+# ---- the generic gate, on a toy whose answer is known
+
+
+class Residual(nn.Module):
+    def __init__(self, keyword: bool):
+        super().__init__()
+        self.branch, self.keyword = nn.Linear(4, 4), keyword
+
+    def forward(self, hidden_states):
+        return hidden_states + self.branch(hidden_states)
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_closed_block_returns_its_input_and_is_the_same_after(keyword):
+    block, x = Residual(keyword), torch.randn(3, 4)
+
+    def call():
+        return block(hidden_states=x) if keyword else block(x)
+
+    before = call()
+    with backbones.held(backbones.close([backbones.Gate(block, "input")])):
+        assert torch.equal(call(), x)
+    with backbones.held(backbones.close([backbones.Gate(block.branch, "zero")])):
+        assert torch.equal(call(), x)
+    assert torch.equal(call(), before) and not block._forward_hooks and not block.branch._forward_hooks
+
+
+def test_handles_are_removed_when_something_fails():
+    block = nn.Linear(4, 4)
+    with pytest.raises(KeyError), backbones.held(backbones.close([backbones.Gate(block, "zero")])):
+        raise KeyError
+    assert not block._forward_hooks
+
+
+# ---- the packages
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+@torch.no_grad()
+def test_closing_a_layer_is_leaving_it_out(name, batch):
+    """Against the same network whose layer's own weights make it contribute nothing; and nothing stays behind."""
+    net, x_t, t, cond = scene(name, batch)
+    whole = net.velocity(x_t, t, cond)
+    for l in range(SHAPE.n_layer):
+        gates = [float(k != l) for k in range(SHAPE.n_layer)]
+        closed, other = net.velocity(x_t, t, cond, gates), copy.deepcopy(net)
+        assert not torch.equal(closed, whole), l
+        for module, kind in other.layers[l]:
+            if kind == "zero":
+                module.forward = lambda *args, forward=module.forward, **kw: 0 * forward(*args, **kw)
+            else:
+                module.forward = lambda *args, **kw: (
+                    kw["hidden_states"] if kw.get("hidden_states") is not None else args[0]
+                )
+        torch.testing.assert_close(other.velocity(x_t, t, cond), closed, atol=0, rtol=0)
+    assert torch.equal(net.velocity(x_t, t, cond), whole)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+@torch.no_grad()
+def test_all_ablations_equal_single_ones(name, batch):
+    """The growing batch where there is one, the naive loop elsewhere, against one call per layer."""
+    net, x_t, t, cond = scene(name, batch)
+    together = net.ablated(x_t, t, cond)
+    torch.testing.assert_close(together, backbones.FlowModel.ablated(net, x_t, t, cond), atol=1e-5, rtol=1e-4)
+    assert len(together) == SHAPE.n_layer + 1 and net.one_sweep == (name == "f5tts")
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_hidden_states_are_the_networks_own(name, batch):
+    """L + 1 of them, of width D; closing layer l changes no state before it, and moves the state after it."""
+    net, x_t, t, cond = scene(name, batch)
+    with torch.no_grad():
+        _, states = net.velocity(x_t, t, cond, hidden=True)
+        assert len(states) == SHAPE.n_layer + 1
+        assert all(h.shape == (len(t), x_t.shape[1], SHAPE.n_embd) for h in states)
+        for l in (1, 4):
+            gates = [float(k != l) for k in range(SHAPE.n_layer)]
+            _, closed = net.velocity(x_t, t, cond, gates, hidden=True)
+            assert all(torch.equal(a, b) for a, b in zip(states[: l + 1], closed[: l + 1], strict=True))
+            assert not torch.equal(states[l + 1], closed[l + 1])
+            if name in ("f5tts", "voicebox"):
+                torch.testing.assert_close(closed[l + 1], closed[l], atol=0, rtol=0)
+    losses = flow_matching_loss(net.train(), batch, 0.5, 0.1)
+    (losses["fm"] + losses["bitc"]).backward()
+    assert net.tokens.weight.grad.abs().sum() > 0
+    assert all(sum(float(p.grad.abs().sum()) for p in b.parameters() if p.grad is not None) > 0 for b in net.blocks)
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+@torch.no_grad()
+def test_tokens_and_prompt_matter_and_zero_frames_stay_zero(name, batch):
+    net, x_t, t, cond = scene(name, batch)
+    whole = net.velocity(x_t, t, cond)
+    assert not (whole * ~cond.mask[..., None]).any()
+    assert not torch.equal(net.velocity(x_t, t, cond._replace(tokens=cond.tokens.flip(0))), whole)
+    prompt = torch.zeros_like(cond.prompt)
+    prompt[:, :10] = 1.0
+    changed = not torch.equal(net.velocity(x_t, t, cond._replace(prompt=prompt)), whole)
+    assert changed == (name != "matcha")  # which takes no prompt
+    mel = sample(net, cond, nfe=2, cfg=2.0)
+    assert torch.isfinite(mel).all() and not (mel * ~cond.mask[..., None]).any()
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_probe_then_intervene(name, tiny_config, tmp_path):
+    """Both phases, selection, a branch with fixed layers, resume, and the checkpoint read back and probed."""
+    config = replace(tiny_config, backbone=name, n_layer=8, batch_size=3)
+    run = train.train(config, train.Machine(0, 1, "cpu", "float32"))
+    assert run.step == config.max_steps and all(len(s) == 3 for s in run.objective.selection)
+    warmup = str(Path(config.out_dir) / "warmup.pt")
+    other = replace(config, branch_from=warmup, align="fixed", align_layers=(1, 2), out_dir=str(tmp_path / "shallow"))
+    assert list(train.train(other, train.Machine(0, 1, "cpu", "float32")).objective.selection[0]) == [1, 2]
+    train.export(run)
+    for file in ("ckpt.pt", "model.safetensors"):
+        state, _ = checkpoint.load(Path(config.out_dir) / file)
+        loaded = backbones.load_model(state)
+        for (k, a), (_, b) in zip(loaded.state_dict().items(), run.ema.state_dict().items(), strict=True):
+            assert torch.equal(a, b), k
+    batch = shards.fixed_batch(shards.Dataset(config.data_dir, "train"), 2, 0, 60)
+    result = probe.probe(loaded, batch, 2, 0.5)
+    assert len(result["speech"]["foga"]) == 8
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(ValueError, match="backbone=f5tts needs f5-tts .*--no-deps -r requirements-backbones.txt"):
+        backbones.package("f5tts", "f5_tts_that_is_not_there.dit")
+    with pytest.raises(ValueError, match="reads one token stream: pass --beats_tokens=false"):
+        backbones.build("f5tts", replace(SHAPE, second_codes=4))
