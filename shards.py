@@ -315,7 +315,7 @@ class Buckets:
     jittered length, then shuffles the slots.
     """
 
-    JITTER = 0.05  # of the length: enough for new neighbours each epoch, little enough to keep padding low
+    JITTER = 0.02  # of the length: enough for new neighbours each epoch, little enough to keep padding low
 
     def __init__(self, lengths: np.ndarray, config, budget: str, rank: int = 0, world: int = 1, accumulate: int = 1):
         """`config` has seed, batch_size (most clips of a group) and, under the name `budget`, the padded length of a

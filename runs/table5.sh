@@ -25,9 +25,9 @@ run() { # name options...
 }
 
 for b in $names; do
-  run "${b}_none_s0" "$@" --backbone="$b" --align=none
-  from=--branch_from=out/table5/${b}_none_s0/warmup.pt
-  run "${b}_shallow_s0" "$@" "$from" --backbone="$b" --align=fixed --align_layers=1,2,3
-  run "${b}_agrepa_s0" "$@" "$from" --backbone="$b" --align=foga
-  python evaluate.py --compare out/table5/"${b}"_*_s0 --out="out/table5/$b"
+  run "$b/none_s0" "$@" --backbone="$b" --align=none
+  from=--branch_from=out/table5/$b/none_s0/warmup.pt
+  run "$b/shallow_s0" "$@" "$from" --backbone="$b" --align=fixed --align_layers=1,2,3
+  run "$b/agrepa_s0" "$@" "$from" --backbone="$b" --align=foga
+  python evaluate.py --compare out/table5/"$b"/*_s0/
 done
