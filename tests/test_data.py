@@ -312,6 +312,12 @@ def test_prepare_end_to_end(tmp_path, capsys):
             codes = dataset.tokens(i)
             assert codes.shape == (shards.token_count(len(mel), (50, 25)[r["domain"]]), 1)
             assert codes.min() >= 0 and codes.max() < 32
+            if dataset is held:  # as sample.py does to one recording
+                own = data.encode_file(str(source), int(r["domain"]), config)
+                np.testing.assert_array_equal(own.tokens, codes)
+                np.testing.assert_allclose(own.style, dataset.style(i).astype(np.float32), rtol=2e-2, atol=2e-2)
+    with pytest.raises(AudioError, match=r"gone\.wav: cannot be decoded"):
+        data.encode_file(str(tmp_path / "gone.wav"), SPEECH, config)
     stored = np.concatenate([train.mel(i) for i in range(len(train))]).astype(np.float64).clip(min=config.mel_floor)
     np.testing.assert_allclose(meta["mel_mean"], stored.mean(0), rtol=1e-6)  # of the training split alone
     np.testing.assert_allclose(meta["mel_std"], stored.std(0).clip(1e-3), rtol=1e-6)
