@@ -115,10 +115,7 @@ class Bench:
         changed = {"code_init": False, "mel_stats": (-5.8843, 2.2615), "compile": False} | changes
         config = replace(Config(**{f.name: getattr(self.args, f.name) for f in fields(Config)}), **changed)
         run = train.new_run(config, {"teachers": self.teachers}, self.machine)
-        run.objective.model.checkpoint_activations = config.checkpoint_activations
-        if config.compile:
-            for block in run.objective.model.blocks:
-                block.compile(dynamic=True)
+        train.trade(run.objective.model, config)
         for p in run.objective.model.parameters():  # a zero output layer would make some work trivial
             if not p.any():
                 torch.nn.init.normal_(p, std=0.02)

@@ -75,8 +75,8 @@ from corpora import SPEECH
 from lm import Sampling
 from model import pick_device
 from report import read_csv
-from sample import Stage1, first_of_each_domain, from_dataset, settings, synthesise
-from shards import Dataset
+from sample import Stage1, from_dataset, settings, synthesise
+from shards import Dataset, first_of_each_domain
 from teachers import Teacher, load_teacher
 
 MIN_WORDS = 4  # a WER over single words says little
@@ -165,6 +165,25 @@ def score_fad(waves: dict[str, list], reference_waves: list, judge: Teacher) -> 
     return result | {"clips": len(waves[name]), "patches": len(own[name]), "reference_patches": len(reference)}
 
 
+def score(
+    waves: dict[str, list], held: Dataset, ids: np.ndarray, train: Dataset, recogniser, judge: Teacher | None
+) -> tuple[dict, dict]:
+    """score_wer of the speech clips and, with a judge, score_fad of each domain, for every system's waves of held-out
+    clips `ids`; FAD is against the training recordings that were kept."""
+    domain = held.index["domain"][ids]
+
+    def of_domain(d: int) -> dict[str, list]:
+        return {name: [w for w, e in zip(own, domain, strict=True) if e == d] for name, own in waves.items()}
+
+    speech = ids[domain == SPEECH].tolist()
+    wer = score_wer(of_domain(SPEECH), [held.name_and_text(i)[1] for i in speech], speech, recogniser)
+    fad = {}
+    for d, name in enumerate(DOMAINS) if judge else ():
+        kept = np.array([i for i in np.flatnonzero(train.index["domain"] == d) if train.wav_path(i).exists()])
+        fad[name] = score_fad(of_domain(d), read_waves(train, kept), judge)
+    return wer, fad
+
+
 def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
     """All numbers of one checkpoint, as a dict for eval.json, and {"speech_0012": (text, original, generated)} of the
     first clips of each domain; writes the generated clips to out_dir/samples."""
@@ -191,28 +210,18 @@ def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
     for name, wav in zip(names, generated, strict=True):
         audio.write(out_dir / "samples" / f"{name}.wav", wav)
 
-    def of_domain(d: int) -> dict[str, list]:
-        return {
-            name: [w for w, e in zip(all_waves, domain, strict=True) if e == d] for name, all_waves in waves.items()
-        }
-
-    speech = ids[domain == SPEECH].tolist()
-    texts = [held.name_and_text(i)[1] for i in speech]
-    recogniser = load_recogniser(result["asr"], device)
-    result["wer"] = score_wer(of_domain(SPEECH), texts, speech, recogniser)
+    recogniser, judge_name = load_recogniser(result["asr"], device), args.fad_model or run["fad_model"]
+    judge = None if judge_name == "none" else judges.load_judge(judge_name, args.fad_weights, device)
+    result["wer"], fad = score(waves, held, ids, train, recogniser, judge)
+    if judge:
+        is_teacher = judge_name in dict(state["shape"]["teachers"])
+        result["fad"] = {"model": judge_name, "is_teacher": is_teacher} | fad
     if stage:
         result["lm"] = {"ckpt": args.lm, "step": stage.state["step"]}
         known = with_words(train, result["wer"]["clips"])
         spoken = from_text(stage, model, train, known, vocoder, options, run["dtype"])
         own = [train.name_and_text(i)[1] for i in known.tolist()]
         result["wer_training_texts"] = score_wer({"from text": spoken}, own, known.tolist(), recogniser)
-    judge_name = args.fad_model or run["fad_model"]
-    if judge_name != "none":
-        judge = judges.load_judge(judge_name, args.fad_weights, device)
-        result["fad"] = {"model": judge_name, "is_teacher": judge_name in dict(state["shape"]["teachers"])}
-        for d, name in enumerate(DOMAINS):
-            kept = np.array([i for i in np.flatnonzero(train.index["domain"] == d) if train.wav_path(i).exists()])
-            result["fad"][name] = score_fad(of_domain(d), read_waves(train, kept), judge)
     shown = [k for d in range(len(DOMAINS)) for k in np.flatnonzero(domain == d)[:SHOWN]]
     texts = {k: held.name_and_text(int(ids[k]))[1] for k in shown}
     return result, {names[k]: (texts[k], waves["original"][k], waves["generated"][k]) for k in shown}

@@ -96,7 +96,7 @@ import shards
 import tokenizer
 from corpora import SPEECH, DataError
 from model import count_parameters
-from train import Finite, Log, Machine, make_optimiser, same_settings, set_up, update
+from train import Finite, Log, Machine, make_optimiser, same_settings, set_up, time_left, update
 
 STYLES = 16  # style placeholders, and time segments of the reference
 MAY_DIFFER = "out_dir data_dir device dtype log_every eval_every eval_clips save_every".split()
@@ -191,10 +191,6 @@ class Corpus:
         codes = [self.dataset.tokens(i)[:, 0] for i in ids]
         styles = np.stack([self.dataset.style(i) for i in ids])
         return sequences(self.vocabulary, [self.prompts[i] for i in ids], codes, [self.domains[i] for i in ids], styles)
-
-    def first_of_each_domain(self, n: int) -> Sequences:
-        rows = [np.flatnonzero(np.array(self.domains) == d)[:n] for d in range(len(DOMAINS))]
-        return self.batch(np.concatenate(rows))
 
 
 def cluster_codes(book: np.ndarray | None, codes: int, clusters: int, seed: int = 0) -> torch.Tensor:
@@ -517,7 +513,8 @@ def train(config: LMConfig, machine: Machine) -> Run:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "config.json").write_text(json.dumps(asdict(config), indent=1))
         announce(run, corpus, buckets, machine)
-        held = Corpus(held_out, run.lm.vocabulary, encode).first_of_each_domain(config.eval_clips)
+        rows = shards.first_of_each_domain(held_out, config.eval_clips)
+        held = Corpus(held_out, run.lm.vocabulary, encode).batch(rows)
         reporter = Reporter(run, machine, held.to(machine.device))
     lm = DistributedDataParallel(run.lm) if machine.world > 1 else run.lm
     stop = checkpoint.StopRequest(machine.device)
@@ -565,11 +562,10 @@ class Reporter:
             self.since, self.tokens = now, 0
             held = held_out_loss(run.lm, self.held_out, self.machine) if due["eval"] else {}
             self.log.row(step=run.step, tokens_per_s=rate, seconds=run.seconds, **numbers, **held)
-            left = run.seconds / run.step * (run.config.max_steps - run.step)
             extra = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.3f}" for k, v in held.items())
             print(
                 f"step {run.step:6d}/{run.config.max_steps}  ce {numbers['ce']:.3f}  coarse {numbers['coarse']:.3f}  "
-                f"{rate:6.0f} tokens/s  left {int(left // 60)}:{int(left % 60):02d}{extra}",
+                f"{rate:6.0f} tokens/s  left {time_left(run.seconds, run.step, run.config.max_steps)}{extra}",
                 flush=True,
             )
         if due["save"]:

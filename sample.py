@@ -83,7 +83,7 @@ import shards
 from backbones import load_model
 from corpora import AUDIO, SPEECH
 from model import FlowModel, pick_device, precision, sample
-from shards import Batch, Dataset, Prepared
+from shards import Batch, Dataset, Prepared, first_of_each_domain
 
 
 @dataclass
@@ -148,15 +148,6 @@ def synthesise(
         for i, m, first, end in zip(group, mel, batch.prompt.tolist(), batch.frames.tolist(), strict=True):
             waves[i] = vocoder(m[first:end].float())
     return waves
-
-
-def first_of_each_domain(dataset: Dataset, n: int, min_frames: int = 0) -> np.ndarray:
-    """Rows of the first n clips of each domain that have at least min_frames."""
-    rows = [
-        np.flatnonzero((dataset.index["domain"] == d) & (dataset.index["frames"] >= min_frames))
-        for d in range(len(DOMAINS))
-    ]
-    return np.concatenate([r[:n] for r in rows])
 
 
 # ---- text to requests

@@ -407,6 +407,11 @@ class Ahead:
         return self.pending.pop(k).result()
 
 
+def first_of_each_domain(dataset: Dataset, n: int) -> np.ndarray:
+    """Rows of the first n clips of each domain."""
+    return np.concatenate([np.flatnonzero(dataset.index["domain"] == d)[:n] for d in range(len(DOMAINS))])
+
+
 def fixed_batch(dataset: Dataset, per_domain: int, seed: int, max_frames: int) -> Batch:
     """`per_domain` clips of each domain, the same for the same seed, cropped to their first max_frames."""
     rng = np.random.default_rng(seed)

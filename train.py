@@ -418,14 +418,18 @@ def open_run(config: Config, machine: Machine) -> tuple[Run, shards.Dataset, sha
         restore(run, Path(config.branch_from))
     if run.step == config.warmup_steps and not run.selected and run.probes:
         intervene(run)
-    model = run.objective.model
+    trade(run.objective.model, config)
+    return run, shards.Dataset(config.data_dir, "train"), shards.Dataset(config.data_dir, "held_out")
+
+
+def trade(model: FlowModel, config: Config) -> None:
+    """Applies what trades memory or start-up for time. Raises ValueError for compile=True with a backbone."""
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile and config.backbone:
         raise ValueError("compile=True is for our own model; leave it out with a backbone")
     if config.compile:
         for block in model.blocks:  # alike, so one compilation serves them all, and any shape
             block.compile(dynamic=True)
-    return run, shards.Dataset(config.data_dir, "train"), shards.Dataset(config.data_dir, "held_out")
 
 
 def train(config: Config, machine: Machine) -> Run:
@@ -558,13 +562,18 @@ def run_script(name: str, ckpt: Path, device: str) -> None:
         print(f"warning: {name} failed; training goes on and {ckpt} is saved", file=sys.stderr)
 
 
+def time_left(seconds: float, step: int, last: int) -> str:
+    """Minutes and seconds to the last step at the mean pace so far."""
+    left = int(seconds / max(1, step) * (last - step))
+    return f"{left // 60}:{left % 60:02d}"
+
+
 def progress(run: Run, numbers: dict, smooth: float, rate: float, held: dict) -> None:
-    left = run.seconds / max(1, run.step) * (run.config.max_steps - run.step)
     extra = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.4f}" for k, v in held.items())
     align = f"  align {numbers['align']:.3f}" if "align" in numbers else ""
     print(
         f"step {run.step:6d}/{run.config.max_steps}  fm {smooth:.4f}  bitc {numbers['bitc']:.3f}{align}  "
-        f"{rate:6.0f} frames/s  left {int(left // 60)}:{int(left % 60):02d}{extra}",
+        f"{rate:6.0f} frames/s  left {time_left(run.seconds, run.step, run.config.max_steps)}{extra}",
         flush=True,
     )
 

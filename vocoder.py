@@ -70,12 +70,11 @@ import audio
 import checkpoint
 import fetch
 import judges
-from corpora import SPEECH, DataError
-from evaluate import load_recogniser, read_waves, score_fad, score_wer, vocoded
+from corpora import DataError
+from evaluate import load_recogniser, read_waves, score, vocoded
 from model import count_parameters, pick_device, precision
-from sample import first_of_each_domain
-from shards import Dataset, write_json
-from train import Log, make_optimiser, same_settings, update
+from shards import Dataset, first_of_each_domain, write_json
+from train import Log, make_optimiser, same_settings, time_left, update
 
 STFT_SIZES = (512, 1024, 2048)  # each with a hop of a quarter
 MAY_DIFFER = "out_dir data_dir device dtype log_every save_every asr fad_model".split()
@@ -183,9 +182,9 @@ def train(args: VocoderArgs) -> tuple[nn.Module, bool]:
         if step % args.log_every == 0 or step == args.max_steps:
             seconds, since = seconds + time.time() - since, time.time()
             log.row(step=step, seconds=seconds, **numbers)
-            left, shown = seconds / step * (args.max_steps - step), ("loss", "mel", "convergence", "magnitude")
-            losses = "  ".join(f"{k} {numbers[k]:.3f}" for k in shown)
-            print(f"step {step:6d}/{args.max_steps}  {losses}  left {int(left // 60)}:{int(left % 60):02d}", flush=True)
+            losses = "  ".join(f"{k} {numbers[k]:.3f}" for k in ("loss", "mel", "convergence", "magnitude"))
+            left = time_left(seconds, step, args.max_steps)
+            print(f"step {step:6d}/{args.max_steps}  {losses}  left {left}", flush=True)
         if step % args.save_every == 0:
             save()
     save()
@@ -202,16 +201,9 @@ def compare(args: VocoderArgs, n: int = 200) -> dict:
         start = time.time()
         waves[name] = vocoded(held, ids, audio.load_vocoder(name, device), floor)
         print(f"{name}: {(time.time() - start) / (sum(map(len, waves[name])) / audio.SAMPLE_RATE):.3f} of real time")
-    domain, judge = held.index["domain"][ids], judges.load_judge(args.fad_model, "", device)
-    speech = ids[domain == SPEECH].tolist()
-    own = {name: [w for w, d in zip(ws, domain, strict=True) if d == SPEECH] for name, ws in waves.items()}
-    texts = [held.name_and_text(i)[1] for i in speech]
-    result = {"wer": score_wer(own, texts, speech, load_recogniser(args.asr, device)), "fad": {"model": args.fad_model}}
-    for d, name in enumerate(DOMAINS):
-        kept = [i for i in np.flatnonzero(reference.index["domain"] == d) if reference.wav_path(i).exists()]
-        own = {system: [w for w, e in zip(ws, domain, strict=True) if e == d] for system, ws in waves.items()}
-        result["fad"][name] = score_fad(own, read_waves(reference, np.array(kept)), judge)
-    return result
+    judge, recogniser = judges.load_judge(args.fad_model, "", device), load_recogniser(args.asr, device)
+    wer, fad = score(waves, held, ids, reference, recogniser, judge)
+    return {"wer": wer, "fad": {"model": args.fad_model} | fad}
 
 
 def table(result: dict, systems: list[str]) -> str:
