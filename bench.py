@@ -41,6 +41,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ import evaluate
 import judges
 import shards
 import train
-from model import count_parameters, flops_per_frame, noised, pick_device, precision, sample
+from model import attend, count_parameters, flops_per_frame, noised, pick_device, precision, sample
 
 # dense bfloat16 peak in FLOP/s, by a part of the GPU's name (the makers' data sheets)
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
@@ -218,6 +219,22 @@ def compile_row(b: Bench) -> Iterator[Measure]:
     first = seconds(step, b.device)
     yield "torch.compile of the blocks: the first step", lambda: first, "s"
     yield "training step, compiled / not", b.ratio(step, plain), "times"
+
+
+def attention_row(b: Bench) -> Iterator[Measure]:
+    """model.attend in bfloat16, with backward at a training step's shape, without at a guided 10 s clip's."""
+    heads, width = b.args.n_head, b.args.n_embd // b.args.n_head
+    for B, T, learn in ((len(b.batch().frames), b.args.clip_frames, True), (2, int(10 * audio.FRAME_RATE), False)):
+        qkv = torch.randn(3, B, heads, T, width, device=b.device, dtype=torch.bfloat16, requires_grad=learn)
+
+        def work(attention: Callable, qkv=qkv, learn=learn) -> None:
+            y = attention(*qkv, None)
+            if learn:
+                y.backward(qkv[0].detach())
+
+        ours, torchs = partial(work, attend), partial(work, torch.nn.functional.scaled_dot_product_attention)
+        name = f"attention of {B} x {T} frames in bfloat16{', with backward' if learn else ''}, ours / torch's"
+        yield name, b.ratio(ours, torchs), "times"
 
 
 def align_row(b: Bench) -> Iterator[Measure]:
@@ -522,8 +539,8 @@ def help_row(b: Bench) -> Iterator[Measure]:
 
 
 ROWS = (
-    step_row, peer_row, compile_row, align_row, teacher_row, memory_row, growth_row, foga_row, scaling_row,
-    sampling_row, sampler_row, judge_row, decode_row, dataset_row, padding_row, loader_row, help_row,
+    step_row, peer_row, compile_row, attention_row, align_row, teacher_row, memory_row, growth_row, foga_row,
+    scaling_row, sampling_row, sampler_row, judge_row, decode_row, dataset_row, padding_row, loader_row, help_row,
 )  # fmt: skip
 
 

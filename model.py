@@ -87,17 +87,33 @@ def stretch(x: torch.Tensor, lengths: torch.Tensor, frames: torch.Tensor, T: int
 
 
 def rotary_table(T: int, dim: int, device, dtype) -> torch.Tensor:
-    """cos and sin of rotary positions, (2, T, dim), halves convention."""
+    """cos and sin of rotary positions, (2, T, dim), halves convention; the first half's sin is negated for rotate()."""
     inverse = 10000 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
     angle = torch.arange(T, device=device, dtype=torch.float64)[:, None] * inverse  # (T, dim / 2)
-    angle = torch.cat([angle, angle], dim=-1)
-    return torch.stack([angle.cos(), angle.sin()]).to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)]).to(dtype)
 
 
 def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Halves (a, b) of the last axis -> (a cos - b sin, b cos + a sin)."""
     cos, sin = rotary.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """softmax(q k' / sqrt(d)) v over (B, H, T, d), without the keys outside `mask`. torch's fused kernel multiplies in
+    float32 on CPUs, so there bfloat16 goes through the plain formula, for as many heads at a time as fit the cache."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    B, H, T, d = q.shape
+    bias = q.new_zeros(B, H, 1, T)
+    if mask is not None:
+        bias = bias.masked_fill(~mask, -math.inf)
+    heads = B * H if torch.compiler.is_compiling() else max(1, 2**21 // T**2)
+    parts = zip(*(x.flatten(0, 1).split(heads) for x in (q, k, v, bias)), strict=True)
+    outputs = [torch.baddbmm(b, q, k.mT, alpha=d**-0.5).softmax(-1) @ v for q, k, v, b in parts]
+    return torch.cat(outputs).view(B, H, T, d)
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -121,12 +137,12 @@ class Block(nn.Module):
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D / H)
         q, k = rotate(q, context.rotary), rotate(k, context.rotary)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask)
+        y = attend(q, k, v, context.mask)
         y = self.attn_out(y.transpose(1, 2).reshape(B, T, D))
         return F.dropout(y, self.dropout, self.training)
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.dropout(F.gelu(self.ff_in(x), approximate="tanh"), self.dropout, self.training)
+        x = F.dropout(F.gelu(self.ff_in(x)), self.dropout, self.training)
         return self.ff_out(x)
 
     def forward(self, h: torch.Tensor, context: Context, gate: float = 1.0) -> torch.Tensor:
@@ -149,7 +165,7 @@ class LocalPosition(nn.Module):
 
     def forward(self, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         h = h * mask[..., None]  # so that a padded neighbour is the same as the edge of the clip
-        return h + F.gelu(self.conv(h.transpose(1, 2)).transpose(1, 2), approximate="tanh")
+        return h + F.gelu(self.conv(h.transpose(1, 2)).transpose(1, 2))
 
 
 class FlowModel(nn.Module):
