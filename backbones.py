@@ -2,6 +2,7 @@
 
     pip install --no-deps -r requirements-backbones.txt
     python probe.py --backbone f5tts --random_init
+    python probe.py --backbone f5tts --weights F5TTS_v1_Base/model_1250000.safetensors
     python train.py config/f5tts_demo.py
 
 The packages are used as they were published. What is ours: a token table where they have none, the mel's statistics,
@@ -15,18 +16,23 @@ B clips, T frames, M mel bins, D width, L layers.
 
 import contextlib
 import copy
-import importlib
+import importlib.resources
+import pickle
 import sys
 import types
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import audio
 import model
+import shards
 from model import Condition, FlowModel, Shape
 
 INSTALL = "pip install --no-deps -r requirements-backbones.txt"
@@ -136,8 +142,11 @@ class F5TTS(Backbone):
         s = self.shape
         dit = package(self.name, "f5_tts.model.backbones.dit").DiT
         size = {"dim": s.n_embd, "depth": s.n_layer, "heads": s.n_head, "dim_head": s.n_embd // s.n_head}
-        codes = {"text_num_embeds": sum(s.codes), "text_dim": s.n_embd, "mel_dim": s.n_mels}
-        return dit(**size, **codes, ff_mult=s.ff_mult, dropout=s.dropout, attn_mask_enabled=True)
+        size |= {"ff_mult": s.ff_mult, "mel_dim": s.n_mels, "dropout": s.dropout, "attn_mask_enabled": True}
+        return dit(**size, **self.text())
+
+    def text(self) -> dict:
+        return {"text_num_embeds": sum(self.shape.codes), "text_dim": self.shape.n_embd}
 
     def __init__(self, shape: Shape):
         super().__init__(shape)
@@ -153,7 +162,8 @@ class F5TTS(Backbone):
 
     def run(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         text = torch.zeros(len(x_t), 1, dtype=torch.long, device=x_t.device)
-        with held([self.net.text_embed.register_forward_hook(lambda module, args, out: cond.tokens)]):
+        given = cond.tokens[..., : self.text()["text_dim"]]
+        with held([self.net.text_embed.register_forward_hook(lambda module, args, out: given)]):
             return self.net(x_t, cond.prompt, text, t, mask=cond.mask)
 
     def readers(self, states: list, T: int) -> list[torch.utils.hooks.RemovableHandle]:
@@ -181,6 +191,43 @@ class F5TTS(Backbone):
         with held(handles):
             v = self.run(x_t, t, cond).unflatten(0, (len(blocks) + 1, B))
         return (v * cond.mask[..., None]).float()
+
+
+class PublishedF5TTS(F5TTS):
+    """F5-TTS v1 with its published weights. It reads the characters of a clip's text through its own text layers, so a
+    batch goes through `spell` first; it was trained with noise of spread 1 on mels without statistics."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], teachers: Sequence[tuple[str, int]]):
+        def count(name: str) -> int:
+            return len({key.split(".")[name.count(".") + 1] for key in weights if key.startswith(f"{name}.")})
+
+        rows, self.text_dim = weights["text_embed.text_embed.weight"].shape
+        self.text_layers = count("text_embed.text_blocks")
+        hidden, D = weights["transformer_blocks.0.ff.ff.0.0.weight"].shape
+        size = {"n_layer": count("transformer_blocks"), "n_head": D // 64, "n_embd": D, "ff_mult": hidden // D}
+        super().__init__(Shape(**size, dropout=0.0, codes=(rows - 1,), teachers=tuple(teachers)))
+        self.net.load_state_dict(weights)
+
+    def text(self) -> dict:
+        return {"text_num_embeds": sum(self.shape.codes), "text_dim": self.text_dim, "conv_layers": self.text_layers}
+
+    def spell(self, batch: shards.Batch, texts: Sequence[str]) -> shards.Batch:
+        """The batch with each clip's characters, pinyin for Chinese, by the package's vocabulary as its tokens."""
+        utils = package(self.name, "f5_tts.model.utils")
+        vocabulary = importlib.resources.files("f5_tts") / "infer/examples/vocab.txt"
+        table, size = utils.get_tokenizer(str(vocabulary), "custom")
+        if size != sum(self.shape.codes):
+            raise ValueError(f"the weights have {sum(self.shape.codes)} characters, f5-tts's vocabulary has {size}")
+        tokens = utils.list_str_to_idx(utils.convert_char_to_pinyin(list(texts)), table)  # (B, N), -1 on padding
+        return replace(batch, tokens=tokens.to(batch.mel.device), token_len=(tokens >= 0).sum(1).to(batch.mel.device))
+
+    def tokens_at_frames(self, batch: shards.Batch) -> torch.Tensor:
+        """Its text embedding, with zeros up to width D: a character a frame, then fillers, as it was trained. A clip at
+        a time, because its text layers' normalisation over time would count padding."""
+        e = batch.mel.new_zeros(*batch.mel.shape[:2], self.shape.n_embd)
+        for b, n in enumerate(batch.frames.tolist()):
+            e[b, :n, : self.text_dim] = self.net.text_embed(batch.tokens[b : b + 1], seq_len=n)[0]
+        return e
 
 
 class Voicebox(Backbone):
@@ -337,6 +384,27 @@ def package(name: str, module: str) -> types.ModuleType:
 def build(name: str, shape: Shape) -> FlowModel:
     """The model called `name`, our own for "". Raises ValueError for one whose package is not installed."""
     return BACKBONES[name](shape) if name else model.DiT(shape)
+
+
+def published(name: str, path: str, teachers: Sequence[tuple[str, int]]) -> PublishedF5TTS:
+    """The backbone with the weights that its project publishes. Raises ValueError for a file that is not that, and for
+    projects whose weights do not fit our mel."""
+    if not name:
+        raise ValueError("weights are read into a published model: say which, --backbone=f5tts")
+    if name != "f5tts":
+        reason = "its project publishes none" if name == "voicebox" else "they are for 80-bin mels at 22.05 kHz"
+        raise ValueError(f"weights of backbone {name!r} cannot be used: {reason}; backbone f5tts has weights that can")
+    try:
+        if Path(path).suffix == ".safetensors":
+            tensors = safetensors.torch.load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)["ema_model_state_dict"]
+        own = {k.split("transformer.", 1)[1]: v.float() for k, v in tensors.items() if "transformer." in k}
+        return PublishedF5TTS(own, teachers)
+    except FileNotFoundError:
+        raise ValueError(f"weights={path}: no such file") from None
+    except (KeyError, RuntimeError, safetensors.SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"weights={path} are not F5-TTS v1's: {' '.join(str(error).split())[:200]}") from error
 
 
 def load_model(state: dict, ema: bool = True, device: str = "cpu") -> FlowModel:

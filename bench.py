@@ -269,9 +269,9 @@ def teacher_row(b: Bench) -> Iterator[Measure]:
 
 def memory_row(b: Bench) -> Iterator[Measure]:
     """Bytes that autograd keeps for the backward pass of a step, weights left out."""
-    batch = b.batch()
+    batch, T = b.batch(), b.args.clip_frames
 
-    def kept(again: bool) -> float:
+    def kept(again: bool, batch: shards.Batch = batch) -> float:
         run, total, seen = b.run(align="none", checkpoint_activations=again), 0, set()
         weights = {p.untyped_storage().data_ptr() for p in run.objective.parameters()}
 
@@ -289,7 +289,9 @@ def memory_row(b: Bench) -> Iterator[Measure]:
         return total / int(batch.frames.sum()) / 1024
 
     yield "activations kept for backward, per frame", lambda: kept(False), "KiB"
-    yield "the same with checkpoint_activations", lambda: kept(True), "KiB"
+    longer = np.log2(2 * kept(False, b.batch(1, 2 * T)) / kept(False, b.batch(1, T)))
+    yield "growth of memory with frames of a clip", lambda: longer, "exponent"
+    yield "kept per frame with checkpoint_activations", lambda: kept(True), "KiB"
     again, plain = b.run(align="none", checkpoint_activations=True), b.run(align="none")
     yield "step with checkpoint_activations / without", b.ratio(b.step(plain, batch), b.step(again, batch)), "times"
     if b.device.startswith("cuda"):
@@ -436,7 +438,7 @@ def sqrtm_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def decode_row(b: Bench) -> Iterator[Measure]:
-    """What preparation does to a LibriSpeech clip before any network: read flac, resample twice, log-mel, one core."""
+    """Preparation of LibriSpeech-like clips: read flac, resample twice, log-mel on one core; then with the networks."""
     path, length = b.folder / "a.flac", 15.0
     soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, int(16000 * length)), 16000)
     clip = corpora.Clip("a.flac", path, "text", corpora.SPEECH, "g")
@@ -453,6 +455,16 @@ def decode_row(b: Bench) -> Iterator[Measure]:
         return clips * length / spent
 
     yield "decode + resample + mel of 16 kHz flac, one core", measure, "times real time"
+    networks = data.Networks(replace(Config(), whisper="demo", audio_teacher="demo", device=b.device))
+
+    def prepare(clips: int) -> None:
+        own, _ = data.decode_all([clip] * clips, networks)
+        networks.encode(corpora.SPEECH, own), networks.styles(corpora.SPEECH, own)
+
+    def growth() -> float:
+        return np.log2(seconds(lambda: prepare(8)) / seconds(lambda: prepare(4)))
+
+    yield "growth of preparation with clips (demo's networks)", growth, "exponent"
 
 
 def large_dataset(folder: Path, clips: int) -> shards.Dataset:

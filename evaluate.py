@@ -71,7 +71,7 @@ import fetch
 import judges
 import report
 from backbones import load_model
-from corpora import SPEECH
+from corpora import SPEECH, DataError
 from lm import Sampling
 from model import pick_device
 from report import read_csv
@@ -381,5 +381,5 @@ def main(args: EvalArgs) -> None:
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except (checkpoint.CheckpointError, FileNotFoundError, fetch.FetchError, ValueError) as error:
+    except (checkpoint.CheckpointError, DataError, FileNotFoundError, fetch.FetchError, ValueError) as error:
         sys.exit(f"evaluate.py: {error}")

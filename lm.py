@@ -96,7 +96,7 @@ import shards
 import tokenizer
 from corpora import SPEECH, DataError
 from model import count_parameters
-from train import Finite, Log, Machine, make_optimiser, same_settings, set_up, time_left, update
+from train import Finite, Log, Machine, make_optimiser, same_data, same_settings, set_up, time_left, update
 
 STYLES = 16  # style placeholders, and time segments of the reference
 MAY_DIFFER = "out_dir data_dir device dtype log_every eval_every eval_clips save_every".split()
@@ -401,6 +401,7 @@ class Run:
     lm: LM
     optimiser: torch.optim.Optimizer
     rates: list[int]  # tokens per second of each domain
+    data: str  # identity of the prepared folder
     step: int = 0
     seconds: float = 0.0
 
@@ -410,6 +411,7 @@ class Run:
             "net": json.loads(self.lm.net.config.to_json_string(use_diff=False)),
             "vocabulary": asdict(self.lm.vocabulary),
             "rates": self.rates,
+            "data": self.data,
             "model": self.lm.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
@@ -454,7 +456,7 @@ def new_run(config: LMConfig, dataset: shards.Dataset, machine: Machine) -> Run:
     lm.style_scale.copy_(1 / torch.from_numpy(sample).flatten(0, 1).std(0).clamp_min(1e-4))
     lm.dropout, lm.code_noise = config.dropout, config.code_noise
     lm.to(machine.device)
-    return Run(config, lm, make_optimiser(lm, config), dataset.rates)
+    return Run(config, lm, make_optimiser(lm, config), dataset.rates, shards.identity(dataset.meta))
 
 
 def save(run: Run) -> None:
@@ -462,9 +464,10 @@ def save(run: Run) -> None:
 
 
 def restore(run: Run, path: Path) -> None:
-    """Loads ckpt.pt into `run`. Raises CheckpointError when it was made with incompatible settings."""
+    """Loads ckpt.pt into `run`. Raises CheckpointError when it was made with incompatible settings or other data."""
     state, used = checkpoint.load(path, set_aside=True)
     same_settings(run.config, state["config"], MAY_DIFFER, used)
+    same_data(run, state, used)
     run.lm.load_state_dict(state["model"])
     run.optimiser.load_state_dict(state["optimiser"])
     run.step, run.seconds = state["step"], state["seconds"]
@@ -500,10 +503,10 @@ def split(batch: Sequences, size: int) -> list[Sequences]:
 
 def train(config: LMConfig, machine: Machine) -> Run:
     """Trains to max_steps or to a signal; returns the run. Rank 0 alone prints and writes."""
-    if not (Path(config.data_dir) / "meta.json").exists():
-        raise DataError(f"data_dir={config.data_dir} is not prepared; python data.py CONFIG makes it")
     dataset, held_out = (shards.Dataset(config.data_dir, split) for split in ("train", "held_out"))
     run, out_dir, encode = new_run(config, dataset, machine), Path(config.out_dir), text_encoder(config)
+    if machine.rank == 0:
+        checkpoint.sweep(out_dir)
     if checkpoint.exists(out_dir / "ckpt.pt"):
         restore(run, out_dir / "ckpt.pt")
     corpus = Corpus(dataset, run.lm.vocabulary, encode)

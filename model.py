@@ -226,18 +226,21 @@ class FlowModel(nn.Module):
             return self.pair(torch.cat([e, second], dim=-1)), batch.token_len
         return torch.stack([e, second], dim=2).flatten(1, 2), 2 * batch.token_len  # p1, b1, p2, b2, ... (eq. 15)
 
+    def tokens_at_frames(self, batch) -> torch.Tensor:
+        """The tokens' embedding at the mel's rate, (B, T, D)."""
+        e, lengths = self.embed_tokens(batch)
+        return stretch(e, lengths, batch.frames, batch.mel.shape[1])
+
     def embed_condition(self, batch, drop: float = 0.0) -> Condition:
         """c of eq. 21 from a data.Batch; with probability `drop` a clip loses its whole condition, for guidance.
 
         The embedding keeps its gradient, so L_BiTC and L_FM both train the token tables.
         """
-        T = batch.mel.shape[1]
-        j = torch.arange(T, device=batch.mel.device)
+        j = torch.arange(batch.mel.shape[1], device=batch.mel.device)
         mask = j < batch.frames[:, None]  # (B, T)
-        e, lengths = self.embed_tokens(batch)
         kept = torch.rand(len(batch.frames), device=mask.device) >= drop
         keep = kept[:, None, None]
-        tokens = stretch(e, lengths, batch.frames, T) * (mask[..., None] & keep)
+        tokens = self.tokens_at_frames(batch) * (mask[..., None] & keep)
         prompt = self.normalise(batch.mel) * ((j < batch.prompt[:, None])[..., None] & keep)
         return Condition(tokens, prompt, mask, kept)
 

@@ -4,6 +4,7 @@
     python probe.py --ckpt out/demo/ckpt.pt --clips=32 --control=false
     python probe.py --ckpt out/demo/warmup.pt out/demo/ckpt.pt      # does the ranking last? (the paper's table 7)
     python probe.py --backbone f5tts --random_init         # another's published model, see backbones.py
+    python probe.py --backbone f5tts --weights model_1250000.safetensors    # with its published weights
 
 Store: s_T(l) = cos(P_T z_l, e_T), one frozen projection for all depths (eq. 4, 6). Contribute: the relative change of
 the velocity when a layer's gate is set to 0 (eq. 8-9). Every attribution is shown beside a random-init control of the
@@ -26,14 +27,15 @@ class ProbeArgs:
     ckpt: tuple[str, ...] = ("out/demo/ckpt.pt",)  # a checkpoint of train.py; several: how far their rankings agree
     random_init: bool = False  # probe a model with random weights, of the sizes below, instead of a checkpoint
     backbone: Literal["", "f5tts", "voicebox", "cosyvoice", "matcha"] = ""  # another's published model; empty: ours
-    n_layer: int = 8  # its layers
-    n_head: int = 4  # its attention heads
-    n_embd: int = 256  # its width
+    weights: str = ""  # the backbone's published weights, a .safetensors or .pt, instead of a checkpoint
+    n_layer: int = 8  # layers with random_init
+    n_head: int = 4  # attention heads with it
+    n_embd: int = 256  # width with it
     data_dir: str = ""  # prepared data; empty: the one the checkpoint was trained on, or data/demo
     split: Literal["train", "held_out"] = "train"  # which clips
     clips: int = 8  # clips per domain
     times: int = 8  # points of the t grid
-    frames: int = 300  # clips are cut to this
+    frames: int = 300  # clips are cut to this; not with published weights, which read whole sentences
     top_k: int = 3  # layers in a Top-K
     seed: int = 0  # draws the clips and the noise
     control: bool = True  # also probe a random-init copy
@@ -59,12 +61,14 @@ import scipy.stats
 import torch
 
 import checkpoint
-from backbones import build, load_model
+from backbones import build, load_model, published
+from corpora import DataError
 from model import FlowModel, Selection, Shape, cosine, descriptors, masked_mse, noised, pick_device, precision
 from shards import Batch, Dataset, fixed_batch, read_meta, write_json
 
 EPS = 1e-8  # of eq. 9
 SWEEP_FRAMES = 40_000  # clips x frames x (L + 1) of one growing batch, which bounds its memory
+WHOLE = 10**9  # frames: no clip is cut
 
 
 def time_points(n: int) -> torch.Tensor:
@@ -438,29 +442,31 @@ def cost(result: dict, model: FlowModel, state: dict) -> str:
     )
 
 
-def random_state(args: ProbeArgs) -> tuple[FlowModel, dict, Path]:
-    """A model with random weights for the prepared data, what a checkpoint would say of it, and where its ckpt.pt would
-    be. Raises ValueError when the data are not prepared."""
+def without_checkpoint(args: ProbeArgs) -> tuple[FlowModel, dict, Path]:
+    """A model with random or published weights for the prepared data, what a checkpoint would say of it, and where its
+    ckpt.pt would be. Raises DataError when the data are not prepared."""
     data_dir = args.data_dir or "data/demo"
-    if not (Path(data_dir) / "meta.json").exists():
-        raise ValueError(f"data_dir={data_dir} is not prepared; python data.py CONFIG makes it")
-    meta = read_meta(data_dir)
-    codes = tuple(meta["prepared_with"][f"{name}_codes"] for name in DOMAINS)
-    second = 1024 if meta["streams"] > 1 else 0
-    size = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "dropout": 0.0}
-    model = build(args.backbone, Shape(**size, codes=codes, second_codes=second, teachers=tuple(meta["teachers"])))
-    with probing(model, args.seed):
-        model.randomise()
-    model.mel_mean.copy_(torch.tensor(meta["mel_mean"])), model.mel_std.copy_(torch.tensor(meta["mel_std"]))
-    about = {"config": {**size, "data_dir": data_dir, "sigma": 0.5}, "selection": [{}, {}], "step": 0}
-    name = f"{args.backbone or 'dit'}_random"
-    return model, about | {"probes": [], "seconds": 0.0}, Path("out") / name / "ckpt.pt"
+    meta, name, sigma = read_meta(data_dir), args.backbone or "dit", 0.5
+    teachers = tuple((teacher, width) for teacher, width in meta["teachers"])
+    if args.weights:
+        model, out, sigma = published(args.backbone, args.weights, teachers), f"{name}_published", 1.0
+    else:
+        codes = tuple(meta["prepared_with"][f"{domain}_codes"] for domain in DOMAINS)
+        size = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "dropout": 0.0}
+        second = 1024 if meta["streams"] > 1 else 0
+        model = build(args.backbone, Shape(**size, codes=codes, second_codes=second, teachers=teachers))
+        with probing(model, args.seed):
+            model.randomise()
+        model.mel_mean.copy_(torch.tensor(meta["mel_mean"])), model.mel_std.copy_(torch.tensor(meta["mel_std"]))
+        out = f"{name}_random"
+    about = {"config": {"data_dir": data_dir, "sigma": sigma}, "selection": [{}, {}], "probes": [], "seconds": 0.0}
+    return model, about, Path("out") / out / "ckpt.pt"
 
 
 def opened(args: ProbeArgs, device: str) -> list[tuple[FlowModel, dict, Path]]:
     """The models to probe, each with its checkpoint's state and file."""
-    if args.random_init:
-        model, state, path = random_state(args)
+    if args.random_init or args.weights:
+        model, state, path = without_checkpoint(args)
         return [(model.to(device).eval(), state, path)]
     states = [checkpoint.load(path) for path in args.ckpt]
     if len({state["config"]["n_layer"] for state, _ in states}) > 1:
@@ -477,7 +483,9 @@ def main(args: ProbeArgs) -> None:
     device, results = pick_device(args.device), {}
     models = opened(args, device)
     dataset = Dataset(args.data_dir or models[0][1]["config"]["data_dir"], args.split)
-    batch = fixed_batch(dataset, args.clips, args.seed, args.frames).to(device)
+    batch = fixed_batch(dataset, args.clips, args.seed, WHOLE if args.weights else args.frames).to(device)
+    if args.weights:
+        batch = models[0][0].spell(batch, [dataset.name_and_text(i)[1] for i in batch.ids.tolist()])
     for model, state, used in models:
         run = state["config"]
         with precision(device, args.dtype):
@@ -494,7 +502,12 @@ def main(args: ProbeArgs) -> None:
         with precision(device, args.dtype):
             control = control_scores(model, batch, args.times, run["sigma"], args.seed)
     report(out_dir, result, control, state["selection"])
-    what = f"{args.backbone or 'our model'}, random weights" if args.random_init else f"{used}, step {state['step']}"
+    if args.weights:
+        what = f"{args.weights}; LASP through a projection that was never trained"
+    elif args.random_init:
+        what = f"{args.backbone or 'our model'}, random weights"
+    else:
+        what = f"{used}, step {state['step']}"
     print(f"{what}; t on {args.times} points; * aligned in training; [95 % interval over clips]")
     print(table(result, control, state["selection"]))
     print(cost(result, model, state))
@@ -504,5 +517,5 @@ def main(args: ProbeArgs) -> None:
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except (checkpoint.CheckpointError, FileNotFoundError, ValueError) as error:
+    except (checkpoint.CheckpointError, DataError, FileNotFoundError, ValueError) as error:
         sys.exit(f"probe.py: {error}")

@@ -291,7 +291,11 @@ def token_span(first: int, frames: int, rate: int, tokens: int) -> tuple[int, in
 
 
 def read_meta(data_dir: str | Path) -> dict:
-    return json.loads((Path(data_dir) / "meta.json").read_text())
+    """What a finished preparation says of itself. Raises DataError for a folder that is none."""
+    try:
+        return json.loads((Path(data_dir) / "meta.json").read_text())
+    except FileNotFoundError:
+        raise DataError(f"data_dir={data_dir} is not prepared; python data.py CONFIG makes it") from None
 
 
 def identity(meta: dict) -> str:

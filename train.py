@@ -327,11 +327,7 @@ def restore(run: Run, path: Path) -> None:
     """Loads ckpt.pt or warmup.pt into `run`. Raises CheckpointError when it was made with incompatible settings."""
     state, used = checkpoint.load(path, set_aside=path.parent == Path(run.config.out_dir))
     same_settings(run.config, state["config"], MAY_DIFFER + ([] if state["selected"] else BRANCH_MAY_DIFFER), used)
-    if state["data"] != run.data:
-        raise checkpoint.CheckpointError(
-            f"{used} was trained on another preparation than {run.config.data_dir} holds now; pass its --data_dir, or "
-            f"--out_dir=ANOTHER_FOLDER to start anew"
-        )
+    same_data(run, state, used)
     run.objective.model.load_state_dict(state["model"])
     run.ema.load_state_dict(state["ema"])
     run.step, run.probes, run.seconds = state["step"], state["probes"], state["seconds"]
@@ -349,6 +345,15 @@ def same_settings(config, theirs: dict, may_differ: list[str], used: Path) -> No
     if changed:
         raise checkpoint.CheckpointError(
             f"{used} was made with other settings ({'; '.join(changed)}); pass --out_dir=ANOTHER_FOLDER or undo them"
+        )
+
+
+def same_data(run, state: dict, used: Path) -> None:
+    """Raises CheckpointError when the checkpoint `used` was trained on another preparation than `run`'s."""
+    if state["data"] != run.data:
+        raise checkpoint.CheckpointError(
+            f"{used} was trained on another preparation than {run.config.data_dir} holds now; pass its --data_dir, or "
+            f"--out_dir=ANOTHER_FOLDER to start anew"
         )
 
 

@@ -218,8 +218,6 @@ def table(result: dict, systems: list[str]) -> str:
 
 def main(args: VocoderArgs) -> int:
     out_dir = Path(args.out_dir)
-    if not (Path(args.data_dir) / "meta.json").exists():
-        raise DataError(f"data_dir={args.data_dir} is not prepared; python data.py CONFIG makes it")
     vocos, finished = train(args)
     if not finished:
         print(f"stopped, saved in {out_dir / 'ckpt.pt'}; the same command continues")

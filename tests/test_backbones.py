@@ -3,10 +3,12 @@ hidden states, padding, and a whole probe-then-intervene run. Skipped where a pa
 
 import copy
 import importlib.util
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn as nn
 
@@ -163,6 +165,77 @@ def test_probe_then_intervene(name, tiny_config, tmp_path):
     batch = shards.fixed_batch(shards.Dataset(config.data_dir, "train"), 2, 0, 60)
     result = probe.probe(loaded, batch, 2, 0.5)
     assert len(result["speech"]["foga"]) == 8
+
+
+@pytest.fixture
+def published_f5(tmp_path) -> tuple[nn.Module, Path]:
+    """A small network of F5-TTS v1's kind, and its file in the layout of the published ones."""
+    pytest.importorskip("f5_tts")
+    dit = backbones.package("f5tts", "f5_tts.model.backbones.dit").DiT
+    size = {"dim": 128, "depth": 3, "heads": 2, "dim_head": 64, "ff_mult": 2, "text_dim": 48, "conv_layers": 2}
+    net = dit(**size, text_num_embeds=2545, text_mask_padding=True, dropout=0.1).eval()
+    for p in net.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.1)
+    other = {
+        "initted": torch.tensor(True),
+        "step": torch.tensor(7),
+        "ema_model.mel_spec.mel_stft.window": torch.ones(3),
+    }
+    own = {f"ema_model.transformer.{k}": v.contiguous() for k, v in net.state_dict().items()}
+    safetensors.torch.save_file(own | other, tmp_path / "f5.safetensors")
+    torch.save({"ema_model_state_dict": own | other}, tmp_path / "f5.pt")
+    return net, tmp_path
+
+
+@torch.no_grad()
+def test_published_weights_are_the_published_network(published_f5, batch):
+    """Both file formats, against the network itself called on each clip alone, with its text as characters."""
+    net, folder = published_f5
+    texts = ["please hold", "a very long text that has many more characters than the clip has frames, " * 2, "", "Ok!"]
+    utils = backbones.package("f5tts", "f5_tts.model.utils")
+    vocabulary = Path(utils.__file__).parents[1] / "infer" / "examples" / "vocab.txt"
+    place = {line.removesuffix("\n"): i for i, line in enumerate(vocabulary.open(encoding="utf-8"))}
+    for file in ("f5.safetensors", "f5.pt"):
+        model = backbones.published("f5tts", str(folder / file), (("whisper", 12), ("aisfx", 10))).eval()
+        spelt = model.spell(batch, texts)
+        cond = model.embed_condition(spelt)
+        x_t, t = torch.randn(batch.mel.shape), torch.linspace(0.1, 0.9, len(texts))
+        v = model.velocity(x_t, t, cond)
+        for i, n in enumerate(batch.frames.tolist()):
+            text = torch.tensor([[place.get(c, 0) for c in texts[i]]], dtype=torch.long)
+            prompt = batch.mel[i : i + 1, :n] * (torch.arange(n) < batch.prompt[i])[None, :, None]
+            alone = net(x_t[i : i + 1, :n], prompt, text, t[i : i + 1])
+            torch.testing.assert_close(v[i : i + 1, :n], alone, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(model.normalise(batch.mel), batch.mel.clamp_min(math.log(1e-5)), atol=1e-4, rtol=0)
+        naive = backbones.FlowModel.ablated(model, x_t, t, cond)
+        torch.testing.assert_close(model.ablated(x_t, t, cond), naive, atol=1e-4, rtol=1e-3)
+
+
+def test_published_weights_are_probed(published_f5, tiny_config, tmp_path, capsys):
+    _, folder = published_f5
+    args = probe.ProbeArgs(
+        backbone="f5tts", weights=str(folder / "f5.safetensors"), data_dir=tiny_config.data_dir, clips=2, times=2,
+        out_dir=str(tmp_path / "probe"), device="cpu",
+    )  # fmt: skip
+    probe.main(args)
+    assert "f5.safetensors; LASP through a projection that was never trained" in capsys.readouterr().out
+    assert (tmp_path / "probe" / "probe.png").exists()
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"not a file of tensors")
+    safetensors.torch.save_file({"ema_model.transformer.x": torch.ones(2)}, tmp_path / "other.safetensors")
+    for name, file, what in (
+        ("f5tts", "none.safetensors", "none.safetensors: no such file"),
+        ("f5tts", "broken.safetensors", "broken.safetensors are not F5-TTS v1's"),
+        ("f5tts", "other.safetensors", "other.safetensors are not F5-TTS v1's: 'text_embed"),
+        ("matcha", "any", "80-bin mels at 22.05 kHz"),
+        ("voicebox", "any", "its project publishes none"),
+        ("", "any", "say which, --backbone=f5tts"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            backbones.published(name, str(tmp_path / file), ())
 
 
 def test_what_is_missing_is_named():

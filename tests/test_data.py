@@ -131,7 +131,7 @@ def test_ensure_prepared(tiny_config, monkeypatch):
         data.ensure_prepared(replace(tiny_config, speech_codes=17, mel_floor=-9.0))
     assert "speech_codes: 16 -> 17; mel_floor: -11.5129 -> -9.0" in str(error.value) and "\n" not in str(error.value)
     (Path(tiny_config.data_dir) / "meta.json").unlink()  # unfinished
-    with pytest.raises(FileNotFoundError):  # prepare does nothing here
+    with pytest.raises(DataError):  # prepare does nothing here
         data.ensure_prepared(tiny_config)
     assert calls == [tiny_config]
 
@@ -175,7 +175,7 @@ def test_an_interrupted_preparation_goes_on(tmp_path, speech_dir, audio_dir, mon
     other = replace(config, data_dir=str(tmp_path / "other"))
     with pytest.raises(KeyboardInterrupt):
         data.prepare(other)
-    with pytest.raises(FileNotFoundError):  # half-prepared: not for training
+    with pytest.raises(DataError):  # half-prepared: not for training
         shards.Dataset(other.data_dir, "train")
     data.ensure_prepared(other)
     assert len(calls) == len(set(calls)) + 1  # the shard that failed was done again, the first was not
