@@ -53,6 +53,7 @@ import corpora
 import data
 import evaluate
 import judges
+import loop
 import shards
 import train
 from model import attend, count_parameters, flops_per_frame, noised, pick_device, precision, sample
@@ -91,7 +92,7 @@ class Bench:
 
     def __init__(self, args: BenchArgs, folder: Path):
         self.args, self.folder, self.device = args, folder, pick_device(args.device)
-        self.machine = train.Machine(0, 1, self.device, args.dtype)
+        self.machine = loop.Machine(0, 1, self.device, args.dtype)
         self.codes = min(args.speech_codes, args.audio_codes, 1024)  # in every codebook
         demo = args.audio_teacher == "demo"
         self.teachers = [["whisper", 384], ["aisfx", 512]] if demo else [["whisper", 1280], ["beats", 768]]
@@ -191,7 +192,7 @@ def peer_row(b: Bench) -> Iterator[Measure]:
 
     name = f"F5-TTS's DiT ({count_parameters(f5) / 1e6:.0f} M) as it is"
     for dtype, fused in itertools.product(("bfloat16", "float32"), (False, True)):
-        machine, run = replace(b.machine, dtype=dtype), b.run(align="none", compile=fused)
+        machine, run = replace(b.machine, dtype=dtype), b.run(align="none", optimiser="adamw", compile=fused)
 
         def ours(run=run, machine=machine) -> None:
             train.train_step(run, run.objective, [batch], machine)
@@ -221,6 +222,12 @@ def compile_row(b: Bench) -> Iterator[Measure]:
     yield "training step, compiled / not", b.ratio(step, plain), "times"
 
 
+def optimiser_row(b: Bench) -> Iterator[Measure]:
+    batch = b.batch()
+    adamw, muon = (b.step(b.run(align="none", optimiser=name), batch) for name in ("adamw", "muon"))
+    yield "training step, Muon for the blocks' matrices / AdamW", b.ratio(adamw, muon), "times"
+
+
 def attention_row(b: Bench) -> Iterator[Measure]:
     """model.attend in bfloat16, with backward at a training step's shape, without at a guided 10 s clip's."""
     heads, width = b.args.n_head, b.args.n_embd // b.args.n_head
@@ -240,8 +247,7 @@ def attention_row(b: Bench) -> Iterator[Measure]:
 def align_row(b: Bench) -> Iterator[Measure]:
     batch, layers = b.batch(), tuple(range(1, 1 + min(3, b.args.n_layer)))
     aligned = b.run(align="fixed", align_layers=layers, weighting="equal")
-    aligned.objective.select([{l: [0.5] for l in layers} for _ in range(2)])
-    aligned.optimiser = train.make_optimiser(aligned.objective, aligned.config)
+    train.intervene(aligned, [{l: [0.5] for l in layers} for _ in range(2)])
     plain = b.run(align="none")
     cost = b.ratio(b.step(plain, batch), b.step(aligned, batch))
     yield "AG-REPA step (3 layers, cached teachers) / plain step", cost, "times"
@@ -551,8 +557,9 @@ def help_row(b: Bench) -> Iterator[Measure]:
 
 
 ROWS = (
-    step_row, peer_row, compile_row, attention_row, align_row, teacher_row, memory_row, growth_row, foga_row,
-    scaling_row, sampling_row, sampler_row, judge_row, decode_row, dataset_row, padding_row, loader_row, help_row,
+    step_row, peer_row, compile_row, optimiser_row, attention_row, align_row, teacher_row, memory_row, growth_row,
+    foga_row, scaling_row, sampling_row, sampler_row, judge_row, decode_row, dataset_row, padding_row, loader_row,
+    help_row,
 )  # fmt: skip
 
 

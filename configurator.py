@@ -80,6 +80,7 @@ class Config:
     batch_size: int = 64  # most clips of a batch
     accumulate: int = 1  # batches per step and rank, their gradients averaged
     crop_frames: int = 0  # longer clips are cropped to this at random, each time anew; 0: never
+    optimiser: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for everything else
     learning_rate: float = 1e-4  # peak of the one-cycle schedule
     lr_warmup: float = 0.1  # share of max_steps on the way up
     weight_decay: float = 0.1  # on matrices

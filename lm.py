@@ -95,8 +95,8 @@ import checkpoint
 import shards
 import tokenizer
 from corpora import SPEECH, DataError
+from loop import Finite, Log, Machine, make_optimiser, same_data, same_settings, set_up, time_left, update
 from model import count_parameters
-from train import Finite, Log, Machine, make_optimiser, same_data, same_settings, set_up, time_left, update
 
 STYLES = 16  # style placeholders, and time segments of the reference
 MAY_DIFFER = "out_dir data_dir device dtype log_every eval_every eval_clips save_every".split()

@@ -51,6 +51,7 @@ if __name__ == "__main__":
 
 import contextlib
 import copy
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,7 @@ from shards import Batch, Dataset, fixed_batch, read_meta, write_json
 
 EPS = 1e-8  # of eq. 9
 SWEEP_FRAMES = 40_000  # clips x frames x (L + 1) of one growing batch, which bounds its memory
+GRADIENT_BYTES = 4 * 2**30  # of clips' gradients held at once; more are computed in parts
 WHOLE = 10**9  # frames: no clip is cut
 
 
@@ -154,24 +156,28 @@ def gradient_products(model: FlowModel, batch: Batch, t_grid: Sequence[float], s
     """Inner products of the clips' gradients in each block, (G, L, B, B) float64, for squared errors summed over a
     clip's frames. Any batch drawn from these clips has a gradient norm that follows from them. Leaves .grad alone.
     """
-    products = torch.zeros(len(t_grid), len(model.blocks), len(batch.frames), len(batch.frames), dtype=torch.float64)
+    B, L = len(batch.frames), len(model.blocks)
+    products = torch.zeros(len(t_grid), L, B, B, dtype=torch.float64)
+    held = 4 * B * sum(p.numel() for p in model.blocks.parameters())  # bytes of all clips' gradients
+    parts = np.array_split(range(L), min(L, 1 + held // GRADIENT_BYTES))
     with probing(model, seed):
         with torch.no_grad():
             cond = model.embed_condition(batch)
-        for g, t in enumerate(t_grid):
+        for (g, t), layers in itertools.product(enumerate(t_grid), parts):
             torch.manual_seed(seed)
-            ts = batch.mel.new_full((len(batch.frames),), float(t))
+            ts = batch.mel.new_full((B,), float(t))
             x_t, target = noised(model, batch.mel, ts, sigma)
-            gradients = [[] for _ in model.blocks]
-            for b in range(len(ts)):
+            params = [list(model.blocks[l].parameters()) for l in layers]
+            gradients = [[] for _ in layers]
+            for b in range(B):
                 with torch.enable_grad():
                     own = cond.clips(torch.tensor([b], device=ts.device))
                     v = model.velocity(x_t[b : b + 1], ts[b : b + 1], own)
                     error = masked_mse(v, target[b : b + 1], own.mask) * batch.frames[b]
-                    grads = iter(torch.autograd.grad(error, list(model.blocks.parameters())))
-                for block, rows in zip(model.blocks, gradients, strict=True):
-                    rows.append(torch.cat([next(grads).flatten() for _ in block.parameters()]))
-            for l, rows in enumerate(gradients):
+                    grads = iter(torch.autograd.grad(error, [p for block in params for p in block]))
+                for block, rows in zip(params, gradients, strict=True):
+                    rows.append(torch.cat([next(grads).flatten() for _ in block]))
+            for l, rows in zip(layers, gradients, strict=True):
                 stacked = torch.stack(rows).double()  # (B, parameters of the block)
                 products[g, l] = (stacked @ stacked.T).cpu()
     return products

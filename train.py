@@ -19,14 +19,12 @@ if __name__ == "__main__":
 import collections
 import contextlib
 import copy
-import csv
 import json
 import math
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -42,6 +40,19 @@ import fetch
 import probe
 import shards
 import tokenizer
+from loop import (
+    Finite,
+    Log,
+    Machine,
+    Optimiser,
+    decay_groups,
+    make_optimiser,
+    same_data,
+    same_settings,
+    set_up,
+    time_left,
+    update,
+)
 from model import (
     AlignHeads,
     FlowModel,
@@ -51,11 +62,8 @@ from model import (
     flow_matching_loss,
     masked_mse,
     noised,
-    pick_device,
-    precision,
 )
 
-MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # t of the held-out loss
 COLUMNS = ("step", "phase", "loss", "fm", "bitc", "align", "grad_norm", "lr", "frames_per_s", "seconds")
 COLUMNS += tuple(f"held_out_{name}" for name in DOMAINS)
@@ -68,19 +76,6 @@ BRANCH_MAY_DIFFER = (
     "align align_layers align_head align_teacher timestep_adaptive refresh_every align_stop top_k weighting "
     "align_weight head_dim"
 ).split()
-
-
-@dataclass
-class Machine:
-    """Where this process runs among the others."""
-
-    rank: int
-    world: int
-    device: str
-    dtype: str  # auto | float32 | bfloat16
-
-    def precision(self) -> torch.autocast:
-        return precision(self.device, self.dtype)
 
 
 class Objective(nn.Module):
@@ -117,7 +112,7 @@ class Run:
 
     config: Config
     objective: Objective
-    optimiser: torch.optim.Optimizer
+    optimiser: Optimiser
     ema: FlowModel
     data: str = ""  # which preparation it trains on
     step: int = 0  # optimiser steps done
@@ -170,7 +165,8 @@ def new_run(config: Config, meta: dict, machine: Machine) -> Run:
     model.to(machine.device)
     objective = Objective(model, config)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    return Run(config, objective, make_optimiser(model, config), ema, shards.identity(meta))
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if config.optimiser == "muon" else []
+    return Run(config, objective, make_optimiser(model, config, matrices), ema, shards.identity(meta))
 
 
 def init_tokens_from_codebooks(model: FlowModel, config: Config) -> None:
@@ -184,28 +180,6 @@ def init_tokens_from_codebooks(model: FlowModel, config: Config) -> None:
             rows = (book - book.mean(0)) @ rotation
             table = model.tokens.weight.data[model.code_offset[d] :][: len(rows)]
             table.copy_(rows * table.std() / rows.std())
-
-
-def make_optimiser(module: nn.Module, config: Config) -> torch.optim.AdamW:
-    return torch.optim.AdamW(decay_groups(module, config), config.learning_rate, betas=(0.9, config.beta2), fused=True)
-
-
-def decay_groups(module: nn.Module, config: Config) -> list[dict]:
-    """Weight decay on matrices, none on biases."""
-    params = list(module.parameters())
-    return [
-        {"params": [p for p in params if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
-def learning_rate(step: int, config: Config) -> float:
-    """One cycle: linear up over lr_warmup * max_steps, then cosine down to a hundredth of the peak."""
-    up = max(1, int(config.lr_warmup * config.max_steps))
-    if step < up:
-        return config.learning_rate * (step + 1) / up
-    share = (step - up) / max(1, config.max_steps - up)
-    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 # ---- one step
@@ -235,18 +209,6 @@ def train_step(run: Run, objective: nn.Module, batches: Sequence[shards.Batch], 
         update_ema(run.ema, run.objective.model, min(config.ema_decay, (1 + run.step) / (10 + run.step)))
     run.step += 1
     return dict(means) | moved
-
-
-def update(module: nn.Module, optimiser: torch.optim.Optimizer, step: int, config: Config) -> dict[str, float]:
-    """Clips the gradients, sets the learning rate of `step` and moves the weights, unless a gradient is not finite."""
-    norm = float(nn.utils.clip_grad_norm_(module.parameters(), config.grad_clip))
-    rate = learning_rate(step, config)
-    for group in optimiser.param_groups:
-        group["lr"] = rate
-    if math.isfinite(norm):
-        optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    return {"grad_norm": norm, "lr": rate}
 
 
 @torch.no_grad()
@@ -304,7 +266,7 @@ def intervene(run: Run, selection: Selection | None = None) -> None:
     run.objective.select(selection or probe.select(run.config, run.probes[-1]["result"], run.config.n_layer))
     run.selected = True
     if run.objective.heads:
-        for group in decay_groups(run.objective.heads, run.config):
+        for group in decay_groups(run.objective.heads.parameters(), run.config):
             run.optimiser.add_param_group(group)
 
 
@@ -338,59 +300,7 @@ def restore(run: Run, path: Path) -> None:
     run.optimiser.load_state_dict(state["optimiser"])
 
 
-def same_settings(config, theirs: dict, may_differ: list[str], used: Path) -> None:
-    """Raises CheckpointError when the checkpoint `used` was made with settings other than `config`'s."""
-    mine = {k: v for k, v in asdict(config).items() if k not in may_differ}
-    changed = [f"{k}: {theirs.get(k)!r} -> {v!r}" for k, v in mine.items() if theirs.get(k) != v]
-    if changed:
-        raise checkpoint.CheckpointError(
-            f"{used} was made with other settings ({'; '.join(changed)}); pass --out_dir=ANOTHER_FOLDER or undo them"
-        )
-
-
-def same_data(run, state: dict, used: Path) -> None:
-    """Raises CheckpointError when the checkpoint `used` was trained on another preparation than `run`'s."""
-    if state["data"] != run.data:
-        raise checkpoint.CheckpointError(
-            f"{used} was trained on another preparation than {run.config.data_dir} holds now; pass its --data_dir, or "
-            f"--out_dir=ANOTHER_FOLDER to start anew"
-        )
-
-
-class Log:
-    """log.csv: one row each log_every steps. On a continued run, rows after the checkpoint's step are dropped."""
-
-    def __init__(self, path: Path, columns: Sequence[str], step: int):
-        rows = []
-        if path.exists() and step:
-            with open(path, newline="") as file:
-                rows = [r for r in csv.DictReader(file) if int(r["step"]) <= step]
-        self.file = open(path, "w", newline="")  # noqa: SIM115  (kept open for the whole run)
-        self.writer = csv.DictWriter(self.file, columns, extrasaction="ignore")
-        self.writer.writeheader()
-        self.writer.writerows(rows)
-        self.file.flush()
-
-    def row(self, **values) -> None:
-        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
-        self.file.flush()
-
-
 # ---- the loop
-
-
-def set_up(config: Config) -> Machine:
-    """Joins the process group when torchrun started us, and picks the device."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(config.device)
-    if device == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        torch.cuda.set_device(local)
-        device = f"cuda:{local}"
-        torch.backends.cuda.matmul.allow_tf32 = True
-    if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return Machine(rank, world, device, config.dtype)
 
 
 def announce(config: Config, run: Run, batches: shards.Batches, machine: Machine) -> None:
@@ -468,22 +378,6 @@ def train(config: Config, machine: Machine) -> Run:
     if reporter and run.step < config.max_steps:
         save(run)
     return run
-
-
-class Finite:
-    """Watches for non-finite gradients, which updated nothing: names the clips, and after MAX_BAD_STEPS in a row saves
-    what there is, the last good state, and raises FloatingPointError. Every rank sees the same norm and acts alike."""
-
-    def __init__(self, save: Callable[[], None]):
-        self.save, self.bad = save, 0
-
-    def check(self, step: int, norm: float, ids: list[int]) -> None:
-        self.bad = 0 if math.isfinite(norm) else self.bad + 1
-        if self.bad:
-            print(f"step {step}: non-finite gradient, nothing updated; clips {ids}", file=sys.stderr)
-        if self.bad == MAX_BAD_STEPS:
-            self.save()
-            raise FloatingPointError(f"{self.bad} non-finite steps in a row; the last good state is saved")
 
 
 def probe_when_due(run: Run, batch: shards.Batch, machine: Machine) -> bool:
@@ -565,12 +459,6 @@ def run_script(name: str, ckpt: Path, device: str) -> None:
     script = Path(__file__).resolve().parent / name
     if subprocess.run([sys.executable, str(script), f"--ckpt={ckpt}", f"--device={device}"]).returncode:
         print(f"warning: {name} failed; training goes on and {ckpt} is saved", file=sys.stderr)
-
-
-def time_left(seconds: float, step: int, last: int) -> str:
-    """Minutes and seconds to the last step at the mean pace so far."""
-    left = int(seconds / max(1, step) * (last - step))
-    return f"{left // 60}:{left % 60:02d}"
 
 
 def progress(run: Run, numbers: dict, smooth: float, rate: float, held: dict) -> None:

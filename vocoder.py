@@ -72,9 +72,9 @@ import fetch
 import judges
 from corpora import DataError
 from evaluate import load_recogniser, read_waves, score, vocoded
+from loop import Log, make_optimiser, same_settings, time_left, update
 from model import count_parameters, pick_device, precision
 from shards import Dataset, first_of_each_domain, write_json
-from train import Log, make_optimiser, same_settings, time_left, update
 
 STFT_SIZES = (512, 1024, 2048)  # each with a hop of a quarter
 MAY_DIFFER = "out_dir data_dir device dtype log_every save_every asr fad_model".split()

@@ -25,6 +25,7 @@ max_steps = 1400
 batch_frames = 3072
 batch_size = 32
 crop_frames = 195
+optimiser = "muon"
 learning_rate = 1e-3
 beta2 = 0.99
 ema_decay = 0.995

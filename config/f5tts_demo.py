@@ -4,3 +4,5 @@ from pathlib import Path
 exec(Path(__file__).with_name("demo.py").read_text())
 out_dir = "out/f5tts_demo"
 backbone = "f5tts"
+optimiser = "adamw"
+learning_rate = 1e-3

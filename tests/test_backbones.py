@@ -14,6 +14,7 @@ import torch.nn as nn
 
 import backbones
 import checkpoint
+import loop
 import probe
 import shards
 import train
@@ -151,11 +152,11 @@ def test_tokens_and_prompt_matter_and_zero_frames_stay_zero(name, batch):
 def test_probe_then_intervene(name, tiny_config, tmp_path):
     """Both phases, selection, a branch with fixed layers, resume, and the checkpoint read back and probed."""
     config = replace(tiny_config, backbone=name, n_layer=8, batch_size=3)
-    run = train.train(config, train.Machine(0, 1, "cpu", "float32"))
+    run = train.train(config, loop.Machine(0, 1, "cpu", "float32"))
     assert run.step == config.max_steps and all(len(s) == 3 for s in run.objective.selection)
     warmup = str(Path(config.out_dir) / "warmup.pt")
     other = replace(config, branch_from=warmup, align="fixed", align_layers=(1, 2), out_dir=str(tmp_path / "shallow"))
-    assert list(train.train(other, train.Machine(0, 1, "cpu", "float32")).objective.selection[0]) == [1, 2]
+    assert list(train.train(other, loop.Machine(0, 1, "cpu", "float32")).objective.selection[0]) == [1, 2]
     train.export(run)
     for file in ("ckpt.pt", "model.safetensors"):
         state, _ = checkpoint.load(Path(config.out_dir) / file)

@@ -16,7 +16,7 @@ import checkpoint
 import lm
 import shards
 from corpora import AUDIO, SPEECH, DataError
-from train import Machine
+from loop import Machine
 
 MACHINE = Machine(0, 1, "cpu", "float32")
 ROOT = Path(__file__).parent.parent

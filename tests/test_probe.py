@@ -174,7 +174,10 @@ def test_lasp_at_the_interface_is_bitc(rng):
 # ---- gradient norm
 
 
-def test_gradient_norms_against_backward(rng):
+@pytest.mark.parametrize("held", [1, 2**32])
+def test_gradient_norms_against_backward(rng, monkeypatch, held):
+    """All blocks at once, and one at a time."""
+    monkeypatch.setattr(probe, "GRADIENT_BYTES", held)
     model, batch, seed = awake(), random_batch(rng), int(rng.integers(1000))
     kept = {}
     for i, (name, p) in enumerate(model.named_parameters()):

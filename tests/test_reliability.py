@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import audio
 import checkpoint
+import loop
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 def run_training(config) -> None:
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    train.train(config, train.Machine(0, 1, "cpu", "float32"))
+    train.train(config, loop.Machine(0, 1, "cpu", "float32"))
 
 
 @pytest.mark.slow
@@ -145,7 +146,7 @@ def test_one_rank_and_two_agree_over_fifty_steps(tiny_config, tmp_path):
     """The same global batch: two batches in turn on one rank, or one on each of two."""
     config = replace(tiny_config, max_steps=50, warmup_steps=25, probe_every=10, eval_every=100, save_every=50)
     one = train.train(
-        replace(config, accumulate=2, out_dir=str(tmp_path / "one")), train.Machine(0, 1, "cpu", "float32")
+        replace(config, accumulate=2, out_dir=str(tmp_path / "one")), loop.Machine(0, 1, "cpu", "float32")
     )
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     two = replace(config, out_dir=str(tmp_path / "two"))
@@ -176,13 +177,13 @@ def test_second_interrupt_stops_at_once():
 
 
 def test_failing_optional_work_is_reported_and_changes_nothing(tiny_config, monkeypatch, capsys, tmp_path):
-    whole = train.train(replace(tiny_config, out_dir=str(tmp_path / "whole")), train.Machine(0, 1, "cpu", "float32"))
+    whole = train.train(replace(tiny_config, out_dir=str(tmp_path / "whole")), loop.Machine(0, 1, "cpu", "float32"))
 
     def broken(*args):
         raise OSError("no space left for a figure")
 
     monkeypatch.setattr(train.probe, "report", broken)
-    run = train.train(tiny_config, train.Machine(0, 1, "cpu", "float32"))
+    run = train.train(tiny_config, loop.Machine(0, 1, "cpu", "float32"))
     assert "warning: OSError: no space left for a figure" in capsys.readouterr().err
     for a, b in zip(whole.objective.parameters(), run.objective.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -17,8 +17,8 @@ import sample
 import shards
 import train
 from corpora import AUDIO, SPEECH, Clip
+from loop import Machine
 from sample import Request, SampleArgs
-from train import Machine
 
 MACHINE = Machine(0, 1, "cpu", "float32")
 

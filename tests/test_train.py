@@ -15,9 +15,10 @@ import torch
 
 import backbones
 import checkpoint
+import loop
 import shards
 import train
-from train import Machine
+from loop import Machine
 
 MACHINE = Machine(0, 1, "cpu", "float32")
 ROOT = Path(__file__).parent.parent
@@ -45,8 +46,11 @@ def stop_after(monkeypatch, steps: int) -> None:
     monkeypatch.setattr(checkpoint.StopRequest, "agreed", agreed)
 
 
-@pytest.mark.parametrize("stop, threads", [(2, 0), (5, 2), (6, 1), (7, 2), (11, 0)])
-def test_stopped_and_continued_equals_one_go(tiny_config, monkeypatch, tmp_path, stop, threads):
+@pytest.mark.parametrize(
+    "stop, threads, optimiser", [(2, 0, "adamw"), (5, 2, "muon"), (6, 1, "adamw"), (7, 2, "muon"), (11, 0, "adamw")]
+)
+def test_stopped_and_continued_equals_one_go(tiny_config, monkeypatch, tmp_path, stop, threads, optimiser):
+    tiny_config = replace(tiny_config, optimiser=optimiser)
     whole = train.train(replace(tiny_config, out_dir=str(tmp_path / "whole")), MACHINE).state()
     tiny_config = replace(tiny_config, loader_threads=threads)
     with monkeypatch.context() as m:
@@ -160,7 +164,7 @@ def test_step_equals_plain_pytorch(tiny_config):
     grads = {k: p.grad.clone() for k, p in run.objective.model.named_parameters()}
     run.optimiser.zero_grad()
     train.train_step(run, run.objective, [batch], MACHINE)
-    rate = train.learning_rate(0, config)
+    rate = loop.learning_rate(0, config)
     for name, p in run.objective.model.named_parameters():
         g, old = grads[name].double(), before[name].double()
         decay = config.weight_decay if p.dim() > 1 else 0.0
@@ -170,9 +174,37 @@ def test_step_equals_plain_pytorch(tiny_config):
         torch.testing.assert_close(ema, old + 0.9 * (p.double() - old), atol=1e-6, rtol=1e-5)  # decay 1/10 at step 0
 
 
+def test_a_muon_step_is_orthogonal(tiny_config):
+    """The first step of a block's matrix against the polar factor of its gradient by SVD, at AdamW's size of update;
+    everything else, heads included, is AdamW's."""
+    config = replace(tiny_config, optimiser="muon", dropout=0.0, grad_clip=1e9)
+    run = train.new_run(config, shards.read_meta(config.data_dir), MACHINE)
+    train.intervene(run, [{1: [0.5]}, {2: [0.5]}])
+    for p in run.objective.model.blocks.parameters():  # the zero layers would leave others without a gradient
+        torch.nn.init.normal_(p, std=0.1)
+    batch = shards.Batches(shards.Dataset(config.data_dir, "train"), config)(0)
+    before = {k: v.detach().clone() for k, v in run.objective.named_parameters()}
+    torch.manual_seed(hash((config.seed, 0, 0)) % 2**63)
+    sum(run.objective(batch).values()).backward()
+    grads = {k: p.grad.double() for k, p in run.objective.named_parameters()}
+    run.optimiser.zero_grad()
+    train.train_step(run, run.objective, [batch], MACHINE)
+    rate = loop.learning_rate(0, config)
+    for name, p in run.objective.named_parameters():
+        g, old = grads[name], before[name].double()
+        moved = old * (1 - rate * (config.weight_decay if p.dim() > 1 else 0.0)) - p.detach().double()
+        if ".blocks." in name and p.dim() == 2:
+            u, s, v = torch.linalg.svd(g, full_matrices=False)
+            strong = s > 0.1 * s[0]  # five Newton-Schulz iterations bring these close to 1
+            values = (u.T @ moved @ v.T).diagonal() / (rate * 0.2 * max(p.shape) ** 0.5)
+            assert (values[strong] > 0.5).all() and (values[strong] < 1.4).all(), (name, values)
+        else:
+            torch.testing.assert_close(moved, rate * g / (g.abs() + 1e-8), atol=2e-6, rtol=1e-3)
+
+
 def test_learning_rate_is_one_cycle(tiny_config):
     config = replace(tiny_config, max_steps=100, lr_warmup=0.1, learning_rate=1.0)
-    rates = [train.learning_rate(s, config) for s in range(100)]
+    rates = [loop.learning_rate(s, config) for s in range(100)]
     assert rates.index(max(rates)) in (9, 10) and max(rates) == pytest.approx(1.0)
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.02
