@@ -21,12 +21,12 @@ dropout = 0.0
 mel_floor = -8.0  # below lies digital silence, which would dominate the statistics
 mel_stats = ()
 
-max_steps = 1400
+max_steps = 1100
 batch_frames = 3072
 batch_size = 32
 crop_frames = 195
 optimiser = "muon"
-learning_rate = 1e-3
+learning_rate = 3e-3
 beta2 = 0.99
 ema_decay = 0.995
 warmup_steps = 300
