@@ -21,7 +21,7 @@ dropout = 0.0
 mel_floor = -8.0  # below lies digital silence, which would dominate the statistics
 mel_stats = ()
 
-max_steps = 1100
+max_steps = 800
 batch_frames = 3072
 batch_size = 32
 crop_frames = 195
