@@ -295,7 +295,7 @@ def memory_row(b: Bench) -> Iterator[Measure]:
         return total / int(batch.frames.sum()) / 1024
 
     yield "activations kept for backward, per frame", lambda: kept(False), "KiB"
-    longer = np.log2(2 * kept(False, b.batch(1, 2 * T)) / kept(False, b.batch(1, T)))
+    longer = np.log2(2 * kept(False, b.batch(8, 2 * T)) / kept(False, b.batch(8, T)))
     yield "growth of memory with frames of a clip", lambda: longer, "exponent"
     yield "kept per frame with checkpoint_activations", lambda: kept(True), "KiB"
     again, plain = b.run(align="none", checkpoint_activations=True), b.run(align="none")
