@@ -85,7 +85,6 @@ from pathlib import Path
 import numpy as np
 import scipy.cluster.vq
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -95,7 +94,7 @@ import checkpoint
 import shards
 import tokenizer
 from corpora import SPEECH, DataError
-from loop import Finite, Log, Machine, make_optimiser, same_data, same_settings, set_up, time_left, update
+from loop import Finite, Log, Machine, leave, make_optimiser, same_data, same_settings, set_up, time_left, update
 from model import count_parameters
 
 STYLES = 16  # style placeholders, and time segments of the reference
@@ -578,8 +577,7 @@ class Reporter:
 def main(config: LMConfig) -> int:
     machine = set_up(config)
     run = train(config, machine)
-    if machine.world > 1:
-        dist.destroy_process_group()
+    leave(machine)
     path = Path(config.out_dir) / "ckpt.pt"
     if machine.rank == 0 and run.step == config.max_steps:
         print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path}")

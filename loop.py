@@ -8,6 +8,7 @@ Used by train.py, lm.py and vocoder.py; `config` is any of theirs.
 """
 
 import csv
+import gc
 import math
 import os
 import sys
@@ -50,6 +51,15 @@ def set_up(config) -> Machine:
     if world > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return Machine(rank, world, device, config.dtype)
+
+
+def leave(machine: Machine) -> None:
+    """Leaves the process group. What still holds it (DDP wrappers, in cycles) is collected first, because a thread of
+    the group that outlives the interpreter aborts the process."""
+    if machine.world > 1:
+        gc.collect()
+        dist.destroy_process_group()
+        gc.collect()
 
 
 # ---- one update

@@ -46,6 +46,7 @@ from loop import (
     Machine,
     Optimiser,
     decay_groups,
+    leave,
     make_optimiser,
     same_data,
     same_settings,
@@ -478,8 +479,7 @@ def main(config: Config) -> int:
         model = build_model(config, [("whisper", 1280), ("beats", 768)], "meta")
         print(f"{count_parameters(model) / 1e6:.1f} M parameters, {model.shape.n_layer} layers", flush=True)
     run = train(config, machine)
-    if machine.world > 1:
-        dist.destroy_process_group()
+    leave(machine)
     if machine.rank:
         return 0
     path = Path(config.out_dir) / "ckpt.pt"
