@@ -43,6 +43,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import soundfile
@@ -273,41 +274,60 @@ def teacher_row(b: Bench) -> Iterator[Measure]:
     yield "step with the demo's teachers run online / cached", b.ratio(step, online), "times"
 
 
-def memory_row(b: Bench) -> Iterator[Measure]:
-    """Bytes that autograd keeps for the backward pass of a step, weights left out."""
-    batch, T = b.batch(), b.args.clip_frames
+def kept_per_frame(b: Bench, T: int, clips: int = 4, **changes) -> float:
+    """Bytes that autograd keeps for the backward pass, per further frame: what `clips` clips of T frames more cost, so
+    that what a step keeps once (weights in bfloat16) does not count."""
+    run = b.run(align="none", **changes)
+    weights = {p.untyped_storage().data_ptr() for p in run.objective.parameters()}
 
-    def kept(again: bool, batch: shards.Batch = batch) -> float:
-        run, total, seen = b.run(align="none", checkpoint_activations=again), 0, set()
-        weights = {p.untyped_storage().data_ptr() for p in run.objective.parameters()}
+    def kept(batch: shards.Batch) -> int:
+        sizes: dict[int, int] = {}
 
         def pack(x: torch.Tensor) -> torch.Tensor:
-            nonlocal total
             storage = x.untyped_storage()
-            if storage.data_ptr() not in weights | seen:
-                seen.add(storage.data_ptr())
-                total += storage.nbytes()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), b.machine.precision():
             losses = run.objective(batch)
-        del losses
-        return total / int(batch.frames.sum()) / 1024
+        del losses  # held until here, so that no storage is counted in the place of another
+        return sum(sizes.values())
 
-    yield "activations kept for backward, per frame", lambda: kept(False), "KiB"
-    longer = np.log2(2 * kept(False, b.batch(8, 2 * T)) / kept(False, b.batch(8, T)))
-    yield "growth of memory with frames of a clip", lambda: longer, "exponent"
-    yield "kept per frame with checkpoint_activations", lambda: kept(True), "KiB"
-    again, plain = b.run(align="none", checkpoint_activations=True), b.run(align="none")
-    yield "step with checkpoint_activations / without", b.ratio(b.step(plain, batch), b.step(again, batch)), "times"
+    return (kept(b.batch(2 * clips, T)) - kept(b.batch(clips, T))) / (clips * T)
+
+
+def memory_row(b: Bench) -> Iterator[Measure]:
+    T = b.args.clip_frames
+    yield "activations kept for backward, per frame", lambda: kept_per_frame(b, T) / 1024, "KiB"
+    growth = np.log2(2 * kept_per_frame(b, 2 * T) / kept_per_frame(b, T))
+    yield "growth of memory with frames of a clip", lambda: growth, "exponent"
+    small = partial(kept_per_frame, b, T, checkpoint_activations=True)
+    yield "kept per frame with checkpoint_activations", lambda: small() / 1024, "KiB"
+    batch, plain = b.batch(), b.run(align="none")
+    step, again = b.step(plain, batch), b.step(b.run(align="none", checkpoint_activations=True), batch)
+    yield "step with checkpoint_activations / without", b.ratio(step, again), "times"
     if b.device.startswith("cuda"):
 
         def peak() -> float:
             torch.cuda.reset_peak_memory_stats()
-            b.step(plain, batch)()
+            step()
             return torch.cuda.max_memory_allocated() / 2**30
 
         yield f"peak GPU memory of a step of {b.args.frames} frames", peak, "GiB"
+
+
+def fit_row(b: Bench) -> Iterator[Measure]:
+    """On paper, not measured on a GPU: what a step of this config's batch_frames needs there, from the activations that
+    are kept here with torch's fused attention, which GPUs use, in place of the CPU's."""
+    weights = count_parameters(train.build_model(b.args, b.teachers, "meta"))
+    constant = 20 * weights / 2**30  # weights, gradients, two moments of AdamW and the average, 4 bytes each
+    yield f"{weights / 1e6:.0f} M weights, gradients, AdamW and EMA in float32", lambda: constant, "GiB"
+    for again in (False, True):
+        with mock.patch("model.attend", torch.nn.functional.scaled_dot_product_attention):
+            kept = kept_per_frame(b, b.args.clip_frames, 2, checkpoint_activations=again)
+        name = f"with {b.args.batch_frames} frames' activations" + (", checkpoint_activations" if again else "")
+        yield name, lambda kept=kept: constant + kept * b.args.batch_frames / 2**30, "GiB"
 
 
 def foga_row(b: Bench) -> Iterator[Measure]:
@@ -345,7 +365,6 @@ def scaling_row(b: Bench) -> Iterator[Measure]:
     weights = count_parameters(model)
     compute = flops_per_frame(model, int(10 * audio.FRAME_RATE)) * b.args.batch_frames / (PAPER_MFU * PEAK["H100"])
     yield f"on paper, {weights / 1e6:.0f} M parameters on an H100: compute of a step", lambda: compute, "s"
-    yield "weights, gradients, AdamW and EMA in float32", lambda: 20 * weights / 2**30, "GiB"
     for nodes, (link, speed) in itertools.product((1, 2, 8), NETWORKS.items()):
         within = 2 * 7 / 8 * 4 * weights / NVLINK
         across = 2 * (nodes - 1) / nodes * 4 * weights / speed
@@ -558,8 +577,8 @@ def help_row(b: Bench) -> Iterator[Measure]:
 
 ROWS = (
     step_row, peer_row, compile_row, optimiser_row, attention_row, align_row, teacher_row, memory_row, growth_row,
-    foga_row, scaling_row, sampling_row, sampler_row, judge_row, decode_row, dataset_row, padding_row, loader_row,
-    help_row,
+    fit_row, foga_row, scaling_row, sampling_row, sampler_row, judge_row, decode_row, dataset_row, padding_row,
+    loader_row, help_row,
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ def test_a_ratio_above_one_means_that_ours_is_faster(tmp_path):
     assert 2 < measure() < 6
 
 
-@pytest.mark.parametrize("name", ["step", "attention", "align", "memory", "foga", "growth", "loader", "padding"])
+@pytest.mark.parametrize("name", ["step", "attention", "align", "memory", "fit", "foga", "growth", "loader", "padding"])
 def test_rows_run(tmp_path, name):
     row = getattr(bench, f"{name}_row")
     numbers = {what: measure() for what, measure, _ in row(bench.Bench(SMALL, tmp_path))}
