@@ -122,6 +122,9 @@ class Backbone(FlowModel):
         return (v.float(), states) if hidden else v.float()
 
     def randomise(self) -> None:
+        self.init_projections()
+        for module in (m for m in self.children() if hasattr(m, "reset_parameters")):  # ours beside the network
+            module.reset_parameters()
         self.net = self.build().to(self.mel_mean.device)
         for p in self.net.parameters():
             if p.dim() > 1 and not p.any():
@@ -295,6 +298,10 @@ class Matcha(Backbone):
         return [
             [Gate(unit.block2, "zero") if hasattr(unit, "res_conv") else Gate(unit, "input")] for unit in self.stages()
         ]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return nn.ModuleList(self.stages())  # whole resnets, of which a gate closes the branch alone
 
     def inputs(self, x: torch.Tensor, mask: torch.Tensor, mu: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor):
         return x, mask, mu, t

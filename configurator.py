@@ -80,6 +80,7 @@ class Config:
     batch_size: int = 64  # most clips of a batch
     accumulate: int = 1  # batches per step and rank, their gradients averaged
     crop_frames: int = 0  # longer clips are cropped to this at random, each time anew; 0: never
+    trim: float = 0.05  # clips of a batch are cut to its shortest where no clip loses a larger share: no padding then
     optimiser: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for everything else
     learning_rate: float = 1e-4  # peak of the one-cycle schedule
     lr_warmup: float = 0.1  # share of max_steps on the way up
@@ -122,7 +123,8 @@ class Config:
 
     ranges: ClassVar[dict[str, tuple]] = {
         **dict.fromkeys("min_seconds max_seconds sigma learning_rate grad_clip".split(), (1e-12, None)),
-        **dict.fromkeys("held_out token_drop prompt_drop prompt_max dropout lr_warmup beta2 ema_decay".split(), (0, 1)),
+        **dict.fromkeys("held_out token_drop prompt_drop prompt_max trim".split(), (0, 1)),
+        **dict.fromkeys("dropout lr_warmup beta2 ema_decay".split(), (0, 1)),
         **dict.fromkeys(
             "speech_codes audio_codes tokenizer_steps n_layer n_head n_embd ff_mult max_steps batch_frames batch_size "
             "accumulate warmup_steps probe_every probe_clips probe_times probe_frames top_k log_every eval_every "

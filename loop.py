@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -49,7 +50,8 @@ def set_up(config) -> Machine:
         device = f"cuda:{local}"
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        kind = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(kind, timeout=timedelta(hours=1))  # the others wait while rank 0 probes and evaluates
     return Machine(rank, world, device, config.dtype)
 
 

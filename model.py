@@ -47,16 +47,21 @@ class Condition(NamedTuple):
     prompt: torch.Tensor  # (B, T, M) normalised mel, zeros after the reference
     mask: torch.Tensor  # (B, T) bool, True on valid frames
     kept: torch.Tensor  # (B,) bool, False where the condition was dropped for guidance
+    padded: bool = True  # False: the mask is True throughout, so attention does without
 
     def repeat(self, n: int) -> "Condition":
-        return Condition(*(x.repeat(n, *(1,) * (x.dim() - 1)) for x in self))
+        return Condition(*(x.repeat(n, *(1,) * (x.dim() - 1)) for x in self[:4]), self.padded)
 
     def clips(self, rows: torch.Tensor) -> "Condition":
-        return Condition(*(x[rows] for x in self))
+        return Condition(*(x[rows] for x in self[:4]), self.padded)
 
     def null(self) -> "Condition":
         """The unconditional c of classifier-free guidance."""
-        return Condition(self.tokens * 0, self.prompt * 0, self.mask, self.kept & False)
+        return self._replace(tokens=self.tokens * 0, prompt=self.prompt * 0, kept=self.kept & False)
+
+    def with_null(self) -> "Condition":
+        """The clips, then the same without their condition: guidance in one batch of 2B."""
+        return Condition(*map(torch.cat, zip(self[:4], self.null()[:4], strict=True)), self.padded)
 
 
 class Context(NamedTuple):
@@ -88,8 +93,9 @@ def stretch(x: torch.Tensor, lengths: torch.Tensor, frames: torch.Tensor, T: int
 
 def rotary_table(T: int, dim: int, device, dtype) -> torch.Tensor:
     """cos and sin of rotary positions, (2, T, dim), halves convention; the first half's sin is negated for rotate()."""
-    inverse = 10000 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
-    angle = torch.arange(T, device=device, dtype=torch.float64)[:, None] * inverse  # (T, dim / 2)
+    wide = torch.promote_types(dtype, torch.float32)
+    inverse = 10000 ** (-torch.arange(0, dim, 2, device=device, dtype=wide) / dim)
+    angle = torch.arange(T, device=device, dtype=wide)[:, None] * inverse  # (T, dim / 2)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)]).to(dtype)
 
@@ -117,7 +123,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:]), 1 + scale[:, None])
+    """LN(x) (1 + scale) + shift. Outside autocast, which on GPUs would keep x and LN(x) in float32 for backward; the
+    normalisation computes in float32 either way."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:]), 1 + scale[:, None])
 
 
 class Block(nn.Module):
@@ -181,12 +190,15 @@ class FlowModel(nn.Module):
         self.shape = shape
         # BiT-C's projections P_T (eq. 4), shared by all layers so that LASP compares depths in one space
         self.projections = nn.ModuleDict({name: nn.Linear(shape.n_embd, E, bias=False) for name, E in shape.teachers})
-        for projection in self.projections.values():
-            nn.init.orthogonal_(projection.weight)
+        self.init_projections()
         self.register_buffer("code_offset", torch.tensor([0, *shape.codes[:-1]]).cumsum(0), persistent=False)
         self.register_buffer("mel_mean", torch.zeros(shape.n_mels))
         self.register_buffer("mel_std", torch.ones(shape.n_mels))
         self.register_buffer("mel_floor", torch.tensor(-11.5129))  # log 1e-5
+
+    def init_projections(self) -> None:
+        for projection in self.projections.values():
+            nn.init.orthogonal_(projection.weight)
 
     def velocity(
         self,
@@ -242,7 +254,7 @@ class FlowModel(nn.Module):
         keep = kept[:, None, None]
         tokens = self.tokens_at_frames(batch) * (mask[..., None] & keep)
         prompt = self.normalise(batch.mel) * ((j < batch.prompt[:, None])[..., None] & keep)
-        return Condition(tokens, prompt, mask, kept)
+        return Condition(tokens, prompt, mask, kept, batch.padded)
 
 
 class DiT(FlowModel):
@@ -278,8 +290,7 @@ class DiT(FlowModel):
                 nn.init.normal_(module.weight, std=0.5)
         for module in [*(b.modulation for b in self.blocks), self.head_modulation, self.head_out]:
             nn.init.zeros_(module.weight)
-        for projection in self.projections.values():
-            nn.init.orthogonal_(projection.weight)
+        self.init_projections()
 
     def randomise(self) -> None:
         self.init_weights()
@@ -294,7 +305,7 @@ class DiT(FlowModel):
         angle = 1000 * t[:, None] * frequency
         time = self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(x_t.dtype))
         h = self.local(self.stem_in(torch.cat([x_t, cond.tokens, cond.prompt], dim=-1)), cond.mask)
-        mask = None if bool(cond.mask.all()) else cond.mask[:, None, None]
+        mask = cond.mask[:, None, None] if cond.padded else None  # without one GPUs use their fastest kernel
         return h, Context(time, mask, rotary_table(T, head_dim, x_t.device, x_t.dtype))
 
     def head(self, h: torch.Tensor, context: Context) -> torch.Tensor:
@@ -339,7 +350,10 @@ def pick_device(device: str) -> str:
 def precision(device: str, dtype: str) -> torch.autocast:
     """Autocast to bfloat16 where `dtype` says so; "auto": where the machine multiplies it fast."""
     kind = device.split(":")[0]
-    fast = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(kind, torch.bfloat16, enabled=fast if dtype == "auto" else dtype == "bfloat16")
 
 
@@ -490,13 +504,13 @@ def alignment_loss(
     for d, layers in enumerate(selection):
         chosen = batch.domain == d
         for l, weights in layers.items():
-            weight = torch.as_tensor(weights, device=t.device, dtype=t.dtype)
-            weight = weight[(t * len(weight)).long().clamp_max(len(weight) - 1)] * chosen  # (B,)
+            part = (t * len(weights)).long().clamp_max(len(weights) - 1)
+            weight = chosen * sum(w * (part == g).to(t.dtype) for g, w in enumerate(weights))  # (B,)
             if heads.teacher == "self":
                 target = descriptor(states[deeper_layer(l, len(states) - 1)], mask).detach()
             else:
                 target = batch.teacher[model.shape.teachers[d][0]]
-            score = cosine(heads(d, l, states[l], mask), target)
+            score = cosine(heads(d, l, states[l], mask), target)  # of all clips, so that DDP meets every head in a step
             loss = loss + (weight * (1 - score)).sum() / chosen.sum().clamp_min(1)
     return loss
 
@@ -569,7 +583,7 @@ def sample(
             n, model.shape.n_mels, generator=torch.Generator().manual_seed(seed * 100_003 + b)
         )
     x = x.to(device, torch.promote_types(cond.tokens.dtype, torch.float32))
-    both = Condition(*(torch.cat(pair) for pair in zip(cond, cond.null(), strict=True))) if cfg != 1 else cond
+    both = cond.with_null() if cfg != 1 else cond
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
         if cfg == 1:

@@ -163,6 +163,7 @@ def gradient_products(model: FlowModel, batch: Batch, t_grid: Sequence[float], s
     with probing(model, seed):
         with torch.no_grad():
             cond = model.embed_condition(batch)
+        torch.clear_autocast_cache()  # weights cast without gradients are not to be used again with them
         for (g, t), layers in itertools.product(enumerate(t_grid), parts):
             torch.manual_seed(seed)
             ts = batch.mel.new_full((B,), float(t))
@@ -285,21 +286,28 @@ def top_layers(scores: Sequence[float], k: int) -> list[int]:
     return [int(i) + 1 for i in np.argsort(-np.asarray(scores), kind="stable")[:k]]
 
 
-def select(config, result: dict, n_layer: int) -> list[dict[int, list[float]]]:
-    """S_d and lambda_l of eq. 10-11 by config.align and .weighting: for each domain {layer: weights over parts of t}.
-
-    Weights come from FoG-A whatever selected the layers. With config.timestep_adaptive every point of the t grid
-    selects its own layers. Raises ValueError when the velocity is numerically zero, so that there is nothing to
-    attribute, or when a layer does not exist.
-    """
-    if config.align == "none":
-        return [{} for _ in DOMAINS]
+def check_strategy(config, n_layer: int) -> int:
+    """How many of the L layers can be aligned. Raises ValueError when config asks for others, or for what its strategy
+    cannot do."""
     candidates = n_layer - (config.align_teacher == "self")  # the last layer has no deeper one to learn from
     bad = [l for l in config.align_layers if not 1 <= l <= candidates]
     if bad or (config.align == "fixed" and not config.align_layers):
         raise ValueError(f"align_layers={config.align_layers}: name layers from 1 to {candidates}")
     if config.timestep_adaptive and config.align != "foga":
         raise ValueError(f"timestep_adaptive needs align=foga, not {config.align!r}")
+    return candidates
+
+
+def select(config, result: dict, n_layer: int) -> list[dict[int, list[float]]]:
+    """S_d and lambda_l of eq. 10-11 by config.align and .weighting: for each domain {layer: weights over parts of t}.
+
+    Weights come from FoG-A whatever selected the layers. With config.timestep_adaptive every point of the t grid
+    selects its own layers. Raises ValueError when the velocity is numerically zero, so that there is nothing to
+    attribute, and as check_strategy does.
+    """
+    if config.align == "none":
+        return [{} for _ in DOMAINS]
+    candidates = check_strategy(config, n_layer)
     rng = np.random.default_rng(config.seed)
     selection = []
     for name in DOMAINS:

@@ -73,6 +73,11 @@ class Batch:
     teacher: dict[str, torch.Tensor]  # {name: (B, E)}, zero rows for clips of the other domain
     prompt: torch.Tensor  # (B,) frames of reference mel given to the model
     ids: torch.Tensor  # (B,) rows of the split's index
+    padded: bool | None = None  # whether a clip is shorter than T; found here, on the host, so that no step asks a GPU
+
+    def __post_init__(self):
+        if self.padded is None:
+            self.padded = bool((self.frames < self.mel.shape[1]).any())
 
     def to(self, device: str) -> "Batch":
         return self._each(lambda x: x.to(device, non_blocking=True))
@@ -82,8 +87,9 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        moved = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "teacher"}
-        return Batch(**moved, teacher={k: change(v) for k, v in self.teacher.items()})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("teacher", "padded")}
+        moved = {name: change(x) for name, x in tensors.items()}
+        return Batch(**moved, teacher={k: change(v) for k, v in self.teacher.items()}, padded=self.padded)
 
     def double(self) -> "Batch":
         """The same in float64, for checks."""
@@ -345,10 +351,22 @@ class Buckets:
         self.steps_per_epoch = max(1, len(slots) // (world * accumulate))
         self.dealt: tuple = (None,)  # the epoch whose order is at hand, its clips in order, its slots in order
 
+    def taken(self, ids: np.ndarray) -> np.ndarray:
+        """How much of each clip of a group is taken."""
+        return self.lengths[ids]
+
     def padding(self) -> float:
         """Share of padding in the batches of the first epoch."""
-        groups = [self.lengths[self.ids(k)] for k in range(self.steps_per_epoch * self.accumulate)]
+        groups = [self.taken(ids) for ids in self.first_epoch()]
         return 1 - sum(g.sum() for g in groups) / sum(len(g) * g.max() for g in groups)
+
+    def left_out(self) -> float:
+        """Share of the first epoch's frames that its batches do not take."""
+        groups = self.first_epoch()
+        return 1 - sum(self.taken(ids).sum() for ids in groups) / sum(self.lengths[ids].sum() for ids in groups)
+
+    def first_epoch(self) -> list[np.ndarray]:
+        return [self.ids(k) for k in range(self.steps_per_epoch * self.accumulate)]
 
     def deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Clips and slots in the order of an epoch; kept until another epoch is asked for."""
@@ -383,10 +401,16 @@ class Batches(Buckets):
         lengths = np.minimum(frames, config.crop_frames) if config.crop_frames else frames
         super().__init__(lengths, config, "batch_frames", rank, world, config.accumulate)
 
+    def taken(self, ids: np.ndarray) -> np.ndarray:
+        """Frames of each clip: as many as the shortest has, where that leaves out no more than `trim` of any."""
+        lengths = self.lengths[ids]
+        alike = lengths.min() >= (1 - self.config.trim) * lengths.max()
+        return np.full_like(lengths, lengths.min()) if alike else lengths
+
     def __call__(self, k: int) -> Batch:
         ids = self.ids(k)
         rng = np.random.default_rng([self.config.seed, *self.place(k)])
-        lengths, records = self.lengths[ids], self.dataset.index[ids]
+        lengths, records = self.taken(ids), self.dataset.index[ids]
         room = np.maximum(records["frames"] - lengths, 0) // self.unit
         first = rng.integers(0, room + 1) * self.unit
         share = rng.uniform(0, self.config.prompt_max, len(ids)) * (rng.random(len(ids)) >= self.config.prompt_drop)

@@ -194,7 +194,7 @@ def train_step(run: Run, objective: nn.Module, batches: Sequence[shards.Batch], 
     exactly, probes or samples between steps change nothing, and two ranks do what one does that accumulates twice.
     A non-finite gradient, which every rank sees alike after the all-reduce, updates nothing.
     """
-    config, means = run.config, collections.Counter()
+    config, means = run.config, collections.defaultdict(float)
     on = not config.align_stop or run.step < config.align_stop  # 0 * keeps the heads in the graph, for DDP
     for micro, batch in enumerate(batches):
         torch.manual_seed(hash((config.seed, run.step, micro * machine.world + machine.rank)) % 2**63)
@@ -204,12 +204,13 @@ def train_step(run: Run, objective: nn.Module, batches: Sequence[shards.Batch], 
                 losses = objective(batch)
             loss = losses["fm"] + config.bitc_weight * losses["bitc"] + on * losses.get("align", 0.0)
             (loss / len(batches)).backward()
-        means.update({k: v.item() / len(batches) for k, v in (losses | {"loss": loss}).items()})
+        for k, v in (losses | {"loss": loss}).items():
+            means[k] = means[k] + v.detach() / len(batches)
     moved = update(run.objective, run.optimiser, run.step, config)
     if math.isfinite(moved["grad_norm"]):
         update_ema(run.ema, run.objective.model, min(config.ema_decay, (1 + run.step) / (10 + run.step)))
     run.step += 1
-    return dict(means) | moved
+    return dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True)) | moved
 
 
 @torch.no_grad()
@@ -315,9 +316,9 @@ def announce(config: Config, run: Run, batches: shards.Batches, machine: Machine
     )
     frames = batches.lengths.sum()
     print(
-        f"{len(batches.dataset)} training clips, {frames} frames an epoch in {per_epoch} steps, padding "
-        f"{100 * batches.padding():.1f} %; {config.max_steps / per_epoch:.0f} epochs; "
-        f"phase I ends at step {config.warmup_steps}",
+        f"{len(batches.dataset)} training clips, {frames} frames an epoch in {per_epoch} steps, "
+        f"{100 * batches.left_out():.1f} % trimmed, padding {100 * batches.padding():.1f} %; "
+        f"{config.max_steps / per_epoch:.0f} epochs; phase I ends at step {config.warmup_steps}",
         flush=True,
     )
 
@@ -339,11 +340,11 @@ def open_run(config: Config, machine: Machine) -> tuple[Run, shards.Dataset, sha
 
 
 def trade(model: FlowModel, config: Config) -> None:
-    """Applies what trades memory or start-up for time. Raises ValueError for compile=True with a backbone."""
+    """Applies what trades memory or start-up for time."""
     model.checkpoint_activations = config.checkpoint_activations
-    if config.compile and config.backbone:
-        raise ValueError("compile=True is for our own model; leave it out with a backbone")
     if config.compile:
+        torch._dynamo.config.optimize_ddp = False  # it splits wide blocks, which some dynamic shapes do not survive
+        torch._dynamo.config.recompile_limit = 32  # one clip or many, padded or not, learning or probed: each its own
         for block in model.blocks:  # alike, so one compilation serves them all, and any shape
             block.compile(dynamic=True)
 
@@ -362,15 +363,17 @@ def train(config: Config, machine: Machine) -> Run:
         reporter = Reporter(run, machine, held_out)
 
     def wrapped() -> nn.Module:
-        return DistributedDataParallel(run.objective) if machine.world > 1 else run.objective
+        if machine.world == 1:
+            return run.objective
+        return DistributedDataParallel(run.objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     objective, stop = wrapped(), checkpoint.StopRequest(machine.device)
     finite = Finite(lambda: save(run) if machine.rank == 0 else None)
     ahead = shards.Ahead(batches, config.loader_threads, pin=machine.device.startswith("cuda"))
     while run.step < config.max_steps and not stop.agreed():
         numbers_of = range(run.step * config.accumulate, (run.step + 1) * config.accumulate)
-        parts = [ahead(k).to(machine.device) for k in numbers_of]
-        numbers = train_step(run, objective, parts, machine)
+        parts = [ahead(k) for k in numbers_of]
+        numbers = train_step(run, objective, [part.to(machine.device) for part in parts], machine)
         finite.check(run.step, numbers["grad_norm"], [i for part in parts for i in part.ids.tolist()])
         if probe_when_due(run, probe_batch, machine):
             objective = wrapped()
@@ -396,7 +399,7 @@ def probe_when_due(run: Run, batch: shards.Batch, machine: Machine) -> bool:
             save(run, "warmup.pt")
         intervene(run)
         if lead:
-            optional(lambda: finish_phase_one(run, batch))
+            optional(lambda: finish_phase_one(run, batch, machine))
     return switch
 
 
@@ -417,13 +420,14 @@ class Reporter:
         last = run.step == config.max_steps
         due = {k: run.step % getattr(config, f"{k}_every") == 0 or last for k in ("log", "eval", "save")}
         evaluation = bool(config.evaluate_every) and run.step % config.evaluate_every == 0 and not last
-        if due["log"] or due["eval"]:
+        if any(due.values()) or evaluation:
             self.row(numbers, due["eval"])
         if due["save"] or evaluation:
             save(run)
         if evaluation:
             run_script("evaluate.py", Path(config.out_dir) / "ckpt.pt", self.machine.device)
-            self.since, self.frames = time.time(), 0  # evaluating is not training time
+        if due["eval"] or due["save"] or evaluation:
+            self.since = time.time()  # none of that is training time
 
     def row(self, numbers: dict[str, float], evaluate: bool) -> None:
         run, now = self.run, time.time()
@@ -435,10 +439,11 @@ class Reporter:
         progress(run, numbers, self.smooth, rate, held)
 
 
-def finish_phase_one(run: Run, batch: shards.Batch) -> None:
+def finish_phase_one(run: Run, batch: shards.Batch, machine: Machine) -> None:
     """Shows what the probes found, beside a random-init control, and what was selected; writes probe.json and .png."""
     result, model = run.probes[-1]["result"], run.objective.model
-    control = probe.control_scores(model, batch, run.config.probe_times, run.config.sigma, run.config.seed)
+    with machine.precision():
+        control = probe.control_scores(model, batch, run.config.probe_times, run.config.sigma, run.config.seed)
     print(probe.table(result, control, run.objective.selection))
     for name, layers in zip(DOMAINS, run.objective.selection, strict=True):
         means = {l: sum(w) / len(w) for l, w in layers.items() if any(w)}
@@ -472,7 +477,22 @@ def progress(run: Run, numbers: dict, smooth: float, rate: float, held: dict) ->
     )
 
 
+def check(config: Config) -> None:
+    """Refuses, before anything is read, what would fail many steps later. Raises ValueError."""
+    probe.check_strategy(config, config.n_layer)
+    if config.n_embd % (2 * config.n_head):
+        raise ValueError(f"n_embd={config.n_embd}, n_head={config.n_head}: a head needs a whole, even width")
+    if config.warmup_steps > config.max_steps and config.align != "none":
+        raise ValueError(
+            f"max_steps={config.max_steps} ends within phase I, so nothing would be aligned; pass --warmup_steps below "
+            f"{config.max_steps}, or --align=none"
+        )
+    if config.backbone and (config.compile or config.checkpoint_activations):
+        raise ValueError(f"compile and checkpoint_activations are for our own model, not backbone={config.backbone}")
+
+
 def main(config: Config) -> int:
+    check(config)
     machine = set_up(config)
     lines = data.missing(config) if not (Path(config.data_dir) / "meta.json").exists() else []
     if lines and machine.rank == 0:

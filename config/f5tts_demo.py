@@ -6,3 +6,4 @@ out_dir = "out/f5tts_demo"
 backbone = "f5tts"
 optimiser = "adamw"
 learning_rate = 1e-3
+warmup_steps = 100

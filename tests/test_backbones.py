@@ -104,6 +104,21 @@ def test_closing_a_layer_is_leaving_it_out(name, batch):
 
 @pytest.mark.parametrize("name", INSTALLED)
 @torch.no_grad()
+def test_blocks_hold_whole_layers_and_the_control_is_fresh(name, batch):
+    """Each layer's block holds all that runs in it, its skip included; a control keeps no weight of the model."""
+    net, *_ = scene(name, batch)
+    blocks = {id(p) for p in net.blocks.parameters()}
+    for unit in net.modules():
+        if hasattr(unit, "res_conv"):
+            assert all(id(p) in blocks for p in unit.parameters())
+    control = dict(probe.random_control(net).named_parameters())
+    for key, p in net.named_parameters():
+        if p.unique().numel() > 1:  # gains and biases start at ones and zeros
+            assert not torch.equal(p, control[key]), key
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+@torch.no_grad()
 def test_all_ablations_equal_single_ones(name, batch):
     """The growing batch where there is one, the naive loop elsewhere, against one call per layer."""
     net, x_t, t, cond = scene(name, batch)

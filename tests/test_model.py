@@ -526,12 +526,26 @@ def test_repeat_and_null(rng):
     model, batch = awake(), random_batch(rng)
     cond = model.embed_condition(batch)
     B, three, null = len(FRAMES), cond.repeat(3), cond.null()
-    for whole, part in zip(three, cond, strict=True):
+    for whole, part in zip(three[:4], cond[:4], strict=True):
         assert len(whole) == 3 * B and all(torch.equal(whole[i * B : (i + 1) * B], part) for i in range(3))
     assert not null.tokens.any() and not null.prompt.any() and not null.kept.any()
     assert torch.equal(null.mask, cond.mask) and cond.kept.all() and cond.tokens.any()
-    for a, b in zip(null, model.embed_condition(batch, drop=1.0), strict=True):
-        assert torch.equal(a, b)
+    dropped, both = model.embed_condition(batch, drop=1.0), cond.with_null()
+    for a, b, c, d in zip(null[:4], dropped[:4], cond[:4], both[:4], strict=True):
+        assert torch.equal(a, b) and torch.equal(d, torch.cat([c, b]))
+    assert cond.padded and cond.clips(torch.tensor([0])).padded and both.padded
+
+
+def test_without_padding_there_is_no_mask(rng):
+    """The host knows it, also of a batch that moved; blocks are then given no mask, and the velocity is the same."""
+    model, seen = awake().eval(), []
+    batch = random_batch(rng, frames=[20, 20])
+    assert not batch.padded and not batch.to("cpu").padded and random_batch(rng, frames=[20, 19]).padded
+    handle = model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[1].mask))
+    cond, x_t, t = model.embed_condition(batch), torch.randn_like(batch.mel), torch.rand(2).double()
+    close(model.velocity(x_t, t, cond), model.velocity(x_t, t, cond._replace(padded=True)), 1e-12)
+    handle.remove()
+    assert seen[0] is None and seen[1].all()
 
 
 # ---- the sampler

@@ -136,7 +136,7 @@ def many(tmp_path, rng) -> shards.Dataset:
     return prepared(tmp_path / "many", frames, rng.integers(0, 2, 300).tolist(), size=128)
 
 
-BATCHES = Config(batch_frames=1500, batch_size=16, seed=4)
+BATCHES = Config(batch_frames=1500, batch_size=16, seed=4, trim=0.0)
 
 
 def test_every_clip_once_an_epoch(many):
@@ -211,6 +211,24 @@ def test_crops_and_prompts(many):
     assert len(firsts) > 5
     dropped = np.mean(np.array(prompts) == 0)
     assert 0.35 < dropped < 0.5  # 40 %, and those whose share rounds down to nothing
+
+
+def test_clips_are_trimmed_to_the_shortest_of_like_length(many):
+    """No frame of padding where no clip loses more than the share asked; there clips stay whole."""
+    batches, frames, cuts = shards.Batches(many, replace(BATCHES, trim=0.05)), many.index["frames"], set()
+    lost = 0
+    for step in range(batches.steps_per_epoch):
+        batch = batches(step)
+        whole, taken = frames[batch.ids.numpy()], batch.frames.numpy()
+        like = whole.min() >= 0.95 * whole.max()
+        assert (taken == (whole.min() if like else whole)).all()
+        assert batch.padded == bool((taken < batch.mel.shape[1]).any()) and not (like and batch.padded)
+        assert (batch.prompt.numpy() <= 0.3 * taken).all()
+        cuts.add(like)
+        lost += whole.sum() - taken.sum()
+    assert cuts == {False, True} and batches.left_out() == pytest.approx(lost / frames.sum())
+    assert shards.Batches(many, BATCHES).left_out() == 0
+    assert batches.padding() < shards.Batches(many, BATCHES).padding()
 
 
 def test_fixed_batch(many):

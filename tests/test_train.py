@@ -8,10 +8,14 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 import checkpoint
@@ -260,6 +264,48 @@ def test_two_ranks_train_as_one(tiny_config, tmp_path):
         (losses["fm"] + losses["bitc"]).backward()
         grads.append(torch.cat([p.grad.flatten() for p in run.objective.parameters()]))
     assert norm_two == pytest.approx(float(((grads[0] + grads[1]) / 2).norm()), rel=1e-4)
+
+
+@pytest.mark.ddp
+def test_wide_compiled_blocks_train_under_ddp(tiny_config, tmp_path, monkeypatch):
+    """dynamo would split a block that is larger than one of DDP's buckets, and fail at it with dynamic shapes."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    config = replace(tiny_config, n_embd=1024, n_head=16, n_layer=1, ff_mult=4, dropout=0.1, compile=True)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        run = train.new_run(config, shards.read_meta(config.data_dir), MACHINE)
+        train.trade(run.objective.model, config)
+        dataset, objective = shards.Dataset(config.data_dir, "train"), DistributedDataParallel(run.objective)
+        for clips, frames in ((1, 60), (2, 70)):
+            train.train_step(run, objective, [shards.fixed_batch(dataset, clips, 0, frames)], MACHINE)
+        assert run.step == 2 and run.objective.model.blocks[0]._compiled_call_impl
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"align": "fixed"}, "align_layers=\\(\\): name layers from 1 to 4"),
+        ({"align": "fixed", "align_layers": (5,)}, "name layers from 1 to 4"),
+        ({"align": "lasp", "timestep_adaptive": True}, "timestep_adaptive needs align=foga"),
+        ({"n_head": 3}, "n_head=3: a head needs a whole, even width"),
+        ({"warmup_steps": 13}, "max_steps=12 ends within phase I"),
+        ({"backbone": "f5tts", "checkpoint_activations": True}, "not backbone=f5tts"),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_once(tiny_config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(replace(tiny_config, **changes))
+    assert not Path(tiny_config.out_dir).exists()
+
+
+def test_evaluating_is_not_training_time(tiny_config, monkeypatch):
+    """Neither held-out losses nor saves count: not in frames/s, not in the run's seconds."""
+    plain = train.held_out_loss
+    monkeypatch.setattr(train, "held_out_loss", lambda *args: time.sleep(1) or plain(*args))
+    run = train.train(replace(tiny_config, eval_every=3), MACHINE)
+    assert run.seconds < 4  # of which probes and twelve small steps are well under one; held-out losses took four
 
 
 def test_two_accumulated_batches_are_two_ranks(tiny_config, tmp_path):
