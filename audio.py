@@ -150,32 +150,61 @@ def mel_to_magnitude(mel: torch.Tensor, iterations: int = 50) -> torch.Tensor:
 
 def griffin_lim(mel: torch.Tensor, iterations: int = 60) -> np.ndarray:
     """Log-mel (T, 100) -> waveform ((T - 1) * HOP,): the vocoder without weights (fast Griffin-Lim)."""
+    frames = mel.shape[0]
+    mel = torch.cat([mel, mel[-1:].expand(max(0, 4 - frames), -1)])  # 4 frames are the least that its STFT can mirror
     magnitude = mel_to_magnitude(mel)
     window = torch.hann_window(N_FFT, device=mel.device)
     length = (mel.shape[0] - 1) * HOP
     wav = torchaudio().functional.griffinlim(
         magnitude, window, N_FFT, HOP, N_FFT, 1.0, iterations, 0.99, length, rand_init=False
     )
-    return wav.cpu().numpy()
+    return wav[: (frames - 1) * HOP].cpu().numpy()
+
+
+# what a config.yaml may name: Vocos imports any class that it is told to, and the file may be a stranger's
+VOCOS_CLASSES = {
+    "feature_extractor": {"vocos.feature_extractors.MelSpectrogramFeatures"},
+    "backbone": {"vocos.models.VocosBackbone", "vocos.models.VocosResNetBackbone"},
+    "head": {"vocos.heads.ISTFTHead", "vocos.heads.IMDCTSymExpHead", "vocos.heads.IMDCTCosHead"},
+}
+
+
+class ForeignClass(ValueError):
+    """A config.yaml that asks for other code than Vocos' own."""
+
+
+def _vocos(name: str) -> torch.nn.Module:
+    """A Vocos by folder or hub name. Raises ForeignClass for a config.yaml that names anything but Vocos' own."""
+    torchaudio()
+    import yaml
+    from huggingface_hub import hf_hub_download
+    from vocos import Vocos
+
+    files = ("config.yaml", "pytorch_model.bin")
+    local = Path(name).is_dir()
+    config, weights = (Path(name) / file if local else hf_hub_download(name, file) for file in files)
+    parts = yaml.safe_load(Path(config).read_text())
+    for part, allowed in VOCOS_CLASSES.items():
+        if parts[part]["class_path"] not in allowed:
+            raise ForeignClass(
+                f"{part} in config.yaml is {parts[part]['class_path']}, not one of {', '.join(sorted(allowed))}"
+            )
+    vocos = Vocos.from_hparams(str(config))
+    vocos.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return vocos
 
 
 def load_vocoder(name: str, device: str = "cpu") -> Callable[[torch.Tensor], np.ndarray]:
     """Returns mel (T, 100) -> waveform (L,). `name`: griffin_lim, a Vocos hub name or a folder with its two files.
 
-    Raises ValueError in one line when Vocos' weights cannot be found.
+    Raises ValueError in one line when Vocos' weights cannot be found, or its config.yaml asks for other code.
     """
     if name == "griffin_lim":
         return griffin_lim
-    torchaudio()
-    from vocos import Vocos
-
     try:
-        folder = Path(name)
-        if folder.is_dir():
-            vocos = Vocos.from_hparams(str(folder / "config.yaml"))
-            vocos.load_state_dict(torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True))
-        else:
-            vocos = Vocos.from_pretrained(name)
+        vocos = _vocos(name)
+    except ForeignClass as error:
+        raise ValueError(f"vocoder {name!r}: {error}; no other code is run") from None
     except Exception as error:
         raise ValueError(
             f"vocoder {name!r}: neither a folder with config.yaml and pytorch_model.bin nor a reachable hub name "

@@ -10,7 +10,8 @@ Every number stands beside the same number for the original recordings, and for 
 vocoder: the floor that no model behind this vocoder can pass. Generated clips come from held-out tokens alone. WER:
 Whisper transcribes, Whisper's English normaliser and jiwer score, over clips of at least MIN_WORDS words. FAD: against
 the original training recordings, under a network that taught nobody; FAD-inf is its extrapolation to infinitely many
-clips, because the FAD of few clips is biased upwards. Every evaluation adds a row to evals.csv.
+of the judge's patches, because the FAD of few is biased upwards. Every evaluation adds a row to evals.csv; eval.json,
+samples/ and index.html are those of the run's latest step.
 """
 
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ if __name__ == "__main__":
 import csv
 import itertools
 import json
+import math
 import re
 import sys
 import time
@@ -76,13 +78,14 @@ from lm import Sampling
 from model import pick_device
 from report import read_csv
 from sample import Stage1, from_dataset, settings, synthesise
-from shards import Dataset, first_of_each_domain
+from shards import Dataset, first_of_each_domain, identity, write_json
 from teachers import Teacher, load_teacher
 
 MIN_WORDS = 4  # a WER over single words says little
 SHOWN = 6  # clips per domain on a run's page
 SYSTEMS = ("original", "vocoded", "generated", "from text")  # the last with --lm only
 MAX_SECONDS = 12.0  # longest clip made from text
+CURVE = ("step", "seconds", "speech_wer", *(f"{name}_fad" for name in DOMAINS))  # columns of evals.csv
 
 
 def word_errors(references: list[str], hypotheses: list[str]) -> tuple[float, list[float]]:
@@ -121,6 +124,7 @@ def embeddings(judge: Teacher, waves: list[np.ndarray]) -> np.ndarray:
 
 
 def read_waves(dataset: Dataset, ids: np.ndarray) -> list[np.ndarray]:
+    """The kept waveforms (L,) of prepared clips, at 24 kHz."""
     return [audio.read(dataset.wav_path(i), audio.SAMPLE_RATE) for i in ids.tolist()]
 
 
@@ -185,8 +189,8 @@ def score(
 
 
 def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
-    """All numbers of one checkpoint, as a dict for eval.json, and {"speech_0012": (text, original, generated)} of the
-    first clips of each domain; writes the generated clips to out_dir/samples."""
+    """All numbers of one checkpoint of the run in `out_dir`, as a dict for eval.json, and of every clip
+    {"speech_0012": (text, original, generated)}."""
     run, device = state["config"], pick_device(args.device)
     model = load_model(state, device=device)
     data_dir = args.data_dir or run["data_dir"]
@@ -198,18 +202,14 @@ def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
     spent = time.time() - start
     waves = {"original": read_waves(held, ids), "vocoded": vocoded(held, ids, vocoder, run["mel_floor"])}
     waves["generated"] = generated
-    stage = Stage1(args.lm, model, device) if args.lm else None
+    stage = Stage1(args.lm, model, device, state.get("data", "")) if args.lm else None
     if stage:
         waves["from text"] = from_text(stage, model, held, ids, vocoder, options, run["dtype"])
     result = {"step": state["step"], "seconds": state["seconds"], "sampler": options, "data_dir": data_dir}
-    result["vocoder"], result["asr"] = args.vocoder or run["vocoder"], args.asr or run["asr"]
+    result["data"], result["asr"] = identity(held.meta), args.asr or run["asr"]
+    result["vocoder"] = args.vocoder or run["vocoder"]
     result["real_time_factor"] = spent / (sum(map(len, generated)) / audio.SAMPLE_RATE)
-    result["held_out_fm"] = last_held_out(out_dir)
-    (out_dir / "samples").mkdir(parents=True, exist_ok=True)
-    names = [f"{DOMAINS[d]}_{i:04d}" for i, d in zip(ids.tolist(), domain, strict=True)]
-    for name, wav in zip(names, generated, strict=True):
-        audio.write(out_dir / "samples" / f"{name}.wav", wav)
-
+    result["held_out_fm"] = held_out_at(out_dir, state["step"])
     recogniser, judge_name = load_recogniser(result["asr"], device), args.fad_model or run["fad_model"]
     judge = None if judge_name == "none" else judges.load_judge(judge_name, args.fad_weights, device)
     result["wer"], fad = score(waves, held, ids, train, recogniser, judge)
@@ -222,9 +222,9 @@ def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
         spoken = from_text(stage, model, train, known, vocoder, options, run["dtype"])
         own = [train.name_and_text(i)[1] for i in known.tolist()]
         result["wer_training_texts"] = score_wer({"from text": spoken}, own, known.tolist(), recogniser)
-    shown = [k for d in range(len(DOMAINS)) for k in np.flatnonzero(domain == d)[:SHOWN]]
-    texts = {k: held.name_and_text(int(ids[k]))[1] for k in shown}
-    return result, {names[k]: (texts[k], waves["original"][k], waves["generated"][k]) for k in shown}
+    names = [f"{DOMAINS[d]}_{i:04d}" for i, d in zip(ids.tolist(), domain, strict=True)]
+    texts = [held.name_and_text(i)[1] for i in ids.tolist()]
+    return result, dict(zip(names, zip(texts, waves["original"], generated, strict=True), strict=True))
 
 
 def from_text(stage: Stage1, model, dataset: Dataset, ids: np.ndarray, vocoder, options: dict, dtype: str) -> list:
@@ -241,31 +241,41 @@ def with_words(dataset: Dataset, n: int) -> np.ndarray:
     return np.array(list(itertools.islice(found, n)), np.int64)
 
 
-def last_held_out(out_dir: Path) -> dict[str, float]:
-    """The last held-out losses in log.csv, or nothing."""
-    rows = [r for r in read_csv(out_dir / "log.csv") if r["held_out_speech"]]
-    return {name: float(rows[-1][f"held_out_{name}"]) for name in DOMAINS} if rows else {}
+def held_out_at(out_dir: Path, step: int) -> dict[str, float]:
+    """The held-out losses in log.csv at `step`, or the last before it, of the domains that have any."""
+    found = {}
+    for row in read_csv(out_dir / "log.csv"):
+        if int(row["step"]) <= step:
+            found |= {name: float(row[f"held_out_{name}"]) for name in DOMAINS if row.get(f"held_out_{name}")}
+    return found
+
+
+def other_rows(out_dir: Path, step: int) -> list[dict]:
+    """The rows of evals.csv but that of `step`. Rows past the end of log.csv are left out: training went back behind
+    them or began anew."""
+    log = read_csv(out_dir / "log.csv")
+    last = max(step, int(log[-1]["step"])) if log else math.inf
+    return [r for r in read_csv(out_dir / "evals.csv") if int(r["step"]) != step and int(r["step"]) <= last]
+
+
+def is_latest(out_dir: Path, step: int) -> bool:
+    """Whether no later step of the run was evaluated: only then may eval.json, samples/ and index.html be replaced."""
+    return all(int(r["step"]) < step for r in other_rows(out_dir, step))
 
 
 def record(out_dir: Path, result: dict) -> None:
-    """Writes eval.json, and this step's row of evals.csv, the convergence curve of a run."""
+    """Writes this step's row of evals.csv, the convergence curve of a run, and for the latest step eval.json."""
     row = {"step": result["step"], "seconds": result["seconds"], "speech_wer": result["wer"]["generated"]}
     row |= {f"{name}_fad": result["fad"][name]["generated"] for name in DOMAINS if "fad" in result}
-    rows = [r for r in read_csv(out_dir / "evals.csv") if int(r["step"]) < row["step"]] + [row]
-    for name, write in (
-        ("eval.json", lambda file: file.write(json.dumps(result, indent=1))),
-        ("evals.csv", lambda file: _write_rows(file, rows)),
-    ):
-        part = out_dir / f".{name}.part"
-        with open(part, "w", newline="") as file:
-            write(file)
-        part.replace(out_dir / name)
-
-
-def _write_rows(file, rows: list[dict]) -> None:
-    writer = csv.DictWriter(file, list(rows[-1]), extrasaction="ignore", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
+    rows = sorted([*other_rows(out_dir, row["step"]), row], key=lambda r: int(r["step"]))
+    if is_latest(out_dir, row["step"]):
+        write_json(out_dir / "eval.json", result)
+    part = out_dir / ".evals.csv.part"
+    with open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, CURVE, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(out_dir / "evals.csv")
 
 
 def table(result: dict) -> str:
@@ -309,6 +319,7 @@ def load_recogniser(asr: str, device: str) -> Teacher | judges.Sphinx:
 
 
 def main_compare(args: EvalArgs) -> None:
+    """Prints the table over the runs of --compare and writes table.md, table.json and table.png."""
     paths = [Path(p) for p in args.compare]
     unfinished = [str(p) for p in paths if not (p / "eval.json").exists()]
     if unfinished:
@@ -348,6 +359,7 @@ def main_listening_test(args: EvalArgs) -> None:
 
 
 def read_ratings(args: EvalArgs) -> list[dict]:
+    """The ratings in --mos under --mos_key; none without --mos."""
     return (
         report.read_ratings([Path(p) for p in args.mos], json.loads(Path(args.mos_key).read_text())) if args.mos else []
     )
@@ -357,14 +369,21 @@ def main_evaluate(args: EvalArgs) -> None:
     state, used = checkpoint.load(args.ckpt)
     out_dir = used.parent
     result, clips = evaluate(state, args, out_dir)
+    latest, samples = is_latest(out_dir, result["step"]), out_dir / "samples"
+    for name, (_, _, generated) in clips.items() if latest else ():
+        samples.mkdir(exist_ok=True)
+        audio.write(samples / f"{name}.wav", generated)
     record(out_dir, result)
-    report.index_page(out_dir, table(result), clips)
+    if latest:
+        shown = [name for d in DOMAINS for name in [n for n in clips if n.startswith(d)][:SHOWN]]
+        report.index_page(out_dir, table(result), {name: clips[name] for name in shown})
     for name in ("generated", "from text"):
         utterances = result["wer"]["utterances"].get(name, [])
         for u in sorted(utterances, key=lambda u: -u["wer"])[: args.worst]:
             print(f"{100 * u['wer']:5.0f} %  {name}; said: {u['text']}\n         heard: {u['heard']}")
     print(table(result))
-    print(f"wrote {out_dir / 'eval.json'}, {out_dir / 'samples'} and {out_dir / 'index.html'}")
+    kept = "eval.json, samples and index.html stay those of a later step"
+    print(f"wrote {out_dir / 'eval.json'}, {samples} and {out_dir / 'index.html'}" if latest else kept)
 
 
 def main(args: EvalArgs) -> None:

@@ -10,6 +10,7 @@ Letters as in teachers.py: B clips, N features of a clip, D feature width, T spe
 
 import csv
 import io
+import pickle
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -133,8 +134,9 @@ class VGGish(Teacher):
                 weights = torch.load(source, map_location="cpu", weights_only=True)
             else:
                 weights = torch.hub.load_state_dict_from_url(VGGISH_WEIGHTS, map_location="cpu", weights_only=True)
-            return cls({k: weights[k] for k in weights if k.startswith(("features.", "embeddings."))}, device)
-        except (OSError, RuntimeError) as error:
+            layers = [*(f"features.{i}" for i in cls.convs), *(f"embeddings.{i}" for i in (0, 2, 4))]
+            return cls({f"{l}.{kind}": weights[f"{l}.{kind}"] for l in layers for kind in ("weight", "bias")}, device)
+        except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"no VGGish weights ({source or VGGISH_WEIGHTS}: {type(error).__name__}): pass --fad_weights=PATH of "
                 "torchvggish's vggish-10086976.pth"

@@ -127,6 +127,7 @@ class Vocabulary:
         return range(self.text + 4, self.text + 4 + STYLES)
 
     def codes_of(self, domain: int) -> range:
+        """The ids of a domain's codes."""
         first = self.styles.stop + sum(self.codes[:domain])
         return range(first, first + self.codes[domain])
 
@@ -283,6 +284,7 @@ class LM(nn.Module):
         return self.net.base_model(inputs_embeds=x, **options)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., D) -> logits over the whole vocabulary (..., V), float32."""
         return self.net.get_output_embeddings()(h).float()
 
     def forward(self, batch: Sequences, style_drop: float = 0.0, each: bool = False) -> dict[str, torch.Tensor]:
@@ -450,7 +452,8 @@ def new_run(config: LMConfig, dataset: shards.Dataset, machine: Machine) -> Run:
     with_keys = dataset.meta["prepared_with"]
     codes = (with_keys["speech_codes"], with_keys["audio_codes"])
     net, text = build_net(config, lambda old: len(Vocabulary(old, codes)))
-    sample = np.stack([dataset.style(i) for i in range(min(200, len(dataset)))]).astype(np.float32)
+    some = shards.first_of_each_domain(dataset, 100).tolist()  # a prepared folder begins with speech alone
+    sample = np.stack([dataset.style(i) for i in some]).astype(np.float32)
     lm = LM(net, Vocabulary(text, codes), sample.shape[2], all_clusters(config, codes), config.style_alpha)
     lm.style_scale.copy_(1 / torch.from_numpy(sample).flatten(0, 1).std(0).clamp_min(1e-4))
     lm.dropout, lm.code_noise = config.dropout, config.code_noise
@@ -459,6 +462,7 @@ def new_run(config: LMConfig, dataset: shards.Dataset, machine: Machine) -> Run:
 
 
 def save(run: Run) -> None:
+    """Writes ckpt.pt, and keeps the one before it."""
     checkpoint.save(Path(run.config.out_dir) / "ckpt.pt", run.state())
 
 
@@ -490,12 +494,13 @@ def held_out_loss(lm: LM, batch: Sequences, machine: Machine) -> dict[str, float
     """CE per code of each domain on fixed clips, without style: what is known from text alone."""
     lm.eval()
     with torch.random.fork_rng([]), machine.precision():
-        ce = torch.cat([lm(part, 2.0, each=True)["ce"] for part in split(batch, 8)])
+        ce = torch.cat([lm(part, style_drop=1.0, each=True)["ce"] for part in split(batch, 8)])
     lm.train()
     return {f"held_out_{n}": float(ce[batch.domain == d].mean()) for d, n in enumerate(DOMAINS) if d in batch.domain}
 
 
 def split(batch: Sequences, size: int) -> list[Sequences]:
+    """The batch as several of at most `size` clips."""
     parts = zip(*(x.split(size) for x in (batch.ids, batch.target, batch.style, batch.domain)), strict=True)
     return [Sequences(*part) for part in parts]
 

@@ -67,19 +67,37 @@ def read_run(path: Path, fad_target: float | None) -> dict[str, float]:
     return {k: v for k, v in row.items() if np.isfinite(v)}
 
 
+def measured_with(result: dict) -> dict:
+    """What the numbers of eval.json depend on besides the run, as far as it was recorded; seed and sigma aside, which
+    are a draw and the run's own."""
+    found = {k: result.get(k) for k in ("data", "vocoder", "asr")}
+    found |= {"fad_model": result.get("fad", {}).get("model"), "WER clips": result["wer"].get("clips")}
+    found |= {k: v for k, v in result.get("sampler", {}).items() if k not in ("seed", "sigma")}
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def refuse_unlike(paths: Sequence[Path]) -> None:
+    """Raises ValueError when two runs were not measured alike."""
+    seen: dict[str, tuple] = {}
+    for path in paths:
+        for key, value in measured_with(read_eval(path)).items():
+            theirs, other = seen.setdefault(key, (value, path))
+            if value != theirs:
+                raise ValueError(
+                    f"{path} was evaluated with {key}={value}, {other} with {theirs}: run evaluate.py --ckpt on one of "
+                    f"them again, with the settings of the other"
+                )
+
+
 def compare(paths: Sequence[Path], fad_target: float | None = None, mos: dict | None = None) -> dict[str, dict]:
     """{name: {column: (mean, standard error or None, n)}} over the seeds of each run NAME_sSEED.
 
     "gain" is how much lower the speech FAD is than that of the run named none, in percent; the default of fad_target is
     the FAD of none. `mos` is what mean_scores gives for the run directories' names. A column that one seed of a run
-    lacks stays empty: a mean over some of the seeds would compare unlike with like. Raises ValueError for runs whose
-    FADs were measured under different networks.
+    lacks stays empty: a mean over some of the seeds would compare unlike with like. Raises ValueError for runs that
+    were not measured alike.
     """
-    judges = {read_eval(p)["fad"]["model"] for p in paths if "fad" in read_eval(p)}
-    if len(judges) > 1:
-        raise ValueError(
-            f"FAD was measured under {' and '.join(sorted(judges))}: evaluate all runs with one --fad_model"
-        )
+    refuse_unlike(paths)
     groups: dict[str, list[Path]] = {}
     for path in paths:
         groups.setdefault(re.sub(r"_s\d+$", "", path.name), []).append(path)
@@ -104,10 +122,12 @@ def compare(paths: Sequence[Path], fad_target: float | None = None, mos: dict | 
 
 
 def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None of a single value."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
 
 def with_error(mean: float, error: float | None, digits: int) -> str:
+    """ "12.0 ± 2.0", or the mean alone."""
     return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 

@@ -154,37 +154,40 @@ def synthesise(
 
 
 class Stage1:
-    """An LM of lm.py and the model that will read its codes. Raises ValueError when the two do not fit."""
+    """An LM of lm.py and the model that will read its codes, `data` the latter's preparation. Raises ValueError when
+    the two do not fit, and warns when they learned from unlike preparations, whose codes may mean other sounds."""
 
-    def __init__(self, path: str, model: FlowModel, device: str):
+    def __init__(self, path: str, model: FlowModel, device: str, data: str = ""):
         self.lm, self.encode, self.state = stage1.load_lm(path, device)
         if model.shape.second_codes:
             raise ValueError("the model reads a second token stream, which no LM writes; use one of beats_tokens=False")
         if tuple(self.lm.vocabulary.codes) != tuple(model.shape.codes):
             raise ValueError(f"{path} writes codes of {self.lm.vocabulary.codes}, the model reads {model.shape.codes}")
+        if data and self.state["data"] != data:
+            print(f"warning: {path} was trained on another preparation than the model it writes for", file=sys.stderr)
 
     def requests(
         self,
         texts: Sequence[tuple[int, str]],
         sampling: stage1.Sampling,
         max_seconds: float,
-        reference: Prepared | None = None,
+        references: dict[int, Prepared] | None = None,
         prompt_max: float = 0.3,
         size: int = 16,
     ) -> list[Request]:
-        """(domain, text) each -> a Request each, `size` texts a batch; a reference's style goes to the LM and, where it
-        is of the same domain, its beginning to stage 2: at most `prompt_max` of the whole, as in training."""
+        """(domain, text) each -> a Request each, `size` texts a batch. The style of the domain's reference goes to the
+        LM, its beginning to stage 2: at most `prompt_max` of the whole, as in training."""
         vocabulary, rates, out = self.lm.vocabulary, self.state["rates"], []
         for group in (texts[k : k + size] for k in range(0, len(texts), size)):
             prompts = [vocabulary.prompt(self.encode, d, t) for d, t in group]
             limits = [stage1.limit(d, t, rates[d], max_seconds) for d, t in group]
-            styles = None if reference is None else torch.from_numpy(np.stack([reference.style] * len(group)))
+            styles = torch.from_numpy(np.stack([references[d].style for d, _ in group])) if references else None
             codes = stage1.generate(self.lm, prompts, [d for d, _ in group], limits, styles, sampling)
             for (d, _), own in zip(group, codes, strict=True):
                 frames = round(len(own) / rates[d] * audio.FRAME_RATE)
                 request = Request(own[:, None], d, frames)
-                if reference is not None and reference.clip.domain == d:
-                    request = with_prompt(request, reference, rates, prompt_max)
+                if references:
+                    request = with_prompt(request, references[d], rates, prompt_max)
                 out.append(request)
         return out
 
@@ -217,18 +220,20 @@ def texts_of(args: SampleArgs) -> list[tuple[int, str]]:
 # ---- the command
 
 
-def make_requests(args: SampleArgs, model: FlowModel, run: dict, device: str) -> tuple[list[Request], list[dict]]:
+def make_requests(args: SampleArgs, model: FlowModel, state: dict, device: str) -> tuple[list[Request], list[dict]]:
     """What the command asks for, and what to say of each clip in its .json; `file` is its name."""
+    run = state["config"]
     config = from_dict(Config, run | {"data_dir": args.data_dir or run["data_dir"], "device": device}, args.ckpt)
     texts = texts_of(args)
     if texts and not args.lm:
         raise ValueError("text needs stage 1: pass --lm=CKPT, a checkpoint of lm.py")
     if texts:
-        stage = Stage1(args.lm, model, device)
-        reference = data.encode_file(args.reference, texts[0][0], config) if args.reference else None
+        stage = Stage1(args.lm, model, device, state.get("data", ""))  # an exported model does not know its data
+        domains = sorted({d for d, _ in texts}) if args.reference else []
+        references = {d: data.encode_file(args.reference, d, config) for d in domains}
         sampling = stage1.Sampling(args.temperature, args.top_p, args.guidance, args.repetition, seed=args.seed)
         made = {"lm": args.lm, "lm_step": stage.state["step"], "reference": args.reference, **asdict(sampling)}
-        requests = stage.requests(texts, sampling, args.max_seconds, reference, run["prompt_max"])
+        requests = stage.requests(texts, sampling, args.max_seconds, references, run["prompt_max"])
         about = [
             {"file": f"{k:04d}_{DOMAINS[d]}", "text": t, "domain": DOMAINS[d], **made} for k, (d, t) in enumerate(texts)
         ]
@@ -243,7 +248,8 @@ def make_requests(args: SampleArgs, model: FlowModel, run: dict, device: str) ->
     about = []
     for i in ids.tolist():
         (name, text), domain = dataset.name_and_text(i), DOMAINS[dataset.index["domain"][i]]
-        about.append({"file": f"{domain}_{i:04d}", "clip": name, "text": text, "domain": domain, "split": args.split})
+        file = f"{args.split}_{domain}_{i:04d}"  # evaluate.py's speech_0003.wav is another and stays
+        about.append({"file": file, "clip": name, "text": text, "domain": domain, "split": args.split})
     return from_dataset(dataset, ids), about
 
 
@@ -254,7 +260,7 @@ def main(args: SampleArgs) -> None:
     run, device = state["config"], pick_device(args.device)
     model, vocoder = load_model(state, device=device), audio.load_vocoder(args.vocoder or run["vocoder"], device)
     start = time.time()
-    requests, about = make_requests(args, model, run, device)
+    requests, about = make_requests(args, model, state, device)
     if args.out and len(requests) > 1:
         raise ValueError(f"out={args.out} is one file and {len(requests)} clips are asked for; pass --out_dir")
     options, between = settings(args, run), time.time()

@@ -348,7 +348,7 @@ class BEATs(Teacher):
         try:
             stored = torch.load(source, map_location="cpu", weights_only=True)
             cfg, weights = dict(stored["cfg"]), stored["model"]
-        except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"no BEATs checkpoint in {source} ({type(error).__name__}): pass the path of BEATs_iter3_plus_AS2M.pt, "
                 "or for tokens of Tokenizer_iter3_plus_AS2M.pt, from github.com/microsoft/unilm/tree/master/beats"

@@ -37,6 +37,7 @@ class TokenizerArgs:
     seed: int = 0  # seeds weights, windows and the choice of clips
     log_every: int = 500  # steps between lines of losses, held-out error and codebook usage
     save_every: int = 2000  # steps between checkpoints
+    device: str = "auto"  # auto | cpu | cuda
 
     ranges: ClassVar[dict] = dict.fromkeys(
         "max_clips codes width units max_steps batch_size log_every save_every".split(), (1, None)
@@ -49,7 +50,9 @@ if __name__ == "__main__":
 import importlib
 import importlib.util
 import itertools
+import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -72,10 +75,15 @@ import teachers
 CLIP_WINDOW = 96  # features per training window
 POSITIONS = 1500  # length of Whisper's position table
 STATISTICS_CLIPS = 2000  # clips behind the mean, the deviation and the position map of the features
+PIECE = 30  # seconds that a teacher encodes at once: attention's memory grows with the square of the length
+MADE_FROM = ("features_from", "audio_teacher", "max_clips", "seed")  # what the features on disk depend on
+MAY_DIFFER = ("out_dir", "log_every", "save_every", "device")  # of a continued training
 
 
 @dataclass
 class TokenizerShape:
+    """What the arrays of a Tokenizer are sized by, and what is fixed in training; stored beside its weights."""
+
     dim: int  # E
     codes: int  # K
     rate: float  # tokens per second
@@ -86,6 +94,8 @@ class TokenizerShape:
 
 
 class ResidualUnit(nn.Module):
+    """(B, W, N) -> (B, W, N), masked."""
+
     def __init__(self, width: int):
         super().__init__()
         self.conv = nn.Conv1d(width, width, 3, padding=1)
@@ -166,7 +176,7 @@ class Tokenizer(nn.Module):
         dead = self.code_count < 0.02
         fresh = z[torch.randint(len(z), (int(dead.sum()),), device=z.device)]
         if dist.is_initialized():
-            dist.broadcast(fresh, 0)
+            dist.broadcast(fresh, 0)  # each rank has drawn from vectors of its own
         self.code_count[dead], self.code_sum[dead] = 1.0, fresh
         self.codebook.copy_(self.code_sum / self.code_count[:, None])
 
@@ -175,7 +185,7 @@ class Tokenizer(nn.Module):
         """Clips of features (N, E) -> codes (N,) int32 each."""
         out = []
         for clip in features:
-            x = self.standardise(torch.from_numpy(clip).to(self.codebook.device, torch.float32))
+            x = self.standardise(torch.from_numpy(np.asarray(clip, np.float32)).to(self.codebook.device))
             z = self.encoder(x.T[None], torch.ones(1, 1, len(x), device=x.device))[0].T
             out.append(self.nearest(z).int().cpu().numpy())
         return out
@@ -263,10 +273,8 @@ class Fitting:
         self._start_codebook()
         weights = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
         self.optimiser = torch.optim.AdamW(weights, lr, betas=(0.5, 0.9))
-        # OneCycleLR divides by zero at total_steps = 1 / pct_start
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser, lr, total_steps=max(11, steps), pct_start=0.1
-        )
+        cycle = {"pct_start": 0.1, "cycle_momentum": False}  # OneCycleLR divides by zero at 1 / pct_start steps
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, lr, max(11, steps), **cycle)
 
     def _standardise(self, features: list[np.ndarray]) -> None:
         model = self.model
@@ -298,7 +306,7 @@ class Fitting:
     def step(self) -> dict[str, float]:
         """One optimiser step and one codebook update; returns the losses."""
         rng = np.random.default_rng([self.seed, self.done, self.rank])
-        torch.manual_seed(hash((self.seed, self.done)) % 2**63)  # restarted codes: the same on every rank
+        torch.manual_seed(hash((self.seed, self.done)) % 2**63)  # for the vectors that unused codes restart at
         out = self.model(*self.draw(rng, self.batch))
         loss = out["mse"] + 10 * out["commitment"]
         self.optimiser.zero_grad()
@@ -324,6 +332,7 @@ class Fitting:
         }
 
     def restore(self, state: dict) -> None:
+        """Goes on from what state() gave."""
         self.model.load_state_dict(state["state"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
@@ -358,22 +367,25 @@ class S3:
     the s3tokenizer package, batched; or by onnxruntime, a clip at a time, from CosyVoice's speech_tokenizer_v1.onnx."""
 
     rate, sample_rate = 50, 16000
+    advice = "pip install s3tokenizer, or onnxruntime with --s3=PATH/speech_tokenizer_v1.onnx of CosyVoice-300M"
 
     def __init__(self, source: str, device: str = "cpu"):
         self.device, self.model, self.session = device, None, None
-        if importlib.util.find_spec("s3tokenizer"):
-            audio.torchaudio()
-            self.package = importlib.import_module("s3tokenizer")
-            self.model = self.package.load_model(source).to(device).eval()
-        elif importlib.util.find_spec("onnxruntime") and source.endswith(".onnx"):
-            onnxruntime = importlib.import_module("onnxruntime")
-            kinds = ["CUDAExecutionProvider"] if device != "cpu" else []
-            self.session = onnxruntime.InferenceSession(source, providers=[*kinds, "CPUExecutionProvider"])
-        else:
+        try:
+            if importlib.util.find_spec("s3tokenizer"):
+                audio.torchaudio()
+                self.package = importlib.import_module("s3tokenizer")
+                self.model = self.package.load_model(source).to(device).eval()
+            elif importlib.util.find_spec("onnxruntime") and source.endswith(".onnx"):
+                onnxruntime = importlib.import_module("onnxruntime")
+                kinds = ["CUDAExecutionProvider"] if device != "cpu" else []
+                self.session = onnxruntime.InferenceSession(source, providers=[*kinds, "CPUExecutionProvider"])
+        except Exception as error:  # both raise many types, for no network and for no such file
             raise ValueError(
-                "S3 tokens need a package: pip install s3tokenizer (any --s3), or onnxruntime with "
-                "--s3=PATH/speech_tokenizer_v1.onnx of CosyVoice-300M"
-            )
+                f"s3={source!r} is not there or out of reach ({type(error).__name__}); {self.advice}"
+            ) from error
+        if self.model is None and self.session is None:
+            raise ValueError(f"S3 tokens need a package; {self.advice}")
 
     @torch.inference_mode()
     def encode(self, wavs: list[np.ndarray], batch: int = 16) -> list[np.ndarray]:
@@ -404,8 +416,7 @@ def usage(codes: list[np.ndarray], size: int) -> tuple[float, float]:
 
 def load_text_tokenizer(source: str = "bytes"):
     """What turns text into ids, with encode(text) and decode(ids). "bytes" is one token a byte and needs no download;
-    else a tokenizer of transformers by name or folder, such as Qwen/Qwen3-0.6B-Base. Raises ValueError for none.
-    """
+    else a tokenizer of transformers by name or folder, such as Qwen/Qwen3-0.6B-Base. Raises ValueError for none."""
     if source == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={})
@@ -436,8 +447,10 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def load(path: Path) -> Tokenizer:
-    """Reads a Tokenizer written by save() or by the training below."""
-    stored, _ = checkpoint.load(path)
+    """Reads a Tokenizer written by save() or by the training below. Raises ValueError for another checkpoint."""
+    stored, used = checkpoint.load(path)
+    if "codes" not in stored.get("shape", {}) or "state" not in stored:
+        raise ValueError(f"{used} is not a checkpoint of tokenizer.py; pass one, such as out/ast/ckpt.pt")
     tokenizer = Tokenizer(TokenizerShape(**stored["shape"]))
     tokenizer.load_state_dict(stored["state"])
     return tokenizer.eval()
@@ -447,16 +460,31 @@ def load(path: Path) -> Tokenizer:
 
 
 def sounds(source: str) -> list[corpora.Clip]:
-    """The clips of --features_from."""
+    """The clips of --features_from. Raises ValueError or DataError where there are none."""
     if source == "demo":
         return corpora.demo_audio()
-    if next(Path(source).rglob("*segments*.csv"), None):
-        return corpora.audioset(source)[0]
-    return corpora.folder(source, corpora.AUDIO)
+    if not source or not Path(source).is_dir():
+        raise ValueError(f"features_from={source!r} is no folder: pass AudioSet's or any folder of sounds, or demo")
+    try:
+        listed = next(Path(source).rglob("*segments*.csv"), None)
+        return corpora.audioset(source)[0] if listed else corpora.folder(source, corpora.AUDIO)
+    except corpora.DataError as error:  # named after data.py's keys
+        raise corpora.DataError(re.sub(r"^\w+_dir=", "features_from=", str(error))) from None
 
 
-def write_features(clips: list[corpora.Clip], teacher: teachers.Teacher, rate: float, out_dir: Path) -> None:
-    """Encodes the clips into out_dir: features.bin, (rows, E) float16, and features.npy, E and where each clip ends."""
+def features_of(teacher: teachers.Teacher, wavs: list[np.ndarray], rate: float) -> list[np.ndarray]:
+    """Features of each clip at `rate` per second, (N, E); a clip over PIECE seconds is encoded in equal pieces."""
+    pieces = [np.array_split(wav, -(-len(wav) // (PIECE * teacher.sample_rate))) for wav in wavs]
+    encoded, out = iter(teacher.encode([piece for own in pieces for piece in own])), []
+    for own in pieces:
+        counts = [max(1, round(len(piece) / teacher.sample_rate * rate)) for piece in own]
+        out.append(np.concatenate([token_features(teacher, next(encoded), n, rate) for n in counts]))
+    return out
+
+
+def write_features(args: "TokenizerArgs", clips: list, teacher: teachers.Teacher, rate: float, out_dir: Path) -> None:
+    """Encodes the clips into out_dir: features.bin, (rows, E) float16, and features.json, E, where each clip ends, and
+    the arguments behind them."""
     ends, lost = [0], 0
     with open(out_dir / "features.bin", "wb") as file:
         for k in tqdm(range(0, len(clips), 64), desc="features, 64 clips each", mininterval=1):
@@ -466,26 +494,49 @@ def write_features(clips: list[corpora.Clip], teacher: teachers.Teacher, rate: f
                     wavs.append(audio.read(clip.source, teacher.sample_rate, clip.name))
                 except audio.AudioError:
                     lost += 1
-            for wav, f in zip(wavs, teacher.encode(wavs), strict=True):
-                n = max(1, round(len(wav) / teacher.sample_rate * rate))
-                file.write(token_features(teacher, f, n, rate).astype("<f2").tobytes())
-                ends.append(ends[-1] + n)
+            for rows in features_of(teacher, wavs, rate):
+                file.write(rows.astype("<f2").tobytes())
+                ends.append(ends[-1] + len(rows))
     print(f"features of {len(ends) - 1} clips; {lost} could not be read")
-    part = out_dir / ".features.part.npy"
-    np.save(part, np.array([teacher.dim, *ends]))
-    part.replace(out_dir / "features.npy")
+    about = {"dim": teacher.dim, "ends": ends, "made_from": {k: getattr(args, k) for k in MADE_FROM}}
+    part = out_dir / ".features.json.part"
+    part.write_text(json.dumps(about))
+    part.replace(out_dir / "features.json")
 
 
 def read_features(out_dir: Path) -> list[np.ndarray]:
     """What write_features wrote, by memory map; waits for another process that is still writing."""
-    while not (out_dir / "features.npy").exists():
+    while not (out_dir / "features.json").exists():
         time.sleep(1)
-    dim, *ends = np.load(out_dir / "features.npy").tolist()
-    rows = np.memmap(out_dir / "features.bin", "<f2", "r").reshape(-1, dim)
-    return [rows[a:b] for a, b in itertools.pairwise(ends)]
+    about = json.loads((out_dir / "features.json").read_text())
+    rows = np.memmap(out_dir / "features.bin", "<f2", "r").reshape(-1, about["dim"])
+    return [rows[a:b] for a, b in itertools.pairwise(about["ends"])]
+
+
+def prepare(args: "TokenizerArgs", rate: float, device: str) -> None:
+    """Writes the features unless they are there. Raises CheckpointError when they were made from something else."""
+    out_dir = Path(args.out_dir)
+    if (used := out_dir / "features.json").exists():
+        return same_arguments(args, MADE_FROM, json.loads(used.read_text())["made_from"], used)
+    clips = sounds(args.features_from)
+    source = ("aisfx", fetch.fetch("aisfx")) if args.audio_teacher == "demo" else ("beats", args.audio_teacher)
+    teacher = teachers.load_teacher(*source, device)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    order = np.random.default_rng(args.seed).permutation(len(clips))[: args.max_clips]
+    write_features(args, [clips[i] for i in order], teacher, rate, out_dir)
+
+
+def same_arguments(args: "TokenizerArgs", names: Sequence[str], theirs: dict, used: Path) -> None:
+    """Raises CheckpointError when `used` was made with other arguments of these names."""
+    changed = [f"{k}: {theirs.get(k)!r} -> {getattr(args, k)!r}" for k in names if theirs.get(k) != getattr(args, k)]
+    if changed:
+        raise checkpoint.CheckpointError(
+            f"{used} was made with other arguments ({'; '.join(changed)}); pass --out_dir=ANOTHER_FOLDER or undo them"
+        )
 
 
 def report(fitting: Fitting, losses: dict, held: list[np.ndarray], last: int) -> None:
+    """Prints the losses of a step, and what the codes are worth on held-out clips."""
     used, perplexity = usage(fitting.model.encode(held), fitting.model.shape.codes)
     print(
         f"step {fitting.done}/{last}  mse {losses['mse']:.4f}  commitment {losses['commitment']:.4f}  held out: "
@@ -501,40 +552,35 @@ def open_fitting(args: "TokenizerArgs", features: list, rate: float, rank: int, 
     fitting = Fitting(features, shape, args.max_steps, args.batch_size, args.learning_rate, args.seed, rank, device)
     path = Path(args.out_dir) / "ckpt.pt"
     if checkpoint.exists(path):
-        state, used = checkpoint.load(path)
-        if state["shape"] != asdict(shape):
-            raise checkpoint.CheckpointError(f"{used} has the shape {state['shape']}; pass --out_dir=ANOTHER_FOLDER")
+        state, used = checkpoint.load(path, set_aside=rank == 0)
+        same_arguments(args, [k for k in asdict(args) if k not in MAY_DIFFER], state.get("config", {}), used)
         fitting.restore(state)
     return fitting
 
 
 def main(args: "TokenizerArgs") -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    lead, out_dir, demo = rank == 0, Path(args.out_dir), args.audio_teacher == "demo"
-    rate = 25.0 if demo else 50.0
-    if lead and not (out_dir / "features.npy").exists():
-        source = ("aisfx", fetch.fetch("aisfx")) if demo else ("beats", args.audio_teacher)
-        teacher, clips = teachers.load_teacher(*source, device), sounds(args.features_from)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        order = np.random.default_rng(args.seed).permutation(len(clips))[: args.max_clips]
-        write_features([clips[i] for i in order], teacher, rate, out_dir)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+    lead, out_dir, rate = rank == 0, Path(args.out_dir), 25.0 if args.audio_teacher == "demo" else 50.0
+    if lead:
+        prepare(args, rate, device)
     features = read_features(out_dir)
     held = features[: max(1, len(features) // 20)]
     if world > 1:
-        dist.init_process_group("nccl" if device != "cpu" else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     fitting = open_fitting(args, features[len(held) :], rate, rank, device)
     if lead:
         size = sum(p.numel() for p in fitting.model.parameters()) / 1e6
         print(f"{size:.1f} M parameters; {len(features)} clips, {len(held)} of them held out; {world} x {device}")
-    stop, path = checkpoint.StopRequest(device), out_dir / "ckpt.pt"
+    stop, path, config = checkpoint.StopRequest(device), out_dir / "ckpt.pt", asdict(args)
     while fitting.done < args.max_steps and not stop.agreed():
         losses = fitting.step()
         last = fitting.done == args.max_steps
         if lead and (last or fitting.done % args.log_every == 0):
             report(fitting, losses, held, args.max_steps)
         if lead and (last or fitting.done % args.save_every == 0):
-            checkpoint.save(path, fitting.state())
+            checkpoint.save(path, fitting.state() | {"config": config})
     if world > 1:
         dist.destroy_process_group()
     if fitting.done == args.max_steps:
@@ -542,7 +588,7 @@ def main(args: "TokenizerArgs") -> int:
             print(f"{path}; prepare with --audio_tokenizer={path}")
         return 0
     if lead:
-        checkpoint.save(path, fitting.state())
+        checkpoint.save(path, fitting.state() | {"config": config})
         print(f"stopped at step {fitting.done}, saved in {path}; the same command continues")
     return checkpoint.INTERRUPTED
 

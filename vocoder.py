@@ -61,6 +61,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -72,9 +73,9 @@ import fetch
 import judges
 from corpora import DataError
 from evaluate import load_recogniser, read_waves, score, vocoded
-from loop import Log, make_optimiser, same_settings, time_left, update
+from loop import Finite, Log, make_optimiser, same_data, same_settings, time_left, update
 from model import count_parameters, pick_device, precision
-from shards import Dataset, first_of_each_domain, write_json
+from shards import Dataset, first_of_each_domain, identity, write_json
 
 STFT_SIZES = (512, 1024, 2048)  # each with a hop of a quarter
 MAY_DIFFER = "out_dir data_dir device dtype log_every save_every asr fad_model".split()
@@ -119,17 +120,19 @@ def spectral_losses(wav: torch.Tensor, target: torch.Tensor) -> dict[str, torch.
     return {"mel": mel, "convergence": convergence, "magnitude": magnitude}
 
 
-def draw_crops(waves: list[np.ndarray], args: VocoderArgs, step: int) -> torch.Tensor:
-    """The crops (B, L) of a step, each clip as likely as it is long, at a gain of -12 to 0 dB of full scale."""
+def draw_crops(waves: list[np.ndarray], args: VocoderArgs, step: int) -> tuple[torch.Tensor, list[int]]:
+    """The crops (B, L) of a step, each clip as likely as it is long, at a gain of -12 to 0 dB of full scale; and which
+    of `waves` they are from."""
     rng = np.random.default_rng([args.seed, step])
     length, lengths = (args.crop_frames - 1) * audio.HOP, np.array([len(w) for w in waves])
     out = np.zeros((args.batch_size, length), np.float32)
-    for b, i in enumerate(rng.choice(len(waves), args.batch_size, p=lengths / lengths.sum())):
+    chosen = rng.choice(len(waves), args.batch_size, p=lengths / lengths.sum()).tolist()
+    for b, i in enumerate(chosen):
         start = rng.integers(0, max(1, lengths[i] - length + 1))
         crop = waves[i][start : start + length]
         peak = max(1e-3, np.abs(crop).max())
         out[b, : len(crop)] = crop * 10 ** rng.uniform(-12 / 20, 0) / peak
-    return torch.from_numpy(out)
+    return torch.from_numpy(out), chosen
 
 
 def build(args: VocoderArgs, folder: Path) -> nn.Module:
@@ -143,10 +146,9 @@ def build(args: VocoderArgs, folder: Path) -> nn.Module:
     return Vocos.from_hparams(str(folder / "config.yaml"))
 
 
-def train_step(vocos: nn.Module, optimiser, waves: list[np.ndarray], args: VocoderArgs, step: int, device: str) -> dict:
-    """One optimiser step; returns losses, gradient norm and learning rate. A function of (seed, step)."""
-    target = draw_crops(waves, args, step).to(device)
-    with precision(device, args.dtype):
+def train_step(vocos: nn.Module, optimiser, target: torch.Tensor, args: VocoderArgs, step: int) -> dict[str, float]:
+    """One optimiser step on crops (B, L); returns losses, gradient norm and learning rate."""
+    with precision(str(target.device), args.dtype):
         features = vocos.backbone(audio.log_mel(target).transpose(1, 2))  # (B, T, dim)
     losses = spectral_losses(vocos.head(features.float()), target)
     loss = args.mel_weight * losses["mel"] + losses["convergence"] + losses["magnitude"]
@@ -155,30 +157,45 @@ def train_step(vocos: nn.Module, optimiser, waves: list[np.ndarray], args: Vocod
     return {name: value.item() for name, value in losses.items()} | moved | {"loss": loss.item()}
 
 
+def stopped_run(args: VocoderArgs, data: str) -> dict | None:
+    """What out_dir's checkpoint holds, if there is one. Raises CheckpointError for other settings or other data."""
+    path = Path(args.out_dir) / "ckpt.pt"
+    if not checkpoint.exists(path):
+        return None
+    state, used = checkpoint.load(path, set_aside=True)
+    same_settings(args, state["config"], MAY_DIFFER, used)
+    same_data(SimpleNamespace(config=args, data=data), state, used)
+    return state
+
+
 def train(args: VocoderArgs) -> tuple[nn.Module, bool]:
     """The trained Vocos, and whether training came to its end."""
     device, out_dir = pick_device(args.device), Path(args.out_dir)
     dataset = Dataset(args.data_dir, "train")
-    waves = read_waves(dataset, np.array([i for i in range(len(dataset)) if dataset.wav_path(i).exists()]))
-    vocos = build(args, out_dir).to(device)
+    data, rows = identity(dataset.meta), np.array([i for i in range(len(dataset)) if dataset.wav_path(i).exists()])
+    state, waves = stopped_run(args, data), read_waves(dataset, rows)
+    checkpoint.sweep(out_dir)
+    vocos = build(args, out_dir).to(device)  # after what refuses, because it writes config.yaml
     optimiser, step, seconds = make_optimiser(vocos, args), 0, 0.0
-    if checkpoint.exists(out_dir / "ckpt.pt"):
-        state, used = checkpoint.load(out_dir / "ckpt.pt", set_aside=True)
-        same_settings(args, state["config"], MAY_DIFFER, used)
+    if state:
         vocos.load_state_dict(state["model"]), optimiser.load_state_dict(state["optimiser"])
         step, seconds = state["step"], state["seconds"]
 
     def save() -> None:
-        state = {"config": asdict(args), "model": vocos.state_dict(), "optimiser": optimiser.state_dict()}
-        checkpoint.save(out_dir / "ckpt.pt", state | {"step": step, "seconds": seconds})
+        weights = {"model": vocos.state_dict(), "optimiser": optimiser.state_dict()}
+        about = {"config": asdict(args), "data": data, "step": step, "seconds": seconds}
+        checkpoint.save(out_dir / "ckpt.pt", about | weights)
 
     print(show(args))
     minutes = sum(map(len, waves)) / audio.SAMPLE_RATE / 60
     print(f"{count_parameters(vocos) / 1e6:.1f} M parameters; {len(waves)} recordings, {minutes:.1f} min", flush=True)
     log, stop, since = Log(out_dir / "log.csv", COLUMNS, step), checkpoint.StopRequest(device), time.time()
+    finite = Finite(save)
     while step < args.max_steps and not stop.agreed():
-        numbers = train_step(vocos, optimiser, waves, args, step, device)
+        target, chosen = draw_crops(waves, args, step)
+        numbers = train_step(vocos, optimiser, target.to(device), args, step)
         step += 1
+        finite.check(step, numbers["grad_norm"], rows[chosen].tolist())
         if step % args.log_every == 0 or step == args.max_steps:
             seconds, since = seconds + time.time() - since, time.time()
             log.row(step=step, seconds=seconds, **numbers)
@@ -207,6 +224,7 @@ def compare(args: VocoderArgs, n: int = 200) -> dict:
 
 
 def table(result: dict, systems: list[str]) -> str:
+    """compare()'s numbers as text, a column a system."""
     lines = [f"{'held-out recordings through':34s}" + "".join(f"{s[-18:]:>20s}" for s in systems)]
     wer = result["wer"]
     lines.append(f"{'speech WER %, n ' + str(wer['clips']):34s}" + "".join(f"{100 * wer[s]:20.1f}" for s in systems))
@@ -234,5 +252,5 @@ def main(args: VocoderArgs) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(ARGS))
-    except (checkpoint.CheckpointError, DataError, fetch.FetchError, OSError, ValueError) as error:
+    except (checkpoint.CheckpointError, DataError, fetch.FetchError, FloatingPointError, OSError, ValueError) as error:
         sys.exit(f"vocoder.py: {error}")

@@ -198,6 +198,12 @@ def test_nonsense_is_no_vocoder(tmp_path, content):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
+def test_griffin_lim_takes_the_shortest_mels(frames, rng):
+    wav = audio.load_vocoder("griffin_lim")(torch.from_numpy(rng.normal(-3, 1, (frames, 100)).astype(np.float32)))
+    assert wav.shape == ((frames - 1) * 256,) and np.isfinite(wav).all()
+
+
 VOCOS = """
 feature_extractor:
   class_path: vocos.feature_extractors.MelSpectrogramFeatures
@@ -223,6 +229,19 @@ def test_vocos_from_a_folder(tmp_path, rng):
     wav = vocoder(mel)
     assert wav.shape == (59 * 256,) and np.isfinite(wav).all()
     np.testing.assert_allclose(wav, net.decode(mel.T[None])[0].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "part", ["feature_extractors.MelSpectrogramFeatures", "models.VocosBackbone", "heads.ISTFTHead"]
+)
+def test_a_vocoder_runs_no_code_of_its_own(tmp_path, part, monkeypatch):
+    """A config.yaml may name any importable class: here one beside it, whose import leaves a trace."""
+    (tmp_path / "config.yaml").write_text(VOCOS.replace(f"vocos.{part}", "strangers_code.Net"))
+    (tmp_path / "strangers_code.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="is strangers_code.Net, not one of vocos.*no other code is run") as error:
+        audio.load_vocoder(str(tmp_path))
+    assert not (tmp_path / "trace").exists() and "\n" not in str(error.value)
 
 
 # ---- torchaudio

@@ -1,12 +1,20 @@
 """evaluate.py: the Frechet distance against the textbook formula, the word errors against a count by hand."""
 
+import json
 import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 
 import evaluate
+import train
+from evaluate import EvalArgs
+from loop import Machine
+from report import read_csv
 
 
 def textbook(a: np.ndarray, b: np.ndarray) -> float:
@@ -104,13 +112,109 @@ def test_word_errors_of_no_clips_are_not_a_perfect_zero():
     assert math.isnan(corpus) and each == []
 
 
-def test_last_held_out(tmp_path):
-    assert evaluate.last_held_out(tmp_path) == {}
+def test_held_out_losses_are_those_of_the_step(tmp_path):
+    assert evaluate.held_out_at(tmp_path, 4) == {}
     log = tmp_path / "log.csv"
-    log.write_text("step,held_out_speech,held_out_audio\n1,,\n")
-    assert evaluate.last_held_out(tmp_path) == {}
     log.write_text("step,held_out_speech,held_out_audio\n1,,\n2,0.5,0.75\n3,0.25,0.5\n4,,\n")
-    assert evaluate.last_held_out(tmp_path) == {"speech": 0.25, "audio": 0.5}
+    assert evaluate.held_out_at(tmp_path, 1) == {}
+    assert evaluate.held_out_at(tmp_path, 2) == {"speech": 0.5, "audio": 0.75}
+    assert evaluate.held_out_at(tmp_path, 4) == {"speech": 0.25, "audio": 0.5}
+    log.write_text("step,held_out_speech,held_out_audio\n2,0.5,\n")  # a held-out split without sounds
+    assert evaluate.held_out_at(tmp_path, 2) == {"speech": 0.5}
+
+
+# ---- what is written down
+
+
+def note(run: Path, step: int, fad: float | None = 5.0) -> None:
+    result = {"step": step, "seconds": step / 2, "wer": {"generated": 0.5}}
+    fads = {"fad": {"model": "yamnet", "speech": {"generated": fad}, "audio": {"generated": fad}}}
+    evaluate.record(run, result | (fads if fad else {}))
+
+
+def steps(run: Path) -> list[int]:
+    return [int(r["step"]) for r in read_csv(run / "evals.csv")]
+
+
+def test_an_earlier_step_takes_no_later_ones_place(tmp_path):
+    (tmp_path / "log.csv").write_text("step,held_out_speech\n10,\n20,\n30,\n")
+    for step in (20, 30, 10):
+        note(tmp_path, step)
+    assert steps(tmp_path) == [10, 20, 30]
+    assert json.loads((tmp_path / "eval.json").read_text())["step"] == 30
+    note(tmp_path, 30, fad=7.0)  # the same step again replaces its own numbers
+    assert steps(tmp_path) == [10, 20, 30] and float(read_csv(tmp_path / "evals.csv")[-1]["speech_fad"]) == 7.0
+    note(tmp_path, 20, fad=None)
+    rows = read_csv(tmp_path / "evals.csv")
+    assert rows[1]["speech_fad"] == "" and rows[2]["speech_fad"] == "7.0"  # not measured, and kept
+
+
+def test_what_training_went_back_behind_counts_no_more(tmp_path):
+    (tmp_path / "log.csv").write_text("step,held_out_speech\n10,\n20,\n")
+    note(tmp_path, 20)
+    (tmp_path / "log.csv").write_text("step,held_out_speech\n10,\n")
+    note(tmp_path, 10)
+    assert steps(tmp_path) == [10] and json.loads((tmp_path / "eval.json").read_text())["step"] == 10
+
+
+class Listener:
+    """Hears nothing but "text", and judges by four numbers a clip."""
+
+    sample_rate, dim = 16000, 4
+
+    def transcribe(self, wavs: list) -> list[str]:
+        return ["text"] * len(wavs)
+
+    def encode(self, wavs: list) -> list[np.ndarray]:
+        return [np.stack([w[k::4][:4] for k in range(4)]) for w in wavs]
+
+
+@pytest.fixture
+def evaluated(tiny_config, monkeypatch) -> Path:
+    """A run of two steps whose last checkpoint is evaluated."""
+    monkeypatch.setattr(evaluate, "load_recogniser", lambda *_: Listener())
+    monkeypatch.setattr(evaluate.judges, "load_judge", lambda *_: Listener())
+    monkeypatch.setattr(evaluate, "MIN_WORDS", 2)
+    config = replace(tiny_config, max_steps=2, warmup_steps=1, eval_every=1, vocoder="griffin_lim", nfe=2)
+    train.train(config, Machine(0, 1, "cpu", "float32"))
+    evaluate.main(EvalArgs(ckpt=f"{config.out_dir}/ckpt.pt", device="cpu"))
+    return Path(config.out_dir)
+
+
+def test_a_run_is_evaluated_then_its_warmup(evaluated, capsys):
+    result = json.loads((evaluated / "eval.json").read_text())
+    assert result["step"] == 2 and result["wer"]["generated"] == 0.5 and result["wer"]["clips"] == 3
+    assert result["fad"]["audio"] | {"clips": 3, "patches": 12} == result["fad"]["audio"]
+    assert all(
+        np.isfinite(result["fad"][d][s]) for d in ("speech", "audio") for s in ("original", "vocoded", "generated")
+    )
+    names = {"speech_0000", "speech_0002", "speech_0004", "audio_0001", "audio_0003", "audio_0005"}
+    assert {p.stem for p in (evaluated / "samples").glob("*_????.wav")} == names
+    kept = {
+        p: p.read_bytes() for p in [evaluated / "eval.json", evaluated / "index.html", *evaluated.glob("samples/*")]
+    }
+    evaluate.main(EvalArgs(ckpt=str(evaluated / "warmup.pt"), device="cpu"))
+    assert steps(evaluated) == [1, 2] and all(p.read_bytes() == content for p, content in kept.items())
+    log = read_csv(evaluated / "log.csv")
+    printed = capsys.readouterr().out.rpartition("held-out FM loss, speech")[2].split()[0]
+    assert printed == f"{float(log[0]['held_out_speech']):.4f}" and log[0]["step"] == "1"
+
+
+def test_evaluated_runs_are_compared_and_heard(evaluated, tmp_path, capsys):
+    runs = [tmp_path / "table" / name for name in ("none_s0", "lasp_s0")]
+    for run in runs:
+        shutil.copytree(evaluated, run)
+    evaluate.main(EvalArgs(compare=(*map(str, runs), str(tmp_path / "unfinished"))))
+    assert "not evaluated yet, left out:" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "table" / "table.json").read_text())) == ["none", "lasp"]
+    evaluate.main(EvalArgs(listening_test=tuple(map(str, runs)), listening_clips=2, out=str(tmp_path / "heard")))
+    key = json.loads((tmp_path / "heard" / "key.json").read_text()).values()
+    assert {k["system"] for k in key} == {"none_s0", "lasp_s0", "original"} and len(key) == 3 * 2 * 2
+    evaluate.main(EvalArgs(ckpt=str(runs[1] / "ckpt.pt"), nfe=1, device="cpu"))
+    with pytest.raises(ValueError, match="lasp_s0 was evaluated with nfe=1"):
+        evaluate.main(EvalArgs(compare=tuple(map(str, runs))))
+    with pytest.raises(ValueError, match="no evaluated run"):
+        evaluate.main(EvalArgs(compare=(str(tmp_path / "unfinished"),)))
 
 
 def test_table_holds_every_number():

@@ -126,6 +126,12 @@ def test_missing_judges_are_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pass --fad_weights") as error:
         judges.load_judge("vggish", str(tmp_path / "none.pth"))
     assert "\n" not in str(error.value)
+    torch.save({"features.0.weight": torch.ones(1)}, tmp_path / "other.pth")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "text.pth").write_text("not found")
+    for name in ("other", "empty", "text"):
+        with pytest.raises(ValueError, match=f"no VGGish weights .*{name}.pth.*pass --fad_weights"):
+            judges.load_judge("vggish", str(tmp_path / f"{name}.pth"))
     monkeypatch.setattr(judges, "VGGISH_WEIGHTS", (tmp_path / "none.pth").as_uri())
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(ValueError, match="pass --fad_weights"):

@@ -315,3 +315,21 @@ def test_two_ranks(config, tmp_path):
     assert float(row[lm.COLUMNS.index("grad_norm")]) == pytest.approx(
         float(((grads[0] + grads[1]) / 2).norm()), rel=1e-3
     )
+
+
+class Unlike:
+    """A split as preparation writes it, speech before sounds: styles of +-1 and of +-9."""
+
+    meta = {"prepared_with": {"speech_codes": 16, "audio_codes": 12}}
+    index, rates = {"domain": np.repeat([SPEECH, AUDIO], 300)}, [50, 25]
+
+    def __len__(self) -> int:
+        return 600
+
+    def style(self, i: int) -> np.ndarray:
+        return np.full((16, 10), (-1) ** i * (1 if i < 300 else 9), np.float16)
+
+
+def test_styles_are_scaled_by_both_domains(tmp_path):
+    run = lm.new_run(replace(SMALL, data_dir=str(tmp_path)), Unlike(), MACHINE)
+    torch.testing.assert_close(run.lm.style_scale, torch.full((10,), 1 / np.sqrt((1 + 81) / 2)), rtol=1e-3, atol=0)

@@ -78,9 +78,24 @@ def test_what_was_not_measured_stays_empty(tmp_path):
     assert sorted(row) == ["held_out_audio", "held_out_speech"]
 
 
-def test_unlike_judges_are_not_compared(tmp_path):
-    runs = [make_run(tmp_path / "a_s0"), make_run(tmp_path / "b_s0", judge="vggish")]
-    with pytest.raises(ValueError, match="vggish and yamnet"):
+@pytest.mark.parametrize(
+    "key, change",
+    [
+        ("fad_model", {"fad": {"model": "vggish", "speech": {"generated": 1.0}, "audio": {"generated": 1.0}}}),
+        ("vocoder", {"vocoder": "out/vocoder_demo"}),
+        ("asr", {"asr": "pocketsphinx"}),
+        ("data", {"data": "0123"}),
+        ("nfe", {"sampler": {"nfe": 8, "cfg": 2.0}}),
+    ],
+)
+def test_runs_measured_unlike_are_not_compared(tmp_path, key, change):
+    runs = [make_run(tmp_path / "a_s0"), make_run(tmp_path / "b_s0")]
+    same = {"vocoder": "griffin_lim", "asr": "demo", "data": "abcd", "sampler": {"nfe": 16, "cfg": 2.0, "seed": 1}}
+    for run in runs:
+        (run / "eval.json").write_text(json.dumps(json.loads((run / "eval.json").read_text()) | same))
+    report.compare(runs)
+    (runs[1] / "eval.json").write_text(json.dumps(json.loads((runs[1] / "eval.json").read_text()) | change))
+    with pytest.raises(ValueError, match=f"b_s0 was evaluated with {key}=.*a_s0 with "):
         report.compare(runs)
 
 

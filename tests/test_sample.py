@@ -115,9 +115,57 @@ def test_prepared_clips_are_made_again(trained, tmp_path):
     dataset = shards.Dataset(str(tmp_path / "data"), "held_out")
     for path in (tmp_path / "s").glob("*.wav"):
         made = json.loads(path.with_suffix(".json").read_text())
-        frames = dataset.index["frames"][int(Path(path).stem.split("_")[1])]
+        frames = dataset.index["frames"][int(Path(path).stem.split("_")[-1])]
         assert soundfile.info(path).frames == (frames - 1) * 256 and made["split"] == "held_out"
     assert len(list((tmp_path / "s").glob("*.wav"))) == 4
+
+
+def test_clips_made_again_replace_no_others(trained):
+    """What evaluate.py wrote to the same folder stays, and so do the clips of the other split."""
+    samples = Path(trained["ckpt"]).parent / "samples"
+    samples.mkdir()
+    evaluated = [samples / f"{name}.wav" for name in ("speech_0000", "audio_0001")]
+    for path in evaluated:
+        path.write_bytes(b"evaluated")
+    for split in ("held_out", "train"):
+        sample.main(SampleArgs(ckpt=trained["ckpt"], device="cpu", n=1, split=split))
+    assert all(path.read_bytes() == b"evaluated" for path in evaluated)
+    assert len(list(samples.glob("*.wav"))) == 2 + 4
+
+
+def test_each_line_takes_the_reference_of_its_own_domain(trained, monkeypatch, tmp_path):
+    """A file of a sound and a sentence: the sentence gets what it would get alone, though the sound comes first."""
+
+    def encode_file(path: str, domain: int, config) -> shards.Prepared:
+        mel, tokens, style = (
+            np.full((60, 100), -3.0 - domain),
+            np.full((32, 1), domain),
+            np.full((16, 10), 5.0 + domain),
+        )
+        return shards.Prepared(Clip(path, b"", "", domain, ""), mel, mel, mel, tokens=tokens, style=style)
+
+    def generate(net, prompts, domains, limits, styles, sampling) -> list[np.ndarray]:
+        assert styles[:, 0, 0].tolist() == [5.0 + d for d in domains]
+        return [np.full(100, 7)] * len(prompts)
+
+    monkeypatch.setattr(sample.data, "encode_file", encode_file)
+    monkeypatch.setattr(sample.stage1, "generate", generate)
+    state, _ = checkpoint.load(trained["ckpt"])
+    (tmp_path / "b.txt").write_text("[dog] barks\nhello there\n")
+    args = SampleArgs(**trained, batch=str(tmp_path / "b.txt"), reference="r.wav")
+    requests, _ = sample.make_requests(args, sample.load_model(state), state, "cpu")
+    assert [r.domain for r in requests] == [AUDIO, SPEECH]
+    for r in requests:
+        assert len(r.prompt) == 60 and (r.prompt == -3.0 - r.domain).all() and r.codes[0] == r.domain
+
+
+def test_unlike_preparations_are_warned_of(trained, capsys):
+    state, _ = checkpoint.load(trained["ckpt"])
+    net = sample.load_model(state)
+    sample.Stage1(trained["lm"], net, "cpu", state["data"])
+    assert capsys.readouterr().err == ""
+    sample.Stage1(trained["lm"], net, "cpu", "another")
+    assert "was trained on another preparation" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_named(trained, tmp_path):
@@ -132,5 +180,5 @@ def test_what_does_not_fit_is_named(trained, tmp_path):
     state, _ = checkpoint.load(trained["lm"])
     state["vocabulary"]["codes"] = (16, 17)
     checkpoint.save(tmp_path / "other.pt", state)
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(ValueError, match=r"writes codes of \(16, 17\), the model reads \(16, 16\)"):
         sample.main(SampleArgs(ckpt=trained["ckpt"], lm=str(tmp_path / "other.pt"), text="hi", device="cpu"))

@@ -364,10 +364,11 @@ def test_beats_without_a_codebook_has_no_codes(beats_file, tmp_path):
 
 def test_other_files_are_not_beats(tmp_path):
     (tmp_path / "text.pt").write_text("no zip")
+    (tmp_path / "empty.pt").touch()
     torch.save({"model": {}}, tmp_path / "no_cfg.pt")
     torch.save({"cfg": BEATS_CFG | {"layer_norm_first": True}, "model": {}}, tmp_path / "pre_norm.pt")
-    for name, match in (("none", "pass the path"), ("text", "pass the path"), ("no_cfg", "KeyError"),
-                        ("pre_norm", "post-norm")):  # fmt: skip
+    for name, match in (("none", "pass the path"), ("text", "pass the path"), ("empty", "pass the path"),
+                        ("no_cfg", "KeyError"), ("pre_norm", "post-norm")):  # fmt: skip
         with pytest.raises(ValueError, match=match) as error:
             teachers.load_teacher("beats", tmp_path / f"{name}.pt")
         assert "\n" not in str(error.value)

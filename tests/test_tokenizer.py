@@ -4,12 +4,16 @@ import importlib.util
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import checkpoint
+import corpora
 import tokenizer
 from tokenizer import Tokenizer, TokenizerShape
 
@@ -289,6 +293,17 @@ def test_s3_without_its_packages_says_what_to_install(monkeypatch):
         tokenizer.S3("speech_tokenizer_v1")
 
 
+def test_s3_out_of_reach_is_one_line(monkeypatch):
+    def load_model(name: str):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "s3tokenizer")
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(load_model=load_model))
+    with pytest.raises(ValueError, match="s3='speech_tokenizer_v1' is not there or out of reach") as error:
+        tokenizer.S3("speech_tokenizer_v1")
+    assert "\n" not in str(error.value)
+
+
 # ---- token times
 
 
@@ -342,6 +357,41 @@ def test_explained_is_one_minus_the_relative_error(rng):
     assert tokenizer.explained(model, features) == pytest.approx(float(1 - error / total), rel=1e-4)
 
 
+class Loud:
+    """A stand-in teacher, 50 features a second: the loudness of each 20 ms."""
+
+    name, sample_rate, dim, rate, longest = "loud", 1000, 1, 50.0, 0
+
+    def encode(self, wavs: list) -> list[np.ndarray]:
+        self.longest = max(map(len, wavs))
+        return [np.abs(w[: len(w) // 20 * 20]).reshape(-1, 20).mean(1, keepdims=True) for w in wavs]
+
+
+def test_long_clips_are_encoded_in_pieces(rng):
+    teacher, wavs = Loud(), [rng.normal(size=n).astype("f4") for n in (30_000, 600_000, 500, 45_000)]
+    got = tokenizer.features_of(teacher, wavs, 50)
+    assert teacher.longest == 30_000
+    for f, whole in zip(got, teacher.encode(wavs), strict=True):
+        np.testing.assert_array_equal(f, whole)
+
+
+def test_the_momentum_stays_what_it_is(rng):
+    fitting = tokenizer.Fitting(clips(rng, 120), TokenizerShape(6, 8, 50, 16), 12, batch=2)
+    fitting.step()
+    assert fitting.optimiser.param_groups[0]["betas"] == (0.5, 0.9)
+
+
+def test_nonsense_is_no_tokenizer_and_no_folder_of_sounds(tmp_path):
+    checkpoint.save(tmp_path / "model.pt", {"shape": {"n_layer": 4, "codes": (16, 16)}, "model": {}})
+    with pytest.raises(ValueError, match="model.pt is not a checkpoint of tokenizer.py"):
+        tokenizer.load(tmp_path / "model.pt")
+    for source in ("", str(tmp_path / "none")):
+        with pytest.raises(ValueError, match=f"features_from='{source}' is no folder"):
+            tokenizer.sounds(source)
+    with pytest.raises(corpora.DataError, match=f"^features_from={tmp_path}: no audio files"):
+        tokenizer.sounds(str(tmp_path))
+
+
 AST = ["--audio_teacher=demo", "--codes=16", "--width=16", "--max_steps=30", "--log_every=10", "--save_every=10"]
 
 
@@ -351,7 +401,7 @@ def run_ast(*words: str, env: dict | None = None) -> subprocess.CompletedProcess
 
 
 def test_ast_from_the_command_line(tmp_path, audio_dir):
-    done = run_ast(f"--features_from={audio_dir}", f"--out_dir={tmp_path / 'ast'}")
+    done = run_ast(f"--features_from={audio_dir}", f"--out_dir={tmp_path / 'ast'}", "--device=cpu")
     assert done.returncode == 0, done.stderr
     assert "features of 2 clips" in done.stdout and "step 30/30" in done.stdout and "perplexity" in done.stdout
     model = tokenizer.load(tmp_path / "ast" / "ckpt.pt")
@@ -359,6 +409,49 @@ def test_ast_from_the_command_line(tmp_path, audio_dir):
     assert codes.shape == (20,) and codes.max() < 16
     refused = run_ast(f"--features_from={audio_dir}", f"--out_dir={tmp_path / 'ast'}", "--width=8")
     assert refused.returncode == 1 and "pass --out_dir=ANOTHER_FOLDER" in refused.stderr
+
+
+@pytest.fixture
+def stopped(tmp_path, rng, monkeypatch) -> tokenizer.TokenizerArgs:
+    """The arguments of a training of 4 steps that has ended, on features of a stand-in teacher."""
+    args = tokenizer.TokenizerArgs(
+        out_dir=str(tmp_path / "ast"), features_from=str(tmp_path), audio_teacher="demo", codes=8, width=8, units=1,
+        max_steps=4, batch_size=2, save_every=2, device="cpu",
+    )  # fmt: skip
+    found = [corpora.Clip(str(i), b"", "", corpora.AUDIO, "") for i in range(3)]
+    monkeypatch.setattr(tokenizer, "sounds", lambda source: found)
+    monkeypatch.setattr(tokenizer.fetch, "fetch", lambda role: role)
+    monkeypatch.setattr(tokenizer.teachers, "load_teacher", lambda *_: Loud())
+    monkeypatch.setattr(tokenizer.audio, "read", lambda *_: rng.normal(size=4000).astype("f4"))
+    assert tokenizer.main(args) == 0
+    return args
+
+
+@pytest.mark.parametrize(
+    "change, file",
+    [
+        ({"features_from": "elsewhere"}, "features.json"),
+        ({"audio_teacher": "beats.pt"}, "features.json"),
+        ({"max_clips": 2}, "features.json"),
+        ({"max_steps": 8}, "ckpt.pt"),
+        ({"learning_rate": 1.0}, "ckpt.pt"),
+    ],
+)
+def test_a_training_begun_with_other_arguments_is_refused(stopped, change, file):
+    [key] = change
+    with pytest.raises(checkpoint.CheckpointError, match=f"{file} was made with other arguments .{key}: "):
+        tokenizer.main(replace(stopped, **change))
+    assert tokenizer.main(replace(stopped, log_every=1)) == 0
+
+
+def test_a_damaged_checkpoint_does_not_replace_the_good_one(stopped, capsys):
+    path = Path(stopped.out_dir) / "ckpt.pt"
+    good = checkpoint.previous(path).read_bytes()
+    path.write_bytes(path.read_bytes()[:-100])
+    fitting = tokenizer.open_fitting(stopped, tokenizer.read_features(path.parent), 25.0, 0, "cpu")
+    assert fitting.done == 2 and "damaged" in capsys.readouterr().err
+    checkpoint.save(path, fitting.state())
+    assert checkpoint.previous(path).read_bytes() == good
 
 
 @pytest.mark.ddp

@@ -1,6 +1,7 @@
 """vocoder.py: its losses against plain FFTs, exact resume, and a folder that loads like any other Vocos."""
 
 import csv
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -63,3 +64,25 @@ def test_trains_resumes_and_loads_like_any_vocos(tiny_config, tmp_path, monkeypa
     mel = torch.from_numpy(shards.Dataset(args.data_dir, "train").mel(0).astype(np.float32))
     wav = vocode(mel)
     assert wav.shape == ((len(mel) - 1) * audio.HOP,) and np.isfinite(wav).all()
+
+
+def test_a_refused_run_leaves_a_finished_one_as_it_is(tiny_config, tmp_path):
+    args = replace(ARGS, data_dir=tiny_config.data_dir, out_dir=str(tmp_path / "v"), max_steps=1)
+    vocoder.train(args)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir()}
+    with pytest.raises(checkpoint.CheckpointError, match="dim: 32 -> 16"):
+        vocoder.train(replace(args, dim=16))
+    meta = tmp_path / "data" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"sha256": {}}))
+    with pytest.raises(checkpoint.CheckpointError, match="trained on another preparation"):
+        vocoder.train(args)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir()} == before
+
+
+def test_gives_up_when_no_gradient_is_finite(tiny_config, tmp_path, monkeypatch, capsys):
+    args = replace(ARGS, data_dir=tiny_config.data_dir, out_dir=str(tmp_path / "v"))
+    draw = vocoder.draw_crops
+    monkeypatch.setattr(vocoder, "draw_crops", lambda *a: (draw(*a)[0] * torch.nan, draw(*a)[1]))
+    with pytest.raises(FloatingPointError, match="10 non-finite steps in a row"):
+        vocoder.train(args)
+    assert "nothing updated; clips [" in capsys.readouterr().err
