@@ -4,8 +4,9 @@
     python bench.py config/unified_b.py --frames=38400 --compile        # on a GPU
     python bench.py config/demo.py --only=step        # only the rows whose name contains this
 
-Model, batch and sampler are of the config's size, on random clips; no prepared data is needed. Rows about a peer need
-its package (pip install f5-tts) and are skipped, with a line, without it. No other file makes claims of speed.
+Model, batch and sampler are of the config's size, on random clips; no prepared data is needed. What cannot be measured
+(a peer's package is missing, memory is short) gets a line that says so. Counts and arithmetic repeat exactly.
+No other file makes claims of speed.
 B clips, T mel frames, L layers.
 """
 
@@ -31,6 +32,7 @@ class BenchArgs(Config):
 if __name__ == "__main__":
     ARGS = configure(BenchArgs, __doc__)  # a typo is answered before torch is imported
 
+import gc
 import itertools
 import json
 import platform
@@ -53,6 +55,7 @@ import audio
 import corpora
 import data
 import evaluate
+import fetch
 import judges
 import loop
 import shards
@@ -60,7 +63,8 @@ import train
 from model import attend, count_parameters, flops_per_frame, noised, pick_device, precision, sample
 
 # dense bfloat16 peak in FLOP/s, by a part of the GPU's name (the makers' data sheets)
-PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
+PEAK |= {"L40S": 362e12, "L40": 181e12, "4090": 165e12}
 PAPER_MFU = 0.4  # assumed by scaling_row, as the next two: bytes/s of a GPU's NVLink one way, and of a node's network
 NVLINK = 450e9
 NETWORKS = {"8 x 400 Gb/s": 8 * 50e9, "100 Gb/s": 12.5e9}
@@ -69,8 +73,8 @@ STEPS = 500_000  # of the paper's runs
 Measure = tuple[str, Callable[[], float], str]  # what, one measurement of it, its unit
 
 
-def device_name() -> str:
-    if torch.cuda.is_available():
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
@@ -115,7 +119,7 @@ class Bench:
 
     def run(self, **changes) -> train.Run:
         """A run at step 0, with nothing read from disk; with align=fixed it is at the start of phase II."""
-        changed = {"code_init": False, "mel_stats": (-5.8843, 2.2615), "compile": False} | changes
+        changed = {"code_init": False, "mel_stats": (-5.8843, 2.2615)} | changes
         config = replace(Config(**{f.name: getattr(self.args, f.name) for f in fields(Config)}), **changed)
         run = train.new_run(config, {"teachers": self.teachers}, self.machine)
         train.trade(run.objective.model, config)
@@ -125,7 +129,7 @@ class Bench:
         return run
 
     def step(self, run: train.Run, batch: shards.Batch) -> Callable[[], object]:
-        """One whole training step, as train.py does it: forward, backward, clipping, AdamW, EMA."""
+        """One whole training step, as train.py does it: forward, backward, clipping, optimiser, EMA."""
         return lambda: train.train_step(run, run.objective, [batch], self.machine)
 
     def frames_per_s(self, step: Callable[[], object], batch: shards.Batch) -> Callable[[], float]:
@@ -147,8 +151,8 @@ def step_row(b: Bench) -> Iterator[Measure]:
     yield f"training step, {size} frames", rate, "frames/s"
     flops = flops_per_frame(run.objective.model, b.args.clip_frames)
     yield "model FLOPs of that", lambda: rate() * flops / 1e12, "TFLOP/s"
-    peak = next((p for name, p in PEAK.items() if name in device_name()), None)
-    if peak:
+    peak = next((p for name, p in PEAK.items() if name in device_name(b.device)), None)
+    if peak and b.machine.precision()._enabled:
         yield "MFU (bfloat16 peak of the data sheet)", lambda: 100 * rate() * flops / peak, "%"
     padded = b.batch(varied=True)
     yield "the same, half of the clips a quarter shorter", b.frames_per_s(b.step(run, padded), padded), "frames/s"
@@ -161,13 +165,9 @@ def growth_row(b: Bench) -> Iterator[Measure]:
         return lambda: np.log2(seconds(large, b.device) / seconds(small, b.device))
 
     run, T, B = b.run(align="none"), b.args.clip_frames, max(1, b.args.frames // b.args.clip_frames // 2)
-    base = b.step(run, b.batch(B, T))
-    yield (
-        "growth of step time with clips, 1 in proportion",
-        exponent(base, b.step(run, b.batch(2 * B, T))),
-        "exponent",
-    )
-    yield "growth with frames of a clip", exponent(base, b.step(run, b.batch(B, 2 * T))), "exponent"
+    base, more, longer = (b.step(run, b.batch(*size)) for size in ((B, T), (2 * B, T), (B, 2 * T)))
+    yield "growth of step time with clips, 1 in proportion", exponent(base, more), "exponent"
+    yield "growth with frames of a clip", exponent(base, longer), "exponent"
     deep = b.run(align="none", n_layer=2 * b.args.n_layer)
     yield "growth with layers", exponent(base, b.step(deep, b.batch(B, T))), "exponent"
 
@@ -198,7 +198,7 @@ def peer_row(b: Bench) -> Iterator[Measure]:
         def ours(run=run, machine=machine) -> None:
             train.train_step(run, run.objective, [batch], machine)
 
-        label = f"training step, {'ours compiled' if fused else 'ours'} / {name}, {dtype}"
+        label = f"speed of a training step, {'ours compiled' if fused else 'ours'} / {name}, {dtype}"
         yield label, b.ratio(ours, lambda dtype=dtype: theirs(dtype)), "times"
 
 
@@ -216,17 +216,18 @@ def f5_dit(a: Config, device: str) -> torch.nn.Module:
 
 
 def compile_row(b: Bench) -> Iterator[Measure]:
+    torch._dynamo.reset()  # nothing compiled before
     batch, run = b.batch(), b.run(align="none", compile=True)
-    step, plain = b.step(run, batch), b.step(b.run(align="none"), batch)
+    step, plain = b.step(run, batch), b.step(b.run(align="none", compile=False), batch)
     first = seconds(step, b.device)
-    yield "torch.compile of the blocks: the first step", lambda: first, "s"
-    yield "training step, compiled / not", b.ratio(step, plain), "times"
+    yield "torch.compile of the blocks: the first step, once", lambda: first, "s"
+    yield "speed of a training step, compiled / not", b.ratio(step, plain), "times"
 
 
 def optimiser_row(b: Bench) -> Iterator[Measure]:
     batch = b.batch()
     adamw, muon = (b.step(b.run(align="none", optimiser=name), batch) for name in ("adamw", "muon"))
-    yield "training step, Muon for the blocks' matrices / AdamW", b.ratio(adamw, muon), "times"
+    yield "time of a training step, Muon for the blocks' matrices / AdamW", b.ratio(adamw, muon), "times"
 
 
 def attention_row(b: Bench) -> Iterator[Measure]:
@@ -241,7 +242,7 @@ def attention_row(b: Bench) -> Iterator[Measure]:
                 y.backward(qkv[0].detach())
 
         ours, torchs = partial(work, attend), partial(work, torch.nn.functional.scaled_dot_product_attention)
-        name = f"attention of {B} x {T} frames in bfloat16{', with backward' if learn else ''}, ours / torch's"
+        name = f"speed of attention, {B} x {T} frames in bfloat16{', with backward' if learn else ''}, ours / torch's"
         yield name, b.ratio(ours, torchs), "times"
 
 
@@ -251,7 +252,8 @@ def align_row(b: Bench) -> Iterator[Measure]:
     train.intervene(aligned, [{l: [0.5] for l in layers} for _ in range(2)])
     plain = b.run(align="none")
     cost = b.ratio(b.step(plain, batch), b.step(aligned, batch))
-    yield "AG-REPA step (3 layers, cached teachers) / plain step", cost, "times"
+    name = "time of an AG-REPA step (3 layers, cached teachers) / a plain one, median of 8 pairs"
+    yield name, lambda: statistics.median(cost() for _ in range(8)), "times"
 
 
 def teacher_row(b: Bench) -> Iterator[Measure]:
@@ -271,7 +273,7 @@ def teacher_row(b: Bench) -> Iterator[Measure]:
             teacher.embed(clips)
         step()
 
-    yield "step with the demo's teachers run online / cached", b.ratio(step, online), "times"
+    yield "time of a step with the demo's teachers run online / cached", b.ratio(step, online), "times"
 
 
 def kept_per_frame(b: Bench, T: int, clips: int = 4, **changes) -> float:
@@ -304,17 +306,20 @@ def memory_row(b: Bench) -> Iterator[Measure]:
     yield "growth of memory with frames of a clip", lambda: growth, "exponent"
     small = partial(kept_per_frame, b, T, checkpoint_activations=True)
     yield "kept per frame with checkpoint_activations", lambda: small() / 1024, "KiB"
-    batch, plain = b.batch(), b.run(align="none")
-    step, again = b.step(plain, batch), b.step(b.run(align="none", checkpoint_activations=True), batch)
-    yield "step with checkpoint_activations / without", b.ratio(step, again), "times"
     if b.device.startswith("cuda"):
+        for again in (False, True):
+            step = b.step(b.run(align="none", checkpoint_activations=again), b.batch())
 
-        def peak() -> float:
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            return torch.cuda.max_memory_allocated() / 2**30
+            def peak(step=step) -> float:
+                torch.cuda.reset_peak_memory_stats()
+                step()
+                return torch.cuda.max_memory_allocated() / 2**30
 
-        yield f"peak GPU memory of a step of {b.args.frames} frames", peak, "GiB"
+            name = f"peak GPU memory of a step of {b.args.frames} frames"
+            yield name + (", checkpoint_activations" if again else ""), peak, "GiB"
+    batch, plain = b.batch(), b.run(align="none", checkpoint_activations=False)
+    step, again = b.step(plain, batch), b.step(b.run(align="none", checkpoint_activations=True), batch)
+    yield "time of a step with checkpoint_activations / without", b.ratio(step, again), "times"
 
 
 def fit_row(b: Bench) -> Iterator[Measure]:
@@ -388,12 +393,10 @@ def sampling_row(b: Bench) -> Iterator[Measure]:
             with b.machine.precision():
                 sample(model, cond, nfe, 2.0, -1.0, epss=nfe < 32)
 
-        per_second = clips * T / audio.FRAME_RATE
-        yield (
-            f"real-time factor of mels, nfe {nfe}, guided, {clips} x 10 s",
-            lambda work=work, s=per_second: seconds(work, b.device) / s,
-            "",
-        )
+        def factor(work=work, length=clips * T / audio.FRAME_RATE) -> float:
+            return seconds(work, b.device) / length
+
+        yield f"real-time factor of mels, nfe {nfe}, guided, {clips} x 10 s", factor, ""
 
 
 def sampler_row(b: Bench) -> Iterator[Measure]:
@@ -401,25 +404,22 @@ def sampler_row(b: Bench) -> Iterator[Measure]:
     f5, T, nfe = f5_dit(b.args, b.device), int(10 * audio.FRAME_RATE), 16
     from f5_tts.model import CFM
 
-    peer, batch = (
-        CFM(transformer=f5, mel_spec_kwargs={"n_mel_channels": audio.N_MELS}).eval().to(b.device),
-        b.batch(1, T),
-    )
+    peer = CFM(transformer=f5, mel_spec_kwargs={"n_mel_channels": audio.N_MELS}).eval().to(b.device)
+    batch = b.batch(1, T)
     text = batch.tokens if batch.tokens.dim() == 2 else batch.tokens[..., 0]
     model = b.run(align="none").objective.model.eval()
-    with torch.no_grad():
-        cond = model.embed_condition(batch)
     options = {"steps": nfe, "cfg_strength": 2.0, "sway_sampling_coef": -1.0}
 
     def theirs() -> None:
         with b.machine.precision():
             peer.sample(batch.mel[:, : T // 10], text, T, **options)
 
+    @torch.no_grad()
     def ours() -> None:
         with b.machine.precision():
-            sample(model, cond, nfe, 2.0, -1.0, epss=True)
+            sample(model, model.embed_condition(batch), nfe, 2.0, -1.0, epss=True)
 
-    yield f"sampling a 10 s mel at nfe {nfe}, ours / F5-TTS's", b.ratio(ours, theirs), "times"
+    yield f"speed of sampling a 10 s mel at nfe {nfe}, ours / F5-TTS's", b.ratio(ours, theirs), "times"
 
 
 def judge_row(b: Bench) -> Iterator[Measure]:
@@ -427,27 +427,16 @@ def judge_row(b: Bench) -> Iterator[Measure]:
     waves = [rng.normal(0, 0.1, length * audio.SAMPLE_RATE).astype("f4") for _ in range(clips)]
     judge, listener = judges.load_judge("yamnet", "", b.device), evaluate.load_recogniser("demo", b.device)
     low = [audio.resample(w, audio.SAMPLE_RATE, 16000) for w in waves]
-    yield (
-        f"YAMNet embeddings of {length} s clips",
-        lambda: clips / seconds(lambda: evaluate.embeddings(judge, waves), b.device),
-        "clips/s",
-    )
-    yield (
-        f"Whisper tiny transcribes {length} s clips",
-        lambda: clips / seconds(lambda: listener.transcribe(low), b.device),
-        "clips/s",
-    )
+
+    def rate(work: Callable[[], object]) -> Callable[[], float]:
+        return lambda: clips / seconds(work, b.device)
+
+    yield f"YAMNet embeddings of {length} s clips", rate(lambda: evaluate.embeddings(judge, waves)), "clips/s"
+    yield f"Whisper tiny transcribes {length} s clips", rate(lambda: listener.transcribe(low)), "clips/s"
     a, c = rng.normal(size=(1500, 1024)), rng.normal(size=(1500, 1024))
-    yield (
-        "Frechet distance of 1500 and 1500 embeddings of 1024",
-        lambda: seconds(lambda: evaluate.frechet_distance(a, c)),
-        "s",
-    )
-    yield (
-        "the same, ours / by scipy's sqrtm",
-        b.ratio(lambda: evaluate.frechet_distance(a, c), lambda: sqrtm_distance(a, c)),
-        "times",
-    )
+    ours, scipys = partial(evaluate.frechet_distance, a, c), partial(sqrtm_distance, a, c)
+    yield "Frechet distance of 1500 and 1500 embeddings of 1024", lambda: seconds(ours), "s"
+    yield "speed of the same, ours / by scipy's sqrtm", b.ratio(ours, scipys), "times"
 
 
 def sqrtm_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -528,8 +517,12 @@ def dataset_row(b: Bench) -> Iterator[Measure]:
 
 
 def padding_row(b: Bench) -> Iterator[Measure]:
+    """Of the default's batches, which are trimmed where clips are alike, and without that."""
     dataset = large_dataset(b.folder, 100_000)
-    yield "padding, LibriSpeech-like lengths", lambda: 100 * shards.Batches(dataset, Config()).padding(), "%"
+    trimmed, whole = (shards.Batches(dataset, replace(Config(), trim=trim)) for trim in (Config.trim, 0.0))
+    yield "padding on LibriSpeech-like lengths", lambda: 100 * trimmed.padding(), "%"
+    yield "frames trimmed for that", lambda: 100 * trimmed.left_out(), "%"
+    yield "padding without trimming", lambda: 100 * whole.padding(), "%"
 
 
 def loader_row(b: Bench) -> Iterator[Measure]:
@@ -537,10 +530,7 @@ def loader_row(b: Bench) -> Iterator[Measure]:
     rng, prepared, T = np.random.default_rng(0), [], b.args.clip_frames
     widths = [width for _, width in b.teachers]
     for i in range(256):
-        clip, mel = (
-            corpora.Clip(f"{i}", b"", "text", i % 2, ""),
-            rng.normal(-5, 2, (T, audio.N_MELS)).astype(np.float16),
-        )
+        clip, mel = corpora.Clip(f"{i}", b"", "text", i % 2, ""), rng.normal(-5, 2, (T, audio.N_MELS)).astype("f2")
         tokens = rng.integers(0, b.codes, (shards.token_count(T, 50), 1))
         wav, embedding = np.zeros(0, np.float32), np.zeros(widths[i % 2])
         style = np.zeros((16, widths[1]))
@@ -551,11 +541,11 @@ def loader_row(b: Bench) -> Iterator[Measure]:
     batches = shards.Batches(shards.Dataset(b.folder, "train"), config)
     run, ahead = b.run(align="none", beats_tokens=False), shards.Ahead(batches, max(1, b.args.loader_threads))
     step, counter = b.step(run, batches(0).to(b.device)), itertools.count()
-    yield (
-        "loader without threads, share of a step",
-        lambda: 100 * seconds(lambda: batches(0)) / seconds(step, b.device),
-        "%",
-    )
+
+    def alone() -> float:
+        return 100 * seconds(lambda: batches(0)) / seconds(step, b.device)
+
+    yield "loader without threads, share of a step", alone, "%"
 
     def stall() -> float:
         ahead(next(counter))
@@ -570,7 +560,7 @@ def help_row(b: Bench) -> Iterator[Measure]:
         command = [sys.executable, str(Path(__file__).parent / script), "--help"]
         yield (
             f"python {script} --help",
-            lambda command=command: seconds(lambda: subprocess.run(command, capture_output=True, check=True)),
+            partial(seconds, partial(subprocess.run, command, capture_output=True, check=True)),
             "s",
         )
 
@@ -582,28 +572,29 @@ ROWS = (
 )  # fmt: skip
 
 
+def lines_of(row: Callable[[Bench], Iterator[Measure]], args: BenchArgs) -> Iterator[str]:
+    """The table's lines of one row function, each once measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for what, measure, unit in row(Bench(args, Path(folder))):
+                measure()  # once unmeasured: allocations, caches, compilation
+                values = [measure() for _ in range(args.runs)]
+                yield f"| {what} | {statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}] | {unit} |"
+        except (ImportError, fetch.FetchError, torch.OutOfMemoryError) as error:
+            yield f"| {row.__name__} | not measured: {str(error).splitlines()[0]} | |"
+    gc.collect()  # a row's models, which cycles hold
+
+
 def main(args: BenchArgs) -> None:
-    size = f"{args.n_layer} layers x {args.n_embd}, {args.dtype} precision"
-    lines = [f"{device_name()}; {size}; median of {args.runs} runs [lowest, highest]", ""]
-    lines += ["| what | number | unit |", "|---|---|---|"]
-    print("\n".join(lines), flush=True)
-    for row in ROWS:
-        if args.only not in row.__name__:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                for what, measure, unit in row(Bench(args, Path(folder))):
-                    measure()  # once unmeasured: allocations, caches, compilation
-                    values = [measure() for _ in range(args.runs)]
-                    number = f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
-                    lines.append(f"| {what} | {number} | {unit} |")
-                    print(lines[-1], flush=True)
-            except ImportError as error:
-                lines.append(f"| {row.__name__} | not measured: {error} | |")
-                print(lines[-1], flush=True)
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(lines) + "\n")
+    size = f"{args.n_layer} layers x {args.n_embd}, {args.dtype} precision{', compiled' if args.compile else ''}"
+    head = f"{device_name(pick_device(args.device))}; {size}; median of {args.runs} runs [lowest, highest]"
+    heading = [head, "", "| what | number | unit |", "|---|---|---|"]
+    rows = (lines_of(row, args) for row in ROWS if args.only in row.__name__)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    with open(args.out, "w") as file:
+        for line in itertools.chain(heading, itertools.chain.from_iterable(rows)):
+            print(line, flush=True)
+            print(line, file=file, flush=True)
 
 
 if __name__ == "__main__":

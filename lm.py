@@ -470,7 +470,7 @@ def restore(run: Run, path: Path) -> None:
     """Loads ckpt.pt into `run`. Raises CheckpointError when it was made with incompatible settings or other data."""
     state, used = checkpoint.load(path, set_aside=True)
     same_settings(run.config, state["config"], MAY_DIFFER, used)
-    same_data(run, state, used)
+    same_data(run.config, run.data, state, used)
     run.lm.load_state_dict(state["model"])
     run.optimiser.load_state_dict(state["optimiser"])
     run.step, run.seconds = state["step"], state["seconds"]

@@ -164,11 +164,11 @@ def same_settings(config, theirs: dict, may_differ: list[str], used: Path) -> No
         )
 
 
-def same_data(run, state: dict, used: Path) -> None:
-    """Raises CheckpointError when the checkpoint `used` was trained on another preparation than `run`'s."""
-    if state["data"] != run.data:
+def same_data(config, data: str, state: dict, used: Path) -> None:
+    """Raises CheckpointError when the checkpoint `used` was trained on another preparation than `data` identifies."""
+    if state["data"] != data:
         raise checkpoint.CheckpointError(
-            f"{used} was trained on another preparation than {run.config.data_dir} holds now; pass its --data_dir, or "
+            f"{used} was trained on another preparation than {config.data_dir} holds now; pass its --data_dir, or "
             f"--out_dir=ANOTHER_FOLDER to start anew"
         )
 

@@ -282,7 +282,7 @@ def save(run: Run, name: str = "ckpt.pt") -> None:
 def export(run: Run) -> None:
     """model.safetensors: the averaged weights and what probe.py, sample.py and evaluate.py need to know of them."""
     state = run.state()
-    about = {k: state[k] for k in ("config", "shape", "selection", "step", "seconds")}
+    about = {k: state[k] for k in ("config", "shape", "selection", "data", "step", "seconds")}
     about["probes"] = [{"result": {"seconds": p["result"]["seconds"]}} for p in run.probes]
     checkpoint.export(Path(run.config.out_dir) / "model.safetensors", state["ema"], about)
 
@@ -291,7 +291,7 @@ def restore(run: Run, path: Path) -> None:
     """Loads ckpt.pt or warmup.pt into `run`. Raises CheckpointError when it was made with incompatible settings."""
     state, used = checkpoint.load(path, set_aside=path.parent == Path(run.config.out_dir))
     same_settings(run.config, state["config"], MAY_DIFFER + ([] if state["selected"] else BRANCH_MAY_DIFFER), used)
-    same_data(run, state, used)
+    same_data(run.config, run.data, state, used)
     run.objective.model.load_state_dict(state["model"])
     run.ema.load_state_dict(state["ema"])
     run.step, run.probes, run.seconds = state["step"], state["probes"], state["seconds"]

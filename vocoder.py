@@ -61,7 +61,6 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -164,7 +163,7 @@ def stopped_run(args: VocoderArgs, data: str) -> dict | None:
         return None
     state, used = checkpoint.load(path, set_aside=True)
     same_settings(args, state["config"], MAY_DIFFER, used)
-    same_data(SimpleNamespace(config=args, data=data), state, used)
+    same_data(args, data, state, used)
     return state
 
 

@@ -7,6 +7,7 @@
 # the paper's, scaled by depth.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. runs/common.sh
 config=${1:-config/demo.py} seeds=${2:-1}
 shift $(($# < 2 ? $# : 2))
 out=out/table2
@@ -21,30 +22,18 @@ print(",".join(dict.fromkeys(str(max(1, round(int(w) * depth / 24))) for w in wo
 PY
 }
 
-run() { # name seed options...
-  local dir=$out/$1_s$2 seed=$2
-  shift 2
-  if [ -f "$dir/finished" ]; then
-    echo "== $dir is finished"
-    return
-  fi
-  echo "== $dir"
-  python train.py "$config" --seed="$seed" --out_dir="$dir" "$@"
-  touch "$dir/finished"
-}
-
 for seed in $(seq 0 $((seeds - 1))); do
-  run none "$seed" "$@" --align=none
+  run "$out/none_s$seed" "$@" --seed="$seed" --align=none
   from=--branch_from=$out/none_s$seed/warmup.pt
-  run L4 "$seed" "$@" "$from" --align=fixed --align_layers="$(scaled 4 "$@")"
-  run L8 "$seed" "$@" "$from" --align=fixed --align_layers="$(scaled 8 "$@")"
-  run L12 "$seed" "$@" "$from" --align=fixed --align_layers="$(scaled 12 "$@")"
-  run L4_8_12 "$seed" "$@" "$from" --align=fixed --align_layers="$(scaled 4 8 12 "$@")"
-  run deep "$seed" "$@" "$from" --align=fixed --align_layers="$(scaled 20 21 22 "$@")"
-  run shallow "$seed" "$@" "$from" --align=fixed --align_layers="$(scaled 1 2 3 "$@")"
-  run random "$seed" "$@" "$from" --align=random
-  run lasp "$seed" "$@" "$from" --align=lasp
-  run gradnorm "$seed" "$@" "$from" --align=gradnorm
-  run agrepa "$seed" "$@" "$from" --align=foga
+  run "$out/L4_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 4 "$@")"
+  run "$out/L8_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 8 "$@")"
+  run "$out/L12_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 12 "$@")"
+  run "$out/L4_8_12_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 4 8 12 "$@")"
+  run "$out/deep_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 20 21 22 "$@")"
+  run "$out/shallow_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 1 2 3 "$@")"
+  run "$out/random_s$seed" "$@" --seed="$seed" "$from" --align=random
+  run "$out/lasp_s$seed" "$@" --seed="$seed" "$from" --align=lasp
+  run "$out/gradnorm_s$seed" "$@" --seed="$seed" "$from" --align=gradnorm
+  run "$out/agrepa_s$seed" "$@" --seed="$seed" "$from" --align=foga
 done
 python evaluate.py --compare $out/*_s*/

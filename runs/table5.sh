@@ -8,26 +8,15 @@
 # Finished runs are skipped; an interrupted one is continued when the same command is given again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. runs/common.sh
 config=${1:-config/f5tts_demo.py}
 names=${2:-f5tts voicebox cosyvoice matcha}
 shift $(($# < 2 ? $# : 2))
 
-run() { # name options...
-  local dir=out/table5/$1
-  shift
-  if [ -f "$dir/finished" ]; then
-    echo "== $dir is finished"
-    return
-  fi
-  echo "== $dir"
-  python train.py "$config" --out_dir="$dir" "$@"
-  touch "$dir/finished"
-}
-
 for b in $names; do
-  run "$b/none_s0" "$@" --backbone="$b" --align=none
+  run "out/table5/$b/none_s0" "$@" --backbone="$b" --align=none
   from=--branch_from=out/table5/$b/none_s0/warmup.pt
-  run "$b/shallow_s0" "$@" "$from" --backbone="$b" --align=fixed --align_layers=1,2,3
-  run "$b/agrepa_s0" "$@" "$from" --backbone="$b" --align=foga
+  run "out/table5/$b/shallow_s0" "$@" "$from" --backbone="$b" --align=fixed --align_layers=1,2,3
+  run "out/table5/$b/agrepa_s0" "$@" "$from" --backbone="$b" --align=foga
   python evaluate.py --compare out/table5/"$b"/*_s0/
 done
