@@ -30,7 +30,6 @@ if __name__ == "__main__":
 
 import collections
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -218,20 +217,6 @@ def encode_file(path: str, domain: int, config: Config) -> Prepared:
     return own
 
 
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock among processes, given back by the system even when its holder is killed; yields whether it is ours,
-    which it always is with `wait`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 def differences(config: Config, before: dict) -> str:
     """The settings of PREPARED_WITH that differ from those in `before`, or nothing."""
     now = json.loads(json.dumps({k: getattr(config, k) for k in PREPARED_WITH}))
@@ -248,11 +233,11 @@ def prepare(config: Config) -> None:
     clips, notes = corpora.read(config)
     out_dir = Path(config.data_dir)
     locks = out_dir.with_name(f".{out_dir.name}.locks")
-    with locked(locks / "plan"):
+    with fetch.locked(locks / "plan"):
         _plan(out_dir, config, clips)
     shards = plan_shards(clips, config)
     networks = Networks(config)
-    with locked(locks / "tokenizers"):
+    with fetch.locked(locks / "tokenizers"):
         fit_tokenizers(out_dir, networks, [c for name, own in shards.items() if name.startswith("train") for c in own])
     fitted = load_tokenizers(out_dir, networks)
     keep = waves_to_keep(shards, config)
@@ -260,13 +245,13 @@ def prepare(config: Config) -> None:
         pending = dict(shards)
         while pending:
             for name in list(pending):
-                with locked(locks / name, wait=False) as ours:
+                with fetch.locked(locks / name, wait=False) as ours:
                     if ours and not (out_dir / name).exists():
                         prepare_shard(out_dir / name, pending[name], networks, fitted, keep, bar)
                 if (out_dir / name).exists():
                     del pending[name]
             time.sleep(0.2 if pending else 0)  # others hold what is left
-    with locked(locks / "finish"):
+    with fetch.locked(locks / "finish"):
         if not (out_dir / "meta.json").exists():
             finish(out_dir, list(shards), config, networks)
     shutil.rmtree(locks, ignore_errors=True)
