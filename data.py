@@ -8,7 +8,7 @@
 Any number of processes, on any machines that share the disk, prepare one folder together: each takes the next shard
 that nobody holds. A preparation that was stopped goes on when the same command is given again. Beside what shards.py
 writes, the folder holds
-    plan.json               settings and corpus, written first: others are refused
+    plan.json               settings, corpus and checksums of weights, written first: others are refused
     speech_tokenizer.pt, audio_tokenizer.pt     fitted here, where the config says so
 T frames, N tokens, M = 100 mel bins, E teacher width.
 """
@@ -51,7 +51,7 @@ import fetch
 import teachers
 import tokenizer
 from audio import AudioError
-from checkpoint import INTERRUPTED
+from checkpoint import INTERRUPTED, CheckpointError
 from corpora import AUDIO, SPEECH, Clip, DataError
 from shards import Prepared, join, read_meta, sha256, token_count, verify, write_json, write_shard
 
@@ -517,5 +517,5 @@ def main(args: DataArgs) -> None:
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except (DataError, fetch.FetchError, FileNotFoundError, ValueError) as error:
+    except (DataError, CheckpointError, fetch.FetchError, OSError, ValueError) as error:
         sys.exit(f"data.py: {error}")

@@ -140,15 +140,11 @@ def test_what_to_change_is_said_before_a_tokenizer_is_fitted(tmp_path, speech_di
     fake_teachers(monkeypatch)
     monkeypatch.delattr(tokenizer, "fit")
     config = folder_config(tmp_path, speech_dir, audio_dir, min_seconds=0.61)
-    with pytest.raises(
-        DataError, match=r"clips cannot be used \(too short \d+\); lower --min_seconds, delete .*prep"
-    ):
+    with pytest.raises(DataError, match=r"clips cannot be used \(too short \d+\); lower --min_seconds, delete .*prep"):
         data.prepare(config)
     for text in speech_dir.rglob("*.txt"):
         text.unlink()
-    with pytest.raises(
-        DataError, match=r"(\d+) of \1 speech clips .*\(no text \1\); put the words .*named \.txt"
-    ):
+    with pytest.raises(DataError, match=r"(\d+) of \1 speech clips .*\(no text \1\); put the words .*named \.txt"):
         data.prepare(folder_config(tmp_path, speech_dir, audio_dir, data_dir=str(tmp_path / "other")))
 
 
@@ -163,11 +159,24 @@ def test_too_many_losses_stop_at_the_shard_that_has_them(tmp_path, speech_dir, a
     assert len(list((tmp_path / "prepared").glob("*_0*"))) == 1
 
 
-@pytest.mark.parametrize("share, what", [(0.0, "is held out; pass a larger"), (1.0, "is left to train on; pass a smaller")])
+@pytest.mark.parametrize("share, what", [(0.0, "is held out; pass a larger"), (1.0, "to train on; pass a smaller")])
 def test_a_split_without_a_domain_is_refused(tmp_path, speech_dir, audio_dir, share, what):
-    with pytest.raises(DataError, match=f"no speech clip {what} --held_out"):
+    with pytest.raises(DataError, match=f"no speech clip.* {what} --held_out"):
         data.prepare(folder_config(tmp_path, speech_dir, audio_dir, held_out=share))
     assert not (tmp_path / "prepared").exists()  # so that another share can be tried at once
+
+
+def test_a_domain_whose_held_out_clips_are_all_lost_is_refused(tmp_path, speech_dir, audio_dir, monkeypatch):
+    fake_teachers(monkeypatch)
+    monkeypatch.setattr(data, "LOST_LIMIT", 1.0)
+    config = folder_config(tmp_path, speech_dir, audio_dir, held_out=0.01)
+    clips, _ = corpora.read(config)
+    for clip in data.plan_shards(clips, config)["held_out_00000"]:
+        if clip.domain == SPEECH:
+            clip.source.write_bytes(b"not sound")
+    with pytest.raises(DataError, match=r"no speech clip is held out; pass a larger --held_out \(now 0.01\)"):
+        data.prepare(config)
+    assert not (tmp_path / "prepared" / "meta.json").exists()
 
 
 def test_segments_that_begin_together_keep_their_own_tokens(tmp_path, speech_dir, audio_dir, rng, monkeypatch):
