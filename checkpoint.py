@@ -106,7 +106,7 @@ def load(path: str | Path, set_aside: bool = False) -> tuple[dict[str, Any], Pat
                     with contextlib.suppress(FileNotFoundError):  # it is missing, or another rank was first
                         os.replace(path, path.with_name(f"{path.stem}.damaged{path.suffix}"))
             return state, file
-    damaged = [p for p in problems if "damaged" in p]
+    damaged = any(": damaged (" in p for p in problems)
     todo = "delete what is damaged to start anew, or pass another file" if damaged else "pass the path of a checkpoint"
     raise CheckpointError(f"{'; '.join(problems)}; {todo}")
 

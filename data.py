@@ -53,13 +53,13 @@ import tokenizer
 from audio import AudioError
 from checkpoint import INTERRUPTED, CheckpointError
 from corpora import AUDIO, SPEECH, Clip, DataError
-from shards import Prepared, join, read_meta, sha256, token_count, verify, write_json, write_shard
+from shards import Prepared, join, read_meta, token_count, verify, write_json, write_shard
 
 SHARD_CLIPS = 512
 FIT_CLIPS = 4000  # most training clips per domain that a tokenizer is fitted on here
 LOST_LIMIT = 0.05  # preparation fails when a larger share of the clips cannot be used
 ADVICE = {
-    "no text": "put the words of each recording in a same-named .txt",
+    "no text": "give each recording its words (in a folder: a same-named .txt)",
     "too short": "lower --min_seconds",
     "too long": "raise --max_seconds",
 }
@@ -291,7 +291,7 @@ def make_plan(clips: list[Clip], config: Config) -> dict:
     weights += ["s3"] * (config.speech_tokenizer == "s3") + ["beats_tokenizer"] * config.beats_tokens
     files = {f"sha256 of {k}": Path(getattr(config, k)) for k in weights}
     return {
-        "prepared_with": prepared_with(config) | corpus | {k: sha256(f) for k, f in files.items() if f.is_file()},
+        "prepared_with": prepared_with(config) | corpus | {k: fetch.sha256(f) for k, f in files.items() if f.is_file()},
         "clips": len(clips),
         "listing": hashlib.sha256("".join(lines).encode()).hexdigest(),
     }

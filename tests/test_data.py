@@ -144,7 +144,7 @@ def test_what_to_change_is_said_before_a_tokenizer_is_fitted(tmp_path, speech_di
         data.prepare(config)
     for text in speech_dir.rglob("*.txt"):
         text.unlink()
-    with pytest.raises(DataError, match=r"(\d+) of \1 speech clips .*\(no text \1\); put the words .*named \.txt"):
+    with pytest.raises(DataError, match=r"(\d+) of \1 speech clips .*\(no text \1\); give each .*named \.txt"):
         data.prepare(folder_config(tmp_path, speech_dir, audio_dir, data_dir=str(tmp_path / "other")))
 
 
