@@ -7,6 +7,8 @@ A file holds tensors, numbers, strings and plain containers only, so reading one
 writes a zip with a CRC-32 for every tensor, which torch.load does not check and load() does.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -28,6 +30,7 @@ class CheckpointError(RuntimeError):
 
 
 def previous(path: Path) -> Path:
+    """Where the checkpoint goes that `path` held before."""
     return path.with_name(f"{path.stem}.prev{path.suffix}")
 
 
@@ -62,10 +65,12 @@ def sweep(folder: str | Path) -> None:
 
 
 def exists(path: str | Path) -> bool:
+    """Whether load(path) would find a file."""
     return Path(path).exists() or previous(Path(path)).exists()
 
 
 def read_checked(path: Path) -> dict[str, Any]:
+    """What save() wrote; of another content it raises one of many errors."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged:
@@ -77,9 +82,12 @@ def load(path: str | Path, set_aside: bool = False) -> tuple[dict[str, Any], Pat
     """Returns the state and the file it came from: `path`, or the previous one with a warning when `path` is damaged.
 
     `set_aside`, for those who will save to `path` again, renames a damaged file to NAME.damaged.pt, so that it cannot
-    take the previous good one's place. Raises CheckpointError when neither can be read.
+    take the previous good one's place. Raises CheckpointError when neither holds a checkpoint, and when a file is
+    there but the machine cannot read it, which is no reason to go back to an older one.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; pass the file in it: {path / 'ckpt.pt'}")
     problems = []
     for file in (path, previous(path)):
         try:
@@ -87,14 +95,28 @@ def load(path: str | Path, set_aside: bool = False) -> tuple[dict[str, Any], Pat
         except FileNotFoundError:
             problems.append(f"{file}: no such file")
         except Exception as error:  # a damaged zip or pickle raises many types
-            problems.append(f"{file}: damaged ({' '.join(str(error).split())[:120]})")
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            if machine_failed(error):
+                raise CheckpointError(f"{file} cannot be read here ({reason}); mend that and try again") from error
+            problems.append(f"{file}: damaged ({reason})")
         else:
             if problems:
                 print(f"warning: {problems[0]}; using {file}", file=sys.stderr)
-                if set_aside and path.exists():
-                    os.replace(path, path.with_name(f"{path.stem}.damaged{path.suffix}"))
+                if set_aside:
+                    with contextlib.suppress(FileNotFoundError):  # it is missing, or another rank was first
+                        os.replace(path, path.with_name(f"{path.stem}.damaged{path.suffix}"))
             return state, file
-    raise CheckpointError("; ".join(problems))
+    damaged = any(": damaged (" in p for p in problems)
+    todo = "delete what is damaged to start anew, or pass another file" if damaged else "pass the path of a checkpoint"
+    raise CheckpointError(f"{'; '.join(problems)}; {todo}")
+
+
+def machine_failed(error: Exception) -> bool:
+    """Whether reading failed for want of permission, memory or a sound disk, whatever the file holds. A damaged zip can
+    ask for an invalid position in the file, which is the one OSError that says something of its content."""
+    if isinstance(error, OSError):
+        return error.errno not in (None, errno.EINVAL)
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)  # torch raises RuntimeError for it
 
 
 def export(path: str | Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
@@ -107,6 +129,7 @@ def export(path: str | Path, tensors: dict[str, torch.Tensor], about: dict[str, 
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """One checksum over the names and values of all tensors."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(name.encode() + tensors[name].numpy().tobytes())

@@ -11,6 +11,7 @@ import csv
 import gzip
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,28 @@ def read(config: Config) -> tuple[list[Clip], list[str]]:
     for d, name in enumerate(DOMAINS):
         if not any(c.domain == d for c in clips):
             raise DataError(f"no {name} clips: pass --{name}_dir=FOLDER or --{('librispeech', 'audioset')[d]}_dir")
+    _make_names_unique(clips)
     return clips, notes
+
+
+def _make_names_unique(clips: list[Clip]) -> None:
+    """Numbers the clips of a domain whose name another one has: what is kept of a clip later is kept by its name."""
+    taken = set()
+    for clip in clips:
+        name, count = clip.name, 1
+        while (clip.domain, clip.name) in taken:
+            count += 1
+            clip.name = f"{name}#{count}"
+        taken.add((clip.domain, clip.name))
+
+
+def _text(file: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark. Raises DataError that names a file of another
+    encoding."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
 def _existing(path: str, key: str) -> Path:
@@ -78,7 +100,7 @@ def folder(path: str, domain: int) -> list[Clip]:
     for file in sorted(f for f in root.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES):
         own_text = file.with_suffix(".txt")
         if own_text.exists():
-            text = own_text.read_text(encoding="utf-8").strip()
+            text = _text(own_text).strip()
             group = normal(text)
         else:
             text, group = file.stem.replace("_", " ") if domain == AUDIO else "", file.stem
@@ -93,7 +115,7 @@ def librispeech(path: str) -> tuple[list[Clip], list[str]]:
     capitals there and in small letters here. Grouped by speaker."""
     root, clips, missing = _existing(path, "librispeech_dir"), [], 0
     for listing in sorted(root.rglob("*.trans.txt")):
-        for line in listing.read_text(encoding="utf-8").splitlines():
+        for line in _text(listing).split("\n"):
             utterance, _, text = line.partition(" ")
             file = listing.parent / f"{utterance}.flac"
             if file.exists():
@@ -114,15 +136,19 @@ def audioset(path: str) -> tuple[list[Clip], list[str]]:
     listings = sorted(root.rglob("*segments*.csv"))
     if ontology is None or not listings:
         raise DataError(f"audioset_dir={path}: expected ontology.json and AudioSet's *_segments.csv below it")
-    names = {entry["id"]: entry["name"] for entry in json.loads(ontology.read_text(encoding="utf-8"))}
+    try:
+        names = {entry["id"]: entry["name"] for entry in json.loads(_text(ontology))}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{ontology}: not AudioSet's ontology ({type(error).__name__} {error}); get it again") from None
     labels: dict[str, str] = {}
     for listing in listings:
-        with open(listing, newline="", encoding="utf-8") as file:
-            rows = csv.reader((line for line in file if not line.startswith("#")), skipinitialspace=True)
-            for row in rows:
-                if len(row) != 4:
-                    raise DataError(f'{listing}, line {rows.line_num}: expected YTID, start, end, "labels"')
-                labels[row[0]] = ", ".join(names.get(label, label) for label in row[3].split(","))
+        for number, line in enumerate(_text(listing).split("\n"), 1):
+            if line.startswith("#") or not line.strip():
+                continue
+            [row] = csv.reader([line], skipinitialspace=True)
+            if len(row) != 4:
+                raise DataError(f'{listing}, line {number}: expected YTID, start, end, "labels"')
+            labels[row[0]] = ", ".join(names.get(label, label) for label in row[3].split(","))
     clips, found = [], set()
     for file in sorted(f for f in root.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES):
         video = next((i for i in (file.stem[:11], file.stem[1:12]) if i in labels), None)  # ids have 11 characters
@@ -140,12 +166,16 @@ def manifest(path: str) -> list[Clip]:
     file, clips = Path(path), []
     if not file.is_file():
         raise DataError(f"manifest={path}: no such file")
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            start, end = float(row.get("start", 0)), row.get("end")
+            start, end = float(row.get("start") or 0), row.get("end")
+            if not 0 <= start < (math.inf if end is None else float(end)):
+                raise ValueError(f"start {start:g} and end {end} are no part of a recording")
+            if not isinstance(row["text"], str):
+                raise TypeError(f"text is {json.dumps(row['text'])}")
             name = f"{row['path']}" + (f"@{start:g}" if start else "")
             group = str(row.get("group", row["path"]))
             source, domain = file.parent / row["path"], DOMAINS.index(row["domain"])

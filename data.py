@@ -8,7 +8,7 @@
 Any number of processes, on any machines that share the disk, prepare one folder together: each takes the next shard
 that nobody holds. A preparation that was stopped goes on when the same command is given again. Beside what shards.py
 writes, the folder holds
-    plan.json               settings and corpus, written first: others are refused
+    plan.json               settings, corpus and checksums of weights, written first: others are refused
     speech_tokenizer.pt, audio_tokenizer.pt     fitted here, where the config says so
 T frames, N tokens, M = 100 mel bins, E teacher width.
 """
@@ -30,7 +30,6 @@ if __name__ == "__main__":
 
 import collections
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -38,7 +37,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -52,17 +51,23 @@ import fetch
 import teachers
 import tokenizer
 from audio import AudioError
+from checkpoint import INTERRUPTED, CheckpointError
 from corpora import AUDIO, SPEECH, Clip, DataError
 from shards import Prepared, join, read_meta, token_count, verify, write_json, write_shard
 
 SHARD_CLIPS = 512
 FIT_CLIPS = 4000  # most training clips per domain that a tokenizer is fitted on here
 LOST_LIMIT = 0.05  # preparation fails when a larger share of the clips cannot be used
+ADVICE = {
+    "no text": "give each recording its words (in a folder: a same-named .txt)",
+    "too short": "lower --min_seconds",
+    "too long": "raise --max_seconds",
+}
+CORPUS = "speech_dir audio_dir librispeech_dir audioset_dir manifest".split()  # of no concern to a finished folder
 # what a prepared folder depends on: a run with other values of these must not use it
 PREPARED_WITH = (
-    "speech_dir audio_dir librispeech_dir audioset_dir manifest min_seconds max_seconds held_out data_seed "
-    "reference_clips whisper audio_teacher speech_tokenizer s3 audio_tokenizer beats_tokenizer speech_codes "
-    "audio_codes beats_tokens tokenizer_steps mel_floor"
+    "min_seconds max_seconds held_out data_seed reference_clips whisper audio_teacher speech_tokenizer s3 "
+    "audio_tokenizer beats_tokenizer speech_codes audio_codes beats_tokens tokenizer_steps mel_floor"
 ).split()
 
 
@@ -85,6 +90,13 @@ def missing(config: Config) -> list[str]:
         lines.append(f"--beats_tokenizer=FILE  Tokenizer_iter3_plus_AS2M.pt; now {config.beats_tokenizer!r}")
     if config.audio_tokenizer and not Path(config.audio_tokenizer).is_file():
         lines.append(f"--audio_tokenizer=FILE  a checkpoint of tokenizer.py; now {config.audio_tokenizer!r}")
+    hub = {"whisper": "Whisper", **({"vocoder": "Vocos", "asr": "the recogniser"} if config.evaluate else {})}
+    for key, what in hub.items():  # whether a hub has it only a download could tell
+        value = getattr(config, key)
+        if (value.startswith(("/", ".", "~")) or value.count("/") > 1) and not Path(value).exists():
+            lines.append(f"--{key}=HUB_NAME_OR_FOLDER  {what}; now {value!r}, which is not there")
+    if config.speech_tokenizer == "s3" and config.s3.endswith(".onnx") and not Path(config.s3).is_file():
+        lines.append(f"--s3=FILE  CosyVoice's speech_tokenizer_v1.onnx; now {config.s3!r}")
     if config.speech_tokenizer == "s3" and not any(map(importlib.util.find_spec, ("s3tokenizer", "onnxruntime"))):
         lines.append("pip install s3tokenizer  for S3 tokens (or onnxruntime, with --s3=PATH/speech_tokenizer_v1.onnx)")
     return lines
@@ -107,12 +119,14 @@ class Networks:
 
     @cached_property
     def audio_encoder(self) -> teachers.Teacher:
+        """The teacher of the audio domain, which also hears styles."""
         source = self.config.audio_teacher
         sounds = ("aisfx", fetch.fetch("aisfx")) if source == "demo" else ("beats", source)
         return teachers.load_teacher(*sounds, self.device)
 
     @cached_property
     def encoders(self) -> list[teachers.Teacher]:
+        """The teacher of each domain."""
         source = self.config.whisper
         whisper = fetch.fetch("whisper_tiny") if source == "demo" else source
         return [teachers.load_teacher("whisper", whisper, self.device), self.audio_encoder]
@@ -127,6 +141,7 @@ class Networks:
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
+        """Adds the time spent inside to the stage's seconds."""
         start = time.time()
         yield
         self.seconds[stage] += time.time() - start
@@ -178,11 +193,13 @@ class Networks:
 
 def decode(clip: Clip, rates: tuple[int, ...], config: Config) -> list[np.ndarray]:
     """The clip's waveform at each of the sample rates. Raises AudioError for a clip that cannot be used."""
-    wav, rate = audio.decode(clip.source, clip.name)
+    wav, rate = audio.decode(clip.source, clip.name if isinstance(clip.source, bytes) else "")
     wav = wav[int(clip.start * rate) : None if clip.end is None else int(clip.end * rate)]
     seconds = len(wav) / rate
     if not config.min_seconds <= seconds <= config.max_seconds:
         raise AudioError("too short" if seconds < config.min_seconds else "too long", f"{seconds:.2f} s")
+    if np.abs(wav).max() < 1e-4:  # a silent part of a recording that as a whole is not
+        raise AudioError("silent")
     return [audio.resample(wav, rate, to) for to in rates]
 
 
@@ -218,24 +235,14 @@ def encode_file(path: str, domain: int, config: Config) -> Prepared:
     return own
 
 
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock among processes, given back by the system even when its holder is killed; yields whether it is ours,
-    which it always is with `wait`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def differences(config: Config, before: dict) -> str:
-    """The settings of PREPARED_WITH that differ from those in `before`, or nothing."""
-    now = json.loads(json.dumps({k: getattr(config, k) for k in PREPARED_WITH}))
+def changed_settings(now: dict, before: dict) -> str:
+    """The settings of `now` that differ in `before`, or nothing."""
     return "; ".join(f"{k}: {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v)
+
+
+def prepared_with(config: Config) -> dict:
+    """The settings that a prepared folder depends on."""
+    return {k: getattr(config, k) for k in PREPARED_WITH}
 
 
 def prepare(config: Config) -> None:
@@ -246,27 +253,29 @@ def prepare(config: Config) -> None:
         raise DataError("this config needs what is not here:\n  " + "\n  ".join(lines))
     start, lead = time.time(), os.environ.get("RANK", "0") == "0"
     clips, notes = corpora.read(config)
-    out_dir = Path(config.data_dir)
+    shards, plan = plan_shards(clips, config), make_plan(clips, config)
+    out_dir, lost = Path(config.data_dir), {}
     locks = out_dir.with_name(f".{out_dir.name}.locks")
-    with locked(locks / "plan"):
-        _plan(out_dir, config, clips)
-    shards = plan_shards(clips, config)
+    with fetch.locked(locks / "plan"):
+        begin(out_dir, plan)
     networks = Networks(config)
-    with locked(locks / "tokenizers"):
-        fit_tokenizers(out_dir, networks, [c for name, own in shards.items() if name.startswith("train") for c in own])
+    with fetch.locked(locks / "tokenizers"):
+        fit_tokenizers(out_dir, networks, shards)
     fitted = load_tokenizers(out_dir, networks)
     keep = waves_to_keep(shards, config)
     with tqdm(total=len(clips), desc="clips", mininterval=1, disable=not lead) as bar:
         pending = dict(shards)
         while pending:
             for name in list(pending):
-                with locked(locks / name, wait=False) as ours:
+                with fetch.locked(locks / name, wait=False) as ours:
                     if ours and not (out_dir / name).exists():
                         prepare_shard(out_dir / name, pending[name], networks, fitted, keep, bar)
                 if (out_dir / name).exists():
                     del pending[name]
+                    add_lost(lost, out_dir / name)
+                    refuse_losses(lost, len(clips), out_dir)
             time.sleep(0.2 if pending else 0)  # others hold what is left
-    with locked(locks / "finish"):
+    with fetch.locked(locks / "finish"):
         if not (out_dir / "meta.json").exists():
             finish(out_dir, list(shards), config, networks)
     shutil.rmtree(locks, ignore_errors=True)
@@ -274,10 +283,22 @@ def prepare(config: Config) -> None:
         report_preparation(out_dir, networks, notes, len(clips), time.time() - start)
 
 
-def _plan(out_dir: Path, config: Config, clips: list[Clip]) -> None:
+def make_plan(clips: list[Clip], config: Config) -> dict:
+    """All that the sessions and processes that prepare one folder must agree on."""
+    lines = [f"{c.domain} {c.name}\n{c.group}\n{c.text}\n{c.start} {c.end}\n" for c in clips]
+    corpus = {k: getattr(config, k) and os.path.normpath(getattr(config, k)) for k in CORPUS}
+    weights = ["audio_teacher", "audio_tokenizer"]
+    weights += ["s3"] * (config.speech_tokenizer == "s3") + ["beats_tokenizer"] * config.beats_tokens
+    files = {f"sha256 of {k}": Path(getattr(config, k)) for k in weights}
+    return {
+        "prepared_with": prepared_with(config) | corpus | {k: fetch.sha256(f) for k, f in files.items() if f.is_file()},
+        "clips": len(clips),
+        "listing": hashlib.sha256("".join(lines).encode()).hexdigest(),
+    }
+
+
+def begin(out_dir: Path, plan: dict) -> None:
     """Writes plan.json, or raises DataError when the folder there was planned otherwise or is not ours at all."""
-    listing = hashlib.sha256("".join(f"{c.domain} {c.name}\n{c.group}\n{c.text}\n" for c in clips).encode()).hexdigest()
-    plan = {"prepared_with": {k: getattr(config, k) for k in PREPARED_WITH}, "clips": len(clips), "listing": listing}
     if not (out_dir / "plan.json").exists():
         if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
             raise DataError(f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER")
@@ -285,9 +306,9 @@ def _plan(out_dir: Path, config: Config, clips: list[Clip]) -> None:
         write_json(out_dir / "plan.json", plan)
         return
     before = json.loads((out_dir / "plan.json").read_text())
-    changed = differences(config, before["prepared_with"])
-    if not changed and before["listing"] != listing:
-        changed = f"the corpus: {before['clips']} -> {len(clips)} clips, or other names and texts"
+    changed = changed_settings(plan["prepared_with"], before["prepared_with"])
+    if not changed and before["listing"] != plan["listing"]:
+        changed = f"the corpus: {before['clips']} -> {plan['clips']} clips, or other names and texts"
     if changed:
         raise DataError(
             f"{out_dir} was begun with other settings ({changed}); pass --data_dir=ANOTHER_FOLDER or delete it"
@@ -300,12 +321,21 @@ def plan_shards(clips: list[Clip], config: Config) -> dict[str, list[Clip]]:
     shards = {}
     for split, wanted in (("train", False), ("held_out", True)):
         own = [c for c, o in zip(clips, out, strict=True) if o == wanted]
+        refuse_empty(split, [c.domain for c in own], config)
         for k in range(0, len(own), SHARD_CLIPS):
             shards[f"{split}_{k // SHARD_CLIPS:05d}"] = own[k : k + SHARD_CLIPS]
-    for d, name in enumerate(DOMAINS):
-        if not any(c.domain == d for s, own in shards.items() if s.startswith("train") for c in own):
-            raise DataError(f"no {name} clip is left to train on; pass a smaller --held_out")
     return shards
+
+
+def refuse_empty(split: str, domains: Sequence[int], config: Config) -> None:
+    """Raises DataError when the clips of a split, of these domains, lack one of them."""
+    for d, name in enumerate(DOMAINS):
+        if d not in domains:
+            what, change = {"train": ("is left to train on", "smaller"), "held_out": ("is held out", "larger")}[split]
+            raise DataError(
+                f"no {name} clip {what}; pass a {change} --held_out (now {config.held_out:g}), or {name} clips of more "
+                f"speakers, videos or texts, which are held out as a whole"
+            )
 
 
 def in_hash_order(clips: list[Clip], seed: int) -> list[Clip]:
@@ -322,17 +352,19 @@ def waves_to_keep(shards: dict[str, list[Clip]], config: Config) -> set[tuple[in
     return keep
 
 
-def fit_tokenizers(out_dir: Path, networks: Networks, clips: list[Clip]) -> None:
+def fit_tokenizers(out_dir: Path, networks: Networks, shards: dict[str, list[Clip]]) -> None:
     """Fits the tokenizers that the config wants fitted here, on training clips alone, unless they are there already."""
     config = networks.config
     for d, name in enumerate(DOMAINS):
         ready = config.speech_tokenizer == "s3" if d == SPEECH else bool(config.audio_tokenizer)
         if ready or (out_dir / f"{name}_tokenizer.pt").exists():
             continue
-        chosen = in_hash_order([c for c in clips if c.domain == d], config.data_seed)[:FIT_CLIPS]
-        own, _ = decode_all(chosen, networks)
+        clips = [c for shard, own in shards.items() if shard.startswith("train") for c in own if c.domain == d]
+        chosen = in_hash_order(clips, config.data_seed)[:FIT_CLIPS]
+        own, lost = decode_all(chosen, networks)
         if not own:
-            raise DataError(f"no usable {name} clip to fit a tokenizer on; pass another --{name}_dir")
+            refuse_losses(lost, len(chosen), out_dir, f"{name} ")
+        refuse_losses(lost, sum(map(len, shards.values())), out_dir)
         with networks.timed("features"):
             features = networks.encode(d, own)
         networks.features |= {(d, p.clip.name): f for p, f in zip(own, features, strict=True)}
@@ -393,23 +425,41 @@ def prepare_shard(
         write_shard(path, prepared, [t.dim for t in networks.encoders], networks.config.mel_floor, lost)
 
 
-def finish(out_dir: Path, shards: list[str], config: Config, networks: Networks) -> None:
-    """Joins the shards' indices and statistics; meta.json, which makes the folder usable, comes last. Raises DataError
-    when too many clips were lost."""
-    lost: dict[str, list] = {}
-    for name in shards:
-        for reason, names in json.loads((out_dir / name / "shard.json").read_text())["lost"].items():
-            lost.setdefault(reason, []).extend(names)
+def add_lost(lost: dict[str, list], shard: Path) -> None:
+    """Adds to `lost` the names of the clips that a finished shard lacks, by reason."""
+    for reason, names in json.loads((shard / "shard.json").read_text())["lost"].items():
+        lost.setdefault(reason, []).extend(names)
+
+
+def report_lost(lost: dict[str, list]) -> None:
+    """Prints a line for each reason."""
     for reason, names in lost.items():
         print(f"skipped {len(names)} clips: {reason} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})")
-    clips = json.loads((out_dir / "plan.json").read_text())["clips"]
+
+
+def refuse_losses(lost: dict[str, list], clips: int, out_dir: Path, kind: str = "") -> None:
+    """Raises DataError when more than LOST_LIMIT of the clips (of this kind) are lost."""
     count = sum(map(len, lost.values()))
     if count > LOST_LIMIT * clips:
+        report_lost(lost)
+        reasons = ", ".join(f"{reason} {len(names)}" for reason, names in lost.items())
+        todo = ", ".join(ADVICE[r] for r in lost if r in ADVICE) or "mend the corpus"
         raise DataError(
-            f"{count} of {clips} clips cannot be used (reasons above); mend the corpus, delete {out_dir}, start again"
+            f"{count} of {clips} {kind}clips cannot be used ({reasons}); {todo}, delete {out_dir} and start again"
         )
+
+
+def finish(out_dir: Path, shards: list[str], config: Config, networks: Networks) -> None:
+    """Joins the shards' indices and statistics; meta.json, which makes the folder usable, comes last."""
+    lost: dict[str, list] = {}
+    for name in shards:
+        add_lost(lost, out_dir / name)
+    report_lost(lost)
+    for split in ("train", "held_out"):  # what was lost may have been all that a side had
+        own = [np.load(out_dir / name / "index.npy")["domain"] for name in shards if name.startswith(split)]
+        refuse_empty(split, np.concatenate(own), config)
     meta = {
-        "prepared_with": {k: getattr(config, k) for k in PREPARED_WITH},
+        "prepared_with": prepared_with(config),
         "skipped": lost,
         "teachers": [[t.name, t.dim] for t in networks.encoders],
         "token_rates": networks.rates,
@@ -433,9 +483,13 @@ def report_preparation(out_dir: Path, networks: Networks, notes: list[str], clip
 def ensure_prepared(config: Config) -> dict:
     """Prepares config.data_dir when it is missing; returns its meta. Raises DataError when it was made otherwise."""
     if not (Path(config.data_dir) / "meta.json").exists():
-        prepare(config)
+        try:
+            prepare(config)
+        except KeyboardInterrupt:
+            print(f"stopped; {config.data_dir} is not complete yet, the same command continues", file=sys.stderr)
+            sys.exit(INTERRUPTED)
     meta = read_meta(config.data_dir)
-    changed = differences(config, meta["prepared_with"])
+    changed = changed_settings(prepared_with(config), meta["prepared_with"])
     if changed:
         raise DataError(
             f"{config.data_dir} was prepared with other settings ({changed}); "
@@ -463,5 +517,5 @@ def main(args: DataArgs) -> None:
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except (DataError, fetch.FetchError, FileNotFoundError, ValueError) as error:
+    except (DataError, CheckpointError, fetch.FetchError, OSError, ValueError) as error:
         sys.exit(f"data.py: {error}")

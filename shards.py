@@ -14,6 +14,7 @@
 B clips, T frames, N tokens, M = 100 mel bins, E teacher width.
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -30,7 +31,9 @@ from tqdm import tqdm
 import audio
 from configurator import DOMAINS, Config
 from corpora import Clip, DataError
+from fetch import sha256
 
+OPEN_SHARDS = 64  # shards that a dataset keeps mapped, of 6 open files each
 INDEX = np.dtype(
     [
         ("shard", "<i4"),
@@ -80,6 +83,7 @@ class Batch:
             self.padded = bool((self.frames < self.mel.shape[1]).any())
 
     def to(self, device: str) -> "Batch":
+        """The same on another device."""
         return self._each(lambda x: x.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
@@ -101,6 +105,7 @@ class Batch:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file that appears whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(content, indent=1))
     part.replace(path)
@@ -147,11 +152,6 @@ def write_shard(
     part.rename(path)
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def join(out_dir: Path, shards: list[str], meta: dict) -> None:
     """Writes the splits' indices and meta.json, completed by their counts, checksums and the mel's statistics."""
     for split in ("train", "held_out"):
@@ -169,7 +169,9 @@ def join(out_dir: Path, shards: list[str], meta: dict) -> None:
     mean = np.sum([a["mel_sum"] for a in train], 0) / frames
     variance = np.sum([a["mel_squares"] for a in train], 0) / frames - mean**2
     meta["mel_mean"], meta["mel_std"] = mean.tolist(), np.sqrt(variance.clip(0)).clip(1e-3).tolist()
-    meta["sha256"] = {f.name: sha256(f) for f in sorted(out_dir.glob("*")) if f.suffix in (".npy", ".pt")}
+    files = [f for f in sorted(out_dir.glob("*")) if f.suffix in (".npy", ".pt")]
+    files += [out_dir / name / "shard.json" for name in shards]  # which hold the checksums of all other files
+    meta["sha256"] = {str(f.relative_to(out_dir)): sha256(f) for f in files}
     write_json(out_dir / "meta.json", meta)
 
 
@@ -182,8 +184,8 @@ def verify(data_dir: str) -> list[str]:
         try:
             about = json.loads((root / shard / "shard.json").read_text())
             wanted |= {root / shard / name: digest for name, digest in about["sha256"].items()}
-        except (OSError, ValueError):
-            problems.append(f"{root / shard / 'shard.json'}: missing or damaged")
+        except (OSError, ValueError, KeyError):
+            wanted.setdefault(root / shard / "shard.json", "")
     for path, digest in tqdm(wanted.items(), desc="verify", mininterval=1):
         if not path.exists():
             problems.append(f"{path}: missing")
@@ -206,6 +208,17 @@ class Shard:
     style: np.ndarray  # (clips, 16, E) float16
 
 
+def open_shard(path: Path, streams: int) -> Shard:
+    """Maps the files of the shard at `path`; nothing is read yet."""
+    return Shard(
+        np.memmap(path / "mel.bin", np.float16, "r").reshape(-1, audio.N_MELS),
+        np.memmap(path / "tokens.bin", "<i4", "r").reshape(-1, streams),
+        np.memmap(path / "text.bin", np.uint8, "r"),
+        [np.load(path / f"teacher_{d}.npy", mmap_mode="r") for d in range(len(DOMAINS))],
+        np.load(path / "style.npy", mmap_mode="r"),
+    )
+
+
 class Dataset:
     """One split of a prepared folder. Opening reads meta.json alone; shards are mapped when first touched."""
 
@@ -213,25 +226,19 @@ class Dataset:
         self.root, self.split, self.meta = Path(data_dir), split, read_meta(data_dir)
         self.index = np.load(self.root / f"{split}.npy", mmap_mode="r")
         self.rates, self.streams = self.meta["token_rates"], self.meta["streams"]
-        self.opened: dict[int, Shard] = {}
+        # safe among threads; a map is closed when the last view of it is gone
+        self.opened = functools.lru_cache(OPEN_SHARDS)(functools.partial(open_shard, streams=self.streams))
 
     def __len__(self) -> int:
         return len(self.index)
 
     def path(self, shard: int) -> Path:
+        """The folder of a shard of this split."""
         return self.root / f"{self.split}_{shard:05d}"
 
     def shard(self, k: int) -> Shard:
-        if k not in self.opened:
-            path = self.path(k)
-            self.opened[k] = Shard(
-                np.memmap(path / "mel.bin", np.float16, "r").reshape(-1, audio.N_MELS),
-                np.memmap(path / "tokens.bin", "<i4", "r").reshape(-1, self.streams),
-                np.memmap(path / "text.bin", np.uint8, "r"),
-                [np.load(path / f"teacher_{d}.npy", mmap_mode="r") for d in range(len(DOMAINS))],
-                np.load(path / "style.npy", mmap_mode="r"),
-            )
-        return self.opened[k]
+        """The files of shard k; the OPEN_SHARDS used last stay open."""
+        return self.opened(self.path(k))
 
     def mel(self, i: int) -> np.ndarray:
         """(T, M) float16 log-mel of clip i."""
@@ -254,6 +261,7 @@ class Dataset:
         return self.shard(int(r["shard"])).style[r["row"]]
 
     def name_and_text(self, i: int) -> tuple[str, str]:
+        """The name of clip i and what is said or heard in it."""
         r = self.index[i]
         stored = self.shard(int(r["shard"])).text[r["text"] : r["text"] + r["text_len"]]
         name, _, text = bytes(stored).decode().partition("\n")
@@ -302,6 +310,10 @@ def read_meta(data_dir: str | Path) -> dict:
         return json.loads((Path(data_dir) / "meta.json").read_text())
     except FileNotFoundError:
         raise DataError(f"data_dir={data_dir} is not prepared; python data.py CONFIG makes it") from None
+    except ValueError as error:
+        raise DataError(
+            f"{data_dir}/meta.json is damaged ({error}); delete it, then python data.py CONFIG makes it again"
+        ) from None
 
 
 def identity(meta: dict) -> str:
@@ -310,6 +322,7 @@ def identity(meta: dict) -> str:
 
 
 def token_count(frames: int, rate: int) -> int:
+    """Tokens of a clip of `frames` mel frames at `rate` tokens a second."""
     return max(1, round(frames * rate / audio.FRAME_RATE))
 
 

