@@ -72,7 +72,7 @@ COLUMNS += tuple(f"held_out_{name}" for name in DOMAINS)
 MAY_DIFFER = (
     "out_dir branch_from device dtype compile checkpoint_activations loader_threads data_dir log_every eval_every "
     "eval_clips save_every nfe cfg sway vocoder asr fad_model evaluate evaluate_every"
-).split()
+).split() + data.CORPUS  # what data_dir was prepared from; Run.data says which preparation it is
 BRANCH_MAY_DIFFER = (
     "align align_layers align_head align_teacher timestep_adaptive refresh_every align_stop top_k weighting "
     "align_weight head_dim"
