@@ -235,7 +235,8 @@ class PublishedF5TTS(F5TTS):
 
 class Voicebox(Backbone):
     """voicebox_pytorch.VoiceBox, conditioned on token ids: its own table holds our codes, and its place in the network
-    is given their embedding, stretched to the mel's rate."""
+    is given their embedding, stretched to the mel's rate. Its layers run in order, but their residual sums are outside
+    its modules, so hooks cannot let a batch grow between them."""
 
     name, pip = "voicebox", "voicebox-pytorch"
 

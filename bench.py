@@ -440,7 +440,7 @@ def judge_row(b: Bench) -> Iterator[Measure]:
 
 
 def sqrtm_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """What pytorch-fid and frechet-audio-distance compute."""
+    """The formula of pytorch-fid and frechet-audio-distance, which itself asks for another numpy."""
     import scipy.linalg
 
     A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -558,11 +558,8 @@ def loader_row(b: Bench) -> Iterator[Measure]:
 def help_row(b: Bench) -> Iterator[Measure]:
     for script in ("train.py", "probe.py"):
         command = [sys.executable, str(Path(__file__).parent / script), "--help"]
-        yield (
-            f"python {script} --help",
-            partial(seconds, partial(subprocess.run, command, capture_output=True, check=True)),
-            "s",
-        )
+        run = partial(subprocess.run, command, capture_output=True, check=True)
+        yield f"python {script} --help", lambda run=run: seconds(run), "s"
 
 
 ROWS = (

@@ -579,9 +579,8 @@ def sample(
     device = cond.tokens.device
     x = torch.zeros(B, T, model.shape.n_mels)
     for b, n in enumerate(cond.mask.sum(1).tolist()):
-        x[b, :n] = sigma * torch.randn(
-            n, model.shape.n_mels, generator=torch.Generator().manual_seed(seed * 100_003 + b)
-        )
+        own = torch.Generator().manual_seed(seed * 100_003 + b)
+        x[b, :n] = sigma * torch.randn(n, model.shape.n_mels, generator=own)
     x = x.to(device, torch.promote_types(cond.tokens.dtype, torch.float32))
     both = cond.with_null() if cfg != 1 else cond
 

@@ -166,7 +166,8 @@ def new_run(config: Config, meta: dict, machine: Machine) -> Run:
     model.to(machine.device)
     objective = Objective(model, config)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if config.optimiser == "muon" else []
+    candidates = model.blocks.parameters() if config.optimiser == "muon" else ()
+    matrices = [p for p in candidates if p.dim() == 2]  # a fused one, as of q, k and v, counts as one
     return Run(config, objective, make_optimiser(model, config, matrices), ema, shards.identity(meta))
 
 
