@@ -228,7 +228,7 @@ def make_requests(args: SampleArgs, model: FlowModel, state: dict, device: str) 
     if texts and not args.lm:
         raise ValueError("text needs stage 1: pass --lm=CKPT, a checkpoint of lm.py")
     if texts:
-        stage = Stage1(args.lm, model, device, state.get("data", ""))  # an exported model does not know its data
+        stage = Stage1(args.lm, model, device, state.get("data", ""))
         domains = sorted({d for d, _ in texts}) if args.reference else []
         references = {d: data.encode_file(args.reference, d, config) for d in domains}
         sampling = stage1.Sampling(args.temperature, args.top_p, args.guidance, args.repetition, seed=args.seed)
