@@ -577,8 +577,9 @@ def lines_of(row: Callable[[Bench], Iterator[Measure]], args: BenchArgs) -> Iter
                 measure()  # once unmeasured: allocations, caches, compilation
                 values = [measure() for _ in range(args.runs)]
                 yield f"| {what} | {statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}] | {unit} |"
-        except (ImportError, fetch.FetchError, torch.OutOfMemoryError) as error:
-            yield f"| {row.__name__} | not measured: {str(error).splitlines()[0]} | |"
+        except (ImportError, fetch.FetchError, torch.OutOfMemoryError, MemoryError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            yield f"| {row.__name__} | not measured: {reason} | |"
     gc.collect()  # a row's models, which cycles hold
 
 

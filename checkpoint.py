@@ -15,12 +15,16 @@ import os
 import signal
 import sys
 import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
+
+from configurator import changed_settings
 
 INTERRUPTED = 75  # exit code of a run stopped by a signal after saving (EX_TEMPFAIL: run it again)
 
@@ -117,6 +121,15 @@ def machine_failed(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno not in (None, errno.EINVAL)
     return isinstance(error, MemoryError) or "allocate memory" in str(error)  # torch raises RuntimeError for it
+
+
+def same_settings(config, theirs: dict, may_differ: Sequence[str], used: Path) -> None:
+    """Raises CheckpointError when `used` was made with settings other than those of `config`, a dataclass."""
+    changed = changed_settings({k: v for k, v in asdict(config).items() if k not in may_differ}, theirs)
+    if changed:
+        raise CheckpointError(
+            f"{used} was made with other settings ({changed}); pass --out_dir=ANOTHER_FOLDER or undo them"
+        )
 
 
 def export(path: str | Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:

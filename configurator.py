@@ -80,7 +80,7 @@ class Config:
     batch_size: int = 64  # most clips of a batch
     accumulate: int = 1  # batches per step and rank, their gradients averaged
     crop_frames: int = 0  # longer clips are cropped to this at random, each time anew; 0: never
-    trim: float = 0.05  # clips of a batch are cut to its shortest where no clip loses a larger share: no padding then
+    trim: float = 0.05  # clips of a batch are cut, mostly at their end, to its shortest where none loses a larger share
     optimiser: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for everything else
     learning_rate: float = 1e-4  # peak of the one-cycle schedule
     lr_warmup: float = 0.1  # share of max_steps on the way up
@@ -321,6 +321,11 @@ def help_text(cls: type, doc: str) -> str:
 def differences(config: Any) -> dict[str, Any]:
     """The fields that differ from their defaults."""
     return {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != _default(f)}
+
+
+def changed_settings(now: dict, before: dict) -> str:
+    """The settings of `now` that differ in `before`, in words; empty when none does."""
+    return "; ".join(f"{k}: {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v)
 
 
 def show(config: Any) -> str:

@@ -15,7 +15,7 @@ T frames, N tokens, M = 100 mel bins, E teacher width.
 
 from dataclasses import dataclass
 
-from configurator import DOMAINS, Config, configure
+from configurator import DOMAINS, Config, changed_settings, configure
 
 
 @dataclass
@@ -90,16 +90,18 @@ def missing(config: Config) -> list[str]:
         lines.append(f"--beats_tokenizer=FILE  Tokenizer_iter3_plus_AS2M.pt; now {config.beats_tokenizer!r}")
     if config.audio_tokenizer and not Path(config.audio_tokenizer).is_file():
         lines.append(f"--audio_tokenizer=FILE  a checkpoint of tokenizer.py; now {config.audio_tokenizer!r}")
-    hub = {"whisper": "Whisper", **({"vocoder": "Vocos", "asr": "the recogniser"} if config.evaluate else {})}
-    for key, what in hub.items():  # whether a hub has it only a download could tell
-        value = getattr(config, key)
-        if (value.startswith(("/", ".", "~")) or value.count("/") > 1) and not Path(value).exists():
-            lines.append(f"--{key}=HUB_NAME_OR_FOLDER  {what}; now {value!r}, which is not there")
+    if is_absent(config.whisper):
+        lines.append(f"--whisper=HUB_NAME_OR_FOLDER  Whisper; now {config.whisper!r}")
     if config.speech_tokenizer == "s3" and config.s3.endswith(".onnx") and not Path(config.s3).is_file():
         lines.append(f"--s3=FILE  CosyVoice's speech_tokenizer_v1.onnx; now {config.s3!r}")
     if config.speech_tokenizer == "s3" and not any(map(importlib.util.find_spec, ("s3tokenizer", "onnxruntime"))):
         lines.append("pip install s3tokenizer  for S3 tokens (or onnxruntime, with --s3=PATH/speech_tokenizer_v1.onnx)")
     return lines
+
+
+def is_absent(name: str) -> bool:
+    """Whether a hub name or folder is clearly a folder, and not there. What a hub has, only a download could tell."""
+    return (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not Path(name).exists()
 
 
 def token_rates(config: Config) -> list[int]:
@@ -235,11 +237,6 @@ def encode_file(path: str, domain: int, config: Config) -> Prepared:
     return own
 
 
-def changed_settings(now: dict, before: dict) -> str:
-    """The settings of `now` that differ in `before`, or nothing."""
-    return "; ".join(f"{k}: {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v)
-
-
 def prepared_with(config: Config) -> dict:
     """The settings that a prepared folder depends on."""
     return {k: getattr(config, k) for k in PREPARED_WITH}
@@ -277,7 +274,7 @@ def prepare(config: Config) -> None:
             time.sleep(0.2 if pending else 0)  # others hold what is left
     with fetch.locked(locks / "finish"):
         if not (out_dir / "meta.json").exists():
-            finish(out_dir, list(shards), config, networks)
+            finish(out_dir, list(shards), config, networks, lost)
     shutil.rmtree(locks, ignore_errors=True)
     if lead:
         report_preparation(out_dir, networks, notes, len(clips), time.time() - start)
@@ -286,12 +283,12 @@ def prepare(config: Config) -> None:
 def make_plan(clips: list[Clip], config: Config) -> dict:
     """All that the sessions and processes that prepare one folder must agree on."""
     lines = [f"{c.domain} {c.name}\n{c.group}\n{c.text}\n{c.start} {c.end}\n" for c in clips]
-    corpus = {k: getattr(config, k) and os.path.normpath(getattr(config, k)) for k in CORPUS}
     weights = ["audio_teacher", "audio_tokenizer"]
     weights += ["s3"] * (config.speech_tokenizer == "s3") + ["beats_tokenizer"] * config.beats_tokens
     files = {f"sha256 of {k}": Path(getattr(config, k)) for k in weights}
+    digests = {k: fetch.sha256(f) for k, f in files.items() if f.is_file()}
     return {
-        "prepared_with": prepared_with(config) | corpus | {k: fetch.sha256(f) for k, f in files.items() if f.is_file()},
+        "prepared_with": prepared_with(config) | corpus_of(config) | digests,
         "clips": len(clips),
         "listing": hashlib.sha256("".join(lines).encode()).hexdigest(),
     }
@@ -325,6 +322,11 @@ def plan_shards(clips: list[Clip], config: Config) -> dict[str, list[Clip]]:
         for k in range(0, len(own), SHARD_CLIPS):
             shards[f"{split}_{k // SHARD_CLIPS:05d}"] = own[k : k + SHARD_CLIPS]
     return shards
+
+
+def corpus_of(config: Config) -> dict[str, str]:
+    """The corpus keys, each path in one way of writing it."""
+    return {k: getattr(config, k) and os.path.normpath(getattr(config, k)) for k in CORPUS}
 
 
 def refuse_empty(split: str, domains: Sequence[int], config: Config) -> None:
@@ -449,17 +451,15 @@ def refuse_losses(lost: dict[str, list], clips: int, out_dir: Path, kind: str = 
         )
 
 
-def finish(out_dir: Path, shards: list[str], config: Config, networks: Networks) -> None:
+def finish(out_dir: Path, shards: list[str], config: Config, networks: Networks, lost: dict[str, list]) -> None:
     """Joins the shards' indices and statistics; meta.json, which makes the folder usable, comes last."""
-    lost: dict[str, list] = {}
-    for name in shards:
-        add_lost(lost, out_dir / name)
     report_lost(lost)
     for split in ("train", "held_out"):  # what was lost may have been all that a side had
         own = [np.load(out_dir / name / "index.npy")["domain"] for name in shards if name.startswith(split)]
         refuse_empty(split, np.concatenate(own), config)
     meta = {
         "prepared_with": prepared_with(config),
+        "corpus": corpus_of(config),
         "skipped": lost,
         "teachers": [[t.name, t.dim] for t in networks.encoders],
         "token_rates": networks.rates,
@@ -481,7 +481,8 @@ def report_preparation(out_dir: Path, networks: Networks, notes: list[str], clip
 
 
 def ensure_prepared(config: Config) -> dict:
-    """Prepares config.data_dir when it is missing; returns its meta. Raises DataError when it was made otherwise."""
+    """Prepares config.data_dir when it is missing; returns its meta. Raises DataError when it was made otherwise, or
+    from another corpus than the one that the config names, if it names one."""
     if not (Path(config.data_dir) / "meta.json").exists():
         try:
             prepare(config)
@@ -489,11 +490,13 @@ def ensure_prepared(config: Config) -> dict:
             print(f"stopped; {config.data_dir} is not complete yet, the same command continues", file=sys.stderr)
             sys.exit(INTERRUPTED)
     meta = read_meta(config.data_dir)
-    changed = changed_settings(prepared_with(config), meta["prepared_with"])
+    corpus = meta.get("corpus", {})
+    named = {k: v for k, v in corpus_of(config).items() if v and k in corpus}
+    changed = changed_settings(prepared_with(config) | named, meta["prepared_with"] | corpus)
     if changed:
         raise DataError(
-            f"{config.data_dir} was prepared with other settings ({changed}); "
-            f"pass --data_dir=ANOTHER_FOLDER to prepare beside it, or delete it"
+            f"{config.data_dir} was prepared with other settings ({changed}); pass --data_dir=ANOTHER_FOLDER, or delete "
+            f"it, to prepare anew; to use it as it is, leave them out"
         )
     return meta
 

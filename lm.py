@@ -94,7 +94,7 @@ import checkpoint
 import shards
 import tokenizer
 from corpora import SPEECH, DataError
-from loop import Finite, Log, Machine, leave, make_optimiser, same_data, same_settings, set_up, time_left, update
+from loop import Finite, Log, Machine, leave, make_optimiser, same_data, set_up, time_left, update
 from model import count_parameters
 
 STYLES = 16  # style placeholders, and time segments of the reference
@@ -469,7 +469,7 @@ def save(run: Run) -> None:
 def restore(run: Run, path: Path) -> None:
     """Loads ckpt.pt into `run`. Raises CheckpointError when it was made with incompatible settings or other data."""
     state, used = checkpoint.load(path, set_aside=True)
-    same_settings(run.config, state["config"], MAY_DIFFER, used)
+    checkpoint.same_settings(run.config, state["config"], MAY_DIFFER, used)
     same_data(run.config, run.data, state, used)
     run.lm.load_state_dict(state["model"])
     run.optimiser.load_state_dict(state["optimiser"])

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -154,19 +154,9 @@ class Finite:
 # ---- continuing and reporting
 
 
-def same_settings(config, theirs: dict, may_differ: list[str], used: Path) -> None:
-    """Raises CheckpointError when the checkpoint `used` was made with settings other than `config`'s."""
-    mine = {k: v for k, v in asdict(config).items() if k not in may_differ}
-    changed = [f"{k}: {theirs.get(k)!r} -> {v!r}" for k, v in mine.items() if theirs.get(k) != v]
-    if changed:
-        raise checkpoint.CheckpointError(
-            f"{used} was made with other settings ({'; '.join(changed)}); pass --out_dir=ANOTHER_FOLDER or undo them"
-        )
-
-
 def same_data(config, data: str, state: dict, used: Path) -> None:
     """Raises CheckpointError when the checkpoint `used` was trained on another preparation than `data` identifies."""
-    if state["data"] != data:
+    if state.get("data") != data:
         raise checkpoint.CheckpointError(
             f"{used} was trained on another preparation than {config.data_dir} holds now; pass its --data_dir, or "
             f"--out_dir=ANOTHER_FOLDER to start anew"
@@ -174,7 +164,7 @@ def same_data(config, data: str, state: dict, used: Path) -> None:
 
 
 class Log:
-    """log.csv: one row each log_every steps. On a continued run, rows after the checkpoint's step are dropped."""
+    """log.csv. On a continued run, rows after the checkpoint's step are dropped."""
 
     def __init__(self, path: Path, columns: Sequence[str], step: int):
         rows = []

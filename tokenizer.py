@@ -517,22 +517,14 @@ def prepare(args: "TokenizerArgs", rate: float, device: str) -> None:
     """Writes the features unless they are there. Raises CheckpointError when they were made from something else."""
     out_dir = Path(args.out_dir)
     if (used := out_dir / "features.json").exists():
-        return same_arguments(args, MADE_FROM, json.loads(used.read_text())["made_from"], used)
+        others = [k for k in asdict(args) if k not in MADE_FROM]
+        return checkpoint.same_settings(args, json.loads(used.read_text())["made_from"], others, used)
     clips = sounds(args.features_from)
     source = ("aisfx", fetch.fetch("aisfx")) if args.audio_teacher == "demo" else ("beats", args.audio_teacher)
     teacher = teachers.load_teacher(*source, device)
     out_dir.mkdir(parents=True, exist_ok=True)
     order = np.random.default_rng(args.seed).permutation(len(clips))[: args.max_clips]
     write_features(args, [clips[i] for i in order], teacher, rate, out_dir)
-
-
-def same_arguments(args: "TokenizerArgs", names: Sequence[str], theirs: dict, used: Path) -> None:
-    """Raises CheckpointError when `used` was made with other arguments of these names."""
-    changed = [f"{k}: {theirs.get(k)!r} -> {getattr(args, k)!r}" for k in names if theirs.get(k) != getattr(args, k)]
-    if changed:
-        raise checkpoint.CheckpointError(
-            f"{used} was made with other arguments ({'; '.join(changed)}); pass --out_dir=ANOTHER_FOLDER or undo them"
-        )
 
 
 def report(fitting: Fitting, losses: dict, held: list[np.ndarray], last: int) -> None:
@@ -553,7 +545,7 @@ def open_fitting(args: "TokenizerArgs", features: list, rate: float, rank: int, 
     path = Path(args.out_dir) / "ckpt.pt"
     if checkpoint.exists(path):
         state, used = checkpoint.load(path, set_aside=rank == 0)
-        same_arguments(args, [k for k in asdict(args) if k not in MAY_DIFFER], state.get("config", {}), used)
+        checkpoint.same_settings(args, state.get("config", {}), MAY_DIFFER, used)
         fitting.restore(state)
     return fitting
 

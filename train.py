@@ -49,7 +49,6 @@ from loop import (
     leave,
     make_optimiser,
     same_data,
-    same_settings,
     set_up,
     time_left,
     update,
@@ -291,7 +290,8 @@ def export(run: Run) -> None:
 def restore(run: Run, path: Path) -> None:
     """Loads ckpt.pt or warmup.pt into `run`. Raises CheckpointError when it was made with incompatible settings."""
     state, used = checkpoint.load(path, set_aside=path.parent == Path(run.config.out_dir))
-    same_settings(run.config, state["config"], MAY_DIFFER + ([] if state["selected"] else BRANCH_MAY_DIFFER), used)
+    may_differ = MAY_DIFFER + ([] if state["selected"] else BRANCH_MAY_DIFFER)
+    checkpoint.same_settings(run.config, state["config"], may_differ, used)
     same_data(run.config, run.data, state, used)
     run.objective.model.load_state_dict(state["model"])
     run.ema.load_state_dict(state["ema"])
@@ -381,7 +381,7 @@ def train(config: Config, machine: Machine) -> Run:
         if reporter:
             reporter.step(numbers, sum(int(part.frames.sum()) for part in parts) * machine.world)
     if reporter and run.step < config.max_steps:
-        save(run)
+        reporter.stop()
     return run
 
 
@@ -409,13 +409,13 @@ class Reporter:
 
     def __init__(self, run: Run, machine: Machine, held_out: shards.Dataset):
         config = run.config
-        self.run, self.machine, self.smooth = run, machine, None
+        self.run, self.machine, self.smooth, self.numbers = run, machine, None, {}
         self.log = Log(Path(config.out_dir) / "log.csv", COLUMNS, run.step)
         self.eval_batch = shards.fixed_batch(held_out, config.eval_clips, 0, config.probe_frames).to(machine.device)
         self.since, self.frames = time.time(), 0
 
     def step(self, numbers: dict[str, float], frames: int) -> None:
-        run, config = self.run, self.run.config
+        run, config, self.numbers = self.run, self.run.config, numbers
         self.frames += frames
         self.smooth = numbers["fm"] if self.smooth is None else 0.95 * self.smooth + 0.05 * numbers["fm"]
         last = run.step == config.max_steps
@@ -429,6 +429,12 @@ class Reporter:
             run_script("evaluate.py", Path(config.out_dir) / "ckpt.pt", self.machine.device)
         if due["eval"] or due["save"] or evaluation:
             self.since = time.time()  # none of that is training time
+
+    def stop(self) -> None:
+        """Saves an unfinished run, and logs its last step: evaluate.py tells by the log how far a run has come."""
+        if self.frames:
+            self.row(self.numbers, False)
+        save(self.run)
 
     def row(self, numbers: dict[str, float], evaluate: bool) -> None:
         run, now = self.run, time.time()
@@ -480,16 +486,20 @@ def progress(run: Run, numbers: dict, smooth: float, rate: float, held: dict) ->
 
 def check(config: Config) -> None:
     """Refuses, before anything is read, what would fail many steps later. Raises ValueError."""
-    probe.check_strategy(config, config.n_layer)
+    if config.align != "none":
+        probe.check_strategy(config, config.n_layer)
     if config.n_embd % (2 * config.n_head):
         raise ValueError(f"n_embd={config.n_embd}, n_head={config.n_head}: a head needs a whole, even width")
-    if config.warmup_steps > config.max_steps and config.align != "none":
+    if config.warmup_steps >= config.max_steps and config.align != "none":
         raise ValueError(
             f"max_steps={config.max_steps} ends within phase I, so nothing would be aligned; pass --warmup_steps below "
             f"{config.max_steps}, or --align=none"
         )
     if config.backbone and (config.compile or config.checkpoint_activations):
         raise ValueError(f"compile and checkpoint_activations are for our own model, not backbone={config.backbone}")
+    for key in ("vocoder", "asr") if config.evaluate else ():
+        if data.is_absent(getattr(config, key)):
+            raise ValueError(f"{key}={getattr(config, key)}: no such folder; pass a hub name or a folder that is there")
 
 
 def main(config: Config) -> int:

@@ -72,7 +72,7 @@ import fetch
 import judges
 from corpora import DataError
 from evaluate import load_recogniser, read_waves, score, vocoded
-from loop import Finite, Log, make_optimiser, same_data, same_settings, time_left, update
+from loop import Finite, Log, make_optimiser, same_data, time_left, update
 from model import count_parameters, pick_device, precision
 from shards import Dataset, first_of_each_domain, identity, write_json
 
@@ -162,7 +162,7 @@ def stopped_run(args: VocoderArgs, data: str) -> dict | None:
     if not checkpoint.exists(path):
         return None
     state, used = checkpoint.load(path, set_aside=True)
-    same_settings(args, state["config"], MAY_DIFFER, used)
+    checkpoint.same_settings(args, state["config"], MAY_DIFFER, used)
     same_data(args, data, state, used)
     return state
 

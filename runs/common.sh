@@ -7,6 +7,9 @@ run() { # folder options of train.py ...
   fi
   echo "== $1"
   python train.py "$config" --out_dir="$1" "${@:2}"
-  test -f "$1/eval.json" # without its evaluation a run is not finished, and the same command makes up for it
-  touch "$1/finished"
+  if [ "$1/eval.json" -nt "$1/model.safetensors" ]; then
+    touch "$1/finished"
+  else
+    echo "== $1 was trained but not evaluated; the same command makes up for it"
+  fi
 }

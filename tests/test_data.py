@@ -31,11 +31,10 @@ def test_missing_names_every_option():
     options = ["--librispeech_dir=", "--audioset_dir=", "--audio_teacher=", "--beats_tokenizer=", "--audio_tokenizer="]
     assert [next(o for o in options if line.startswith(o)) for line in lines[:5]] == options
     assert "/nowhere/at/all" in lines[0] and "none is given" in lines[1]
-    local = {"whisper": "/no/whisper", "vocoder": "./vocos", "asr": "a/b/c", "s3": "no.onnx"}
+    local = {"whisper": "/no/whisper", "s3": "no.onnx"}
     lines = data.missing(Config(**local))
     assert all(any(line.startswith(f"--{k}=") and repr(v) in line for line in lines) for k, v in local.items())
-    lines = data.missing(Config(**local, evaluate=False))
-    assert not any(line.startswith(("--vocoder", "--asr")) for line in lines)
+    assert [data.is_absent(v) for v in ("./vocos", "a/b/c", "owner/name", ".")] == [True, True, False, False]
     with pytest.raises(DataError, match="this config needs what is not here"):
         data.prepare(Config())
 
@@ -214,6 +213,15 @@ def test_ensure_prepared(tiny_config, monkeypatch):
 def test_a_finished_folder_needs_no_corpus(tiny_config):
     config = replace(tiny_config, speech_dir="", audio_dir="", librispeech_dir="/gone", manifest="gone.jsonl")
     assert data.ensure_prepared(config)["prepared_with"] == data.prepared_with(tiny_config)
+
+
+def test_a_finished_folder_of_another_corpus_is_refused(tiny_config):
+    """Where the config names one, however its path is written."""
+    path = Path(tiny_config.data_dir) / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"corpus": data.corpus_of(tiny_config)}))
+    data.ensure_prepared(replace(tiny_config, speech_dir="./demo/", audio_dir=""))
+    with pytest.raises(DataError, match="speech_dir: 'demo' -> 'mine'.* leave them out"):
+        data.ensure_prepared(replace(tiny_config, speech_dir="mine"))
 
 
 def test_an_interrupt_is_one_line(tmp_path, monkeypatch, capsys):

@@ -439,7 +439,7 @@ def stopped(tmp_path, rng, monkeypatch) -> tokenizer.TokenizerArgs:
 )
 def test_a_training_begun_with_other_arguments_is_refused(stopped, change, file):
     [key] = change
-    with pytest.raises(checkpoint.CheckpointError, match=f"{file} was made with other arguments .{key}: "):
+    with pytest.raises(checkpoint.CheckpointError, match=f"{file} was made with other settings .{key}: "):
         tokenizer.main(replace(stopped, **change))
     assert tokenizer.main(replace(stopped, log_every=1)) == 0
 

@@ -290,7 +290,8 @@ def test_wide_compiled_blocks_train_under_ddp(tiny_config, tmp_path, monkeypatch
         ({"align": "fixed", "align_layers": (5,)}, "name layers from 1 to 4"),
         ({"align": "lasp", "timestep_adaptive": True}, "timestep_adaptive needs align=foga"),
         ({"n_head": 3}, "n_head=3: a head needs a whole, even width"),
-        ({"warmup_steps": 13}, "max_steps=12 ends within phase I"),
+        ({"warmup_steps": 12}, "max_steps=12 ends within phase I"),
+        ({"vocoder": "out/my/vocos", "evaluate": True}, "vocoder=out/my/vocos: no such folder"),
         ({"backbone": "f5tts", "checkpoint_activations": True}, "not backbone=f5tts"),
     ],
 )
@@ -300,12 +301,36 @@ def test_what_would_fail_later_is_refused_at_once(tiny_config, changes, message)
     assert not Path(tiny_config.out_dir).exists()
 
 
-def test_evaluating_is_not_training_time(tiny_config, monkeypatch):
-    """Neither held-out losses nor saves count: not in frames/s, not in the run's seconds."""
-    plain = train.held_out_loss
-    monkeypatch.setattr(train, "held_out_loss", lambda *args: time.sleep(1) or plain(*args))
+def test_evaluating_and_saving_are_not_training_time(tiny_config, monkeypatch):
+    """They count neither in frames/s nor in the run's seconds: those are the steps' own time, with the probes."""
+    spent = {"all": time.time(), "other": 0.0}
+
+    def slow(work):
+        def wrapped(*args):
+            start = time.time()
+            time.sleep(0.3)
+            out = work(*args)
+            spent["other"] += time.time() - start
+            return out
+
+        return wrapped
+
+    for name in ("held_out_loss", "save"):
+        monkeypatch.setattr(train, name, slow(getattr(train, name)))
     run = train.train(replace(tiny_config, eval_every=3), MACHINE)
-    assert run.seconds < 4  # of which probes and twelve small steps are well under one; held-out losses took four
+    with open(Path(run.config.out_dir) / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert spent["other"] > 2 and run.seconds < time.time() - spent["all"] - spent["other"] + 0.35  # warmup.pt's save
+    assert all(float(r["frames_per_s"]) > 300 / 0.3 for r in rows[6:])  # no step of phase II has waited for a save
+
+
+def test_a_stopped_run_logs_its_last_step(tiny_config, monkeypatch):
+    """evaluate.py tells by the log which evaluations a run is past."""
+    with monkeypatch.context() as m:
+        stop_after(m, 5)
+        train.train(replace(tiny_config, log_every=4), MACHINE)
+    with open(Path(tiny_config.out_dir) / "log.csv", newline="") as file:
+        assert [int(r["step"]) for r in csv.DictReader(file)] == [4, 5]
 
 
 def test_two_accumulated_batches_are_two_ranks(tiny_config, tmp_path):
