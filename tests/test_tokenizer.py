@@ -466,9 +466,10 @@ def test_two_ranks_train_one_ast(tmp_path, audio_dir):
         "fit = tokenizer.Fitting(features, tokenizer.TokenizerShape(6, 8, 50, 16), 20, batch=3, rank=rank)\n"
         "for _ in range(20): fit.step()\n"
         f"torch.save(fit.model.state_dict(), {str(tmp_path)!r} + f'/{{rank}}.pt')\n"
+        "dist.destroy_process_group()\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29555", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
