@@ -495,8 +495,8 @@ def ensure_prepared(config: Config) -> dict:
     changed = changed_settings(prepared_with(config) | named, meta["prepared_with"] | corpus)
     if changed:
         raise DataError(
-            f"{config.data_dir} was prepared with other settings ({changed}); pass --data_dir=ANOTHER_FOLDER, or delete "
-            f"it, to prepare anew; to use it as it is, leave them out"
+            f"{config.data_dir} was prepared with other settings ({changed}); leave them out to use it as it is, or "
+            f"pass --data_dir=ANOTHER_FOLDER to prepare beside it"
         )
     return meta
 

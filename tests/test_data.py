@@ -220,7 +220,7 @@ def test_a_finished_folder_of_another_corpus_is_refused(tiny_config):
     path = Path(tiny_config.data_dir) / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"corpus": data.corpus_of(tiny_config)}))
     data.ensure_prepared(replace(tiny_config, speech_dir="./demo/", audio_dir=""))
-    with pytest.raises(DataError, match="speech_dir: 'demo' -> 'mine'.* leave them out"):
+    with pytest.raises(DataError, match="speech_dir: 'demo' -> 'mine'.* leave them out to use it"):
         data.ensure_prepared(replace(tiny_config, speech_dir="mine"))
 
 
