@@ -541,11 +541,9 @@ def loader_row(b: Bench) -> Iterator[Measure]:
     batches = shards.Batches(shards.Dataset(b.folder, "train"), config)
     run, ahead = b.run(align="none", beats_tokens=False), shards.Ahead(batches, max(1, b.args.loader_threads))
     step, counter = b.step(run, batches(0).to(b.device)), itertools.count()
-
-    def alone() -> float:
-        return 100 * seconds(lambda: batches(0)) / seconds(step, b.device)
-
-    yield "loader without threads, share of a step", alone, "%"
+    load, thousands = partial(seconds, partial(batches, 0)), int(batches(0).frames.sum()) / 1000
+    yield "loader, one thread, 1000 frames", lambda: 1000 * load() / thousands, "ms"
+    yield "loader without threads, share of a step", lambda: 100 * load() / seconds(step, b.device), "%"
 
     def stall() -> float:
         ahead(next(counter))
