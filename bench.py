@@ -5,7 +5,7 @@
     python bench.py config/demo.py --only=step        # only the rows whose name contains this
 
 Model, batch and sampler are of the config's size, on random clips; no prepared data is needed. What cannot be measured
-(a peer's package is missing, memory is short) gets a line that says so. Counts and arithmetic repeat exactly.
+(F5-TTS is not installed, memory is short) gets a line that says so. Counts and arithmetic repeat exactly.
 No other file makes claims of speed.
 B clips, T mel frames, L layers.
 """
@@ -52,6 +52,7 @@ import soundfile
 import torch
 
 import audio
+import backbones
 import corpora
 import data
 import evaluate
@@ -203,12 +204,10 @@ def peer_row(b: Bench) -> Iterator[Measure]:
 
 
 def f5_dit(a: Config, device: str) -> torch.nn.Module:
-    audio.torchaudio()
-    from f5_tts.model.backbones.dit import DiT
-
+    dit = backbones.package("f5tts", "f5_tts.model.backbones.dit").DiT
     size = {"dim": a.n_embd, "depth": a.n_layer, "heads": a.n_head, "dim_head": a.n_embd // a.n_head}
     codes = max(a.speech_codes, a.audio_codes)
-    f5 = DiT(**size, ff_mult=a.ff_mult, dropout=a.dropout, text_num_embeds=codes, text_dim=a.n_embd)
+    f5 = dit(**size, ff_mult=a.ff_mult, dropout=a.dropout, text_num_embeds=codes, text_dim=a.n_embd)
     for p in f5.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.02)
@@ -402,9 +401,8 @@ def sampling_row(b: Bench) -> Iterator[Measure]:
 def sampler_row(b: Bench) -> Iterator[Measure]:
     """F5-TTS's own CFM.sample beside ours: equal size, nfe, guidance and clip."""
     f5, T, nfe = f5_dit(b.args, b.device), int(10 * audio.FRAME_RATE), 16
-    from f5_tts.model import CFM
-
-    peer = CFM(transformer=f5, mel_spec_kwargs={"n_mel_channels": audio.N_MELS}).eval().to(b.device)
+    peer = backbones.package("f5tts", "f5_tts.model.cfm").CFM
+    peer = peer(transformer=f5, mel_spec_kwargs={"n_mel_channels": audio.N_MELS}).eval().to(b.device)
     batch = b.batch(1, T)
     text = batch.tokens if batch.tokens.dim() == 2 else batch.tokens[..., 0]
     model = b.run(align="none").objective.model.eval()
@@ -575,7 +573,7 @@ def lines_of(row: Callable[[Bench], Iterator[Measure]], args: BenchArgs) -> Iter
                 measure()  # once unmeasured: allocations, caches, compilation
                 values = [measure() for _ in range(args.runs)]
                 yield f"| {what} | {statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}] | {unit} |"
-        except (ImportError, fetch.FetchError, torch.OutOfMemoryError, MemoryError) as error:
+        except (backbones.NotInstalled, fetch.FetchError, torch.OutOfMemoryError, MemoryError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             yield f"| {row.__name__} | not measured: {reason} | |"
     gc.collect()  # a row's models, which cycles hold

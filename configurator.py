@@ -33,7 +33,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto takes bfloat16 where the machine has it
     compile: bool = False  # torch.compile each block
-    checkpoint_activations: bool = False  # compute activations again in backward: less memory, a third more time
+    checkpoint_activations: bool = False  # compute activations again in backward: less memory, up to a third more time
     loader_threads: int = 1  # threads that prepare the next batches; 0: none
     # corpus
     data_dir: str = "data/unified_b"  # prepared shards, shared by all runs on the same data
