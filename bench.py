@@ -145,6 +145,7 @@ class Bench:
 
 
 def step_row(b: Bench) -> Iterator[Measure]:
+    """A step of this config on clips of one length, its MFU on a GPU that PEAK knows, and one with padded clips."""
     run, batch = b.run(align="none"), b.batch()
     size = f"{count_parameters(run.objective.model) / 1e6:.0f} M parameters, {len(batch.frames)} x {b.args.clip_frames}"
     step = b.step(run, batch)
@@ -335,6 +336,7 @@ def fit_row(b: Bench) -> Iterator[Measure]:
 
 
 def foga_row(b: Bench) -> Iterator[Measure]:
+    """The sweep of FoG-A against one forward pass, and what the paper's probes cost of a whole run."""
     run, batch, L = b.run(align="none"), b.batch(2), b.args.n_layer
     model, t = run.objective.model.eval(), torch.full((2,), 0.5, device=b.device)
     with torch.no_grad():
@@ -383,6 +385,7 @@ def scaling_row(b: Bench) -> Iterator[Measure]:
 
 
 def sampling_row(b: Bench) -> Iterator[Measure]:
+    """Guided mels of 10 s, one and 16 at once; EPSS below 32 evaluations."""
     model, T = b.run(align="none").objective.model.eval(), int(10 * audio.FRAME_RATE)
     for clips, nfe in itertools.product((1, 16), (32, 16, 7)):
         with torch.no_grad():
@@ -492,6 +495,7 @@ def large_dataset(folder: Path, clips: int) -> shards.Dataset:
 
 
 def dataset_row(b: Bench) -> Iterator[Measure]:
+    """What a large corpus costs before the first step."""
     large_dataset(b.folder, 1_000_000)
     yield "open a dataset of 1 M clips", lambda: seconds(lambda: len(shards.Dataset(b.folder, "train"))), "s"
 

@@ -121,6 +121,7 @@ class Run:
     seconds: float = 0.0  # spent training
 
     def state(self) -> dict:
+        """What ckpt.pt holds: tensors and plain values only."""
         return {
             "config": asdict(self.config),
             "shape": asdict(self.objective.model.shape),
@@ -155,6 +156,7 @@ def build_model(config: Config, teachers: list, device: str = "cpu") -> FlowMode
 
 
 def new_run(config: Config, meta: dict, machine: Machine) -> Run:
+    """A run at step 0, drawn from config.seed; `meta` is what shards.read_meta says of the prepared folder."""
     torch.manual_seed(config.seed)
     model = build_model(config, meta["teachers"])
     mean, std = (meta["mel_mean"], meta["mel_std"]) if not config.mel_stats else config.mel_stats
@@ -415,6 +417,7 @@ class Reporter:
         self.since, self.frames = time.time(), 0
 
     def step(self, numbers: dict[str, float], frames: int) -> None:
+        """Takes in a step's numbers and its frames over all ranks, and does what is due after it."""
         run, config, self.numbers = self.run, self.run.config, numbers
         self.frames += frames
         self.smooth = numbers["fm"] if self.smooth is None else 0.95 * self.smooth + 0.05 * numbers["fm"]
