@@ -379,6 +379,7 @@ class Buckets:
         return 1 - sum(self.taken(ids).sum() for ids in groups) / sum(self.lengths[ids].sum() for ids in groups)
 
     def first_epoch(self) -> list[np.ndarray]:
+        """The clips of each of this rank's groups in the first epoch."""
         return [self.ids(k) for k in range(self.steps_per_epoch * self.accumulate)]
 
     def deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
