@@ -31,9 +31,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import audio
+import data
 import model
-import shards
-from model import Condition, FlowModel, Shape
+from model import Condition, DiTConfig, FlowModel
 
 INSTALL = "pip install --no-deps -r requirements-backbones.txt"
 
@@ -76,13 +76,13 @@ class Backbone(FlowModel):
     name, pip = "", ""
     tokens: nn.Embedding  # the net's own table where it has one
 
-    def __init__(self, shape: Shape):
-        super().__init__(shape)
-        if shape.second_codes:
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
+        if config.second_codes:
             raise ValueError(f"backbone={self.name} reads one token stream: pass --beats_tokens=false")
         self.net = self.build()
-        if len(self.layers) != shape.n_layer:
-            raise ValueError(f"n_layer={shape.n_layer}: a {self.name} of this kind has {len(self.layers)} layers")
+        if len(self.layers) != config.n_layer:
+            raise ValueError(f"n_layer={config.n_layer}: a {self.name} of this kind has {len(self.layers)} layers")
 
     def build(self) -> nn.Module:
         raise NotImplementedError
@@ -125,7 +125,7 @@ class Backbone(FlowModel):
             v = self.run(x_t, t, cond) * cond.mask[..., None]
         return (v.float(), states) if hidden else v.float()
 
-    def randomise(self) -> None:
+    def reset_parameters(self) -> None:
         self.init_projections()
         for module in (m for m in self.children() if hasattr(m, "reset_parameters")):  # ours beside the network
             module.reset_parameters()
@@ -146,17 +146,17 @@ class F5TTS(Backbone):
     one_sweep = True
 
     def build(self) -> nn.Module:
-        s = self.shape
+        s = self.config
         dit = package(self.name, "f5_tts.model.backbones.dit").DiT
         size = {"dim": s.n_embd, "depth": s.n_layer, "heads": s.n_head, "dim_head": s.n_embd // s.n_head}
         size |= {"ff_mult": s.ff_mult, "mel_dim": s.n_mels, "dropout": s.dropout, "attn_mask_enabled": True}
         return dit(**size, **self.text())
 
     def text(self) -> dict:
-        return {"text_num_embeds": sum(self.shape.codes), "text_dim": self.shape.n_embd}
+        return {"text_num_embeds": sum(self.config.codes), "text_dim": self.config.n_embd}
 
-    def __init__(self, shape: Shape):
-        super().__init__(shape)
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
         self.code_offset += 1  # past the filler
 
     @property
@@ -212,26 +212,26 @@ class PublishedF5TTS(F5TTS):
         self.text_layers = count("text_embed.text_blocks")
         hidden, D = weights["transformer_blocks.0.ff.ff.0.0.weight"].shape
         size = {"n_layer": count("transformer_blocks"), "n_head": D // 64, "n_embd": D, "ff_mult": hidden // D}
-        super().__init__(Shape(**size, dropout=0.0, codes=(rows - 1,), teachers=tuple(teachers)))
+        super().__init__(DiTConfig(**size, dropout=0.0, codes=(rows - 1,), teachers=tuple(teachers)))
         self.net.load_state_dict(weights)
 
     def text(self) -> dict:
-        return {"text_num_embeds": sum(self.shape.codes), "text_dim": self.text_dim, "conv_layers": self.text_layers}
+        return {"text_num_embeds": sum(self.config.codes), "text_dim": self.text_dim, "conv_layers": self.text_layers}
 
-    def spell(self, batch: shards.Batch, texts: Sequence[str]) -> shards.Batch:
+    def spell(self, batch: data.Batch, texts: Sequence[str]) -> data.Batch:
         """The batch with each clip's characters, pinyin for Chinese, by the package's vocabulary as its tokens."""
         utils = package(self.name, "f5_tts.model.utils")
         vocabulary = importlib.resources.files("f5_tts") / "infer/examples/vocab.txt"
         table, size = utils.get_tokenizer(str(vocabulary), "custom")
-        if size != sum(self.shape.codes):
-            raise ValueError(f"the weights have {sum(self.shape.codes)} characters, f5-tts's vocabulary has {size}")
+        if size != sum(self.config.codes):
+            raise ValueError(f"the weights have {sum(self.config.codes)} characters, f5-tts's vocabulary has {size}")
         tokens = utils.list_str_to_idx(utils.convert_char_to_pinyin(list(texts)), table)  # (B, N), -1 on padding
         return replace(batch, tokens=tokens.to(batch.mel.device), token_len=(tokens >= 0).sum(1).to(batch.mel.device))
 
-    def tokens_at_frames(self, batch: shards.Batch) -> torch.Tensor:
+    def tokens_at_frames(self, batch: data.Batch) -> torch.Tensor:
         """Its text embedding, with zeros up to width D: a character a frame, then fillers, as it was trained. A clip at
         a time, because its text layers' normalisation over time would count padding."""
-        e = batch.mel.new_zeros(*batch.mel.shape[:2], self.shape.n_embd)
+        e = batch.mel.new_zeros(*batch.mel.shape[:2], self.config.n_embd)
         for b, n in enumerate(batch.frames.tolist()):
             e[b, :n, : self.text_dim] = self.net.text_embed(batch.tokens[b : b + 1], seq_len=n)[0]
         return e
@@ -245,7 +245,7 @@ class Voicebox(Backbone):
     name, pip = "voicebox", "voicebox-pytorch"
 
     def build(self) -> nn.Module:
-        s = self.shape
+        s = self.config
         box = package(self.name, "voicebox_pytorch.voicebox_pytorch").VoiceBox
         size = {"dim": s.n_embd, "depth": s.n_layer, "heads": s.n_head, "dim_head": s.n_embd // s.n_head}
         tokens = {"num_cond_tokens": sum(s.codes), "dim_cond_emb": s.n_embd, "dim_in": s.n_mels}
@@ -278,16 +278,16 @@ class Matcha(Backbone):
 
     name, pip = "matcha", "cosyvoice2-eu"  # which brings matcha along
 
-    def __init__(self, shape: Shape):
-        super().__init__(shape)
-        self.tokens = nn.Embedding(sum(shape.codes), shape.n_embd)
-        self.to_mu = nn.Linear(shape.n_embd, shape.n_mels)
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
+        self.tokens = nn.Embedding(sum(config.codes), config.n_embd)
+        self.to_mu = nn.Linear(config.n_embd, config.n_mels)
 
     def build(self) -> nn.Module:
         return package(self.name, "matcha.models.components.decoder").Decoder(**self.size(2))
 
     def size(self, inputs: int) -> dict:
-        s = self.shape
+        s = self.config
         channels = {"in_channels": inputs * s.n_mels, "out_channels": s.n_mels, "channels": (s.n_embd, s.n_embd)}
         heads = {"num_heads": s.n_head, "attention_head_dim": s.n_embd // s.n_head}
         middle = {"num_mid_blocks": max(0, s.n_layer - 8) // 2}
@@ -323,7 +323,7 @@ class Matcha(Backbone):
         return self.net(*self.inputs(x, mask, mu, t, prompt)).transpose(1, 2)[:, :T]
 
     def readers(self, states: list, T: int) -> list[torch.utils.hooks.RemovableHandle]:
-        wanted, D = T + -T % 4, self.shape.n_embd
+        wanted, D = T + -T % 4, self.config.n_embd
 
         def keep(module, args, kwargs, out):
             h = out.transpose(1, 2) if hasattr(module, "res_conv") else out
@@ -348,7 +348,7 @@ class CosyVoice(Matcha):
         return package(self.name, "cosyvoice.flow.decoder").ConditionalDecoder(**self.size(4))
 
     def inputs(self, x: torch.Tensor, mask: torch.Tensor, mu: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor):
-        return x, mask, mu, t, x.new_zeros(len(x), self.shape.n_mels), prompt
+        return x, mask, mu, t, x.new_zeros(len(x), self.config.n_mels), prompt
 
 
 BACKBONES = {b.name: b for b in (F5TTS, Voicebox, CosyVoice, Matcha)}
@@ -393,9 +393,9 @@ def package(name: str, module: str) -> types.ModuleType:
             del sys.modules[other]
 
 
-def build(name: str, shape: Shape) -> FlowModel:
+def build(name: str, config: DiTConfig) -> FlowModel:
     """The model called `name`, our own for "". Raises ValueError for one whose package is not installed."""
-    return BACKBONES[name](shape) if name else model.DiT(shape)
+    return BACKBONES[name](config) if name else model.DiT(config)
 
 
 def published(name: str, path: str, teachers: Sequence[tuple[str, int]]) -> PublishedF5TTS:
@@ -421,8 +421,8 @@ def published(name: str, path: str, teachers: Sequence[tuple[str, int]]) -> Publ
 
 def load_model(state: dict, ema: bool = True, device: str = "cpu") -> FlowModel:
     """The model of a checkpoint's state, in eval mode; the averaged weights unless ema=False."""
-    shape = copy.deepcopy(state["shape"])
-    shape["codes"], shape["teachers"] = tuple(shape["codes"]), tuple((n, e) for n, e in shape["teachers"])
-    loaded = build(state["config"]["backbone"], Shape(**shape))
+    sizes = copy.deepcopy(state["model_config"])
+    sizes["codes"], sizes["teachers"] = tuple(sizes["codes"]), tuple((n, e) for n, e in sizes["teachers"])
+    loaded = build(state["config"]["backbone"], DiTConfig(**sizes))
     loaded.load_state_dict(state["ema" if ema else "model"])
     return loaded.to(device).eval()

@@ -13,7 +13,8 @@ B clips, T mel frames, L layers.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from configurator import Config, configure
+from configurator import configure
+from train import Config
 
 
 @dataclass
@@ -53,15 +54,14 @@ import torch
 
 import audio
 import backbones
-import corpora
+import common
 import data
 import evaluate
-import fetch
-import judges
-import loop
-import shards
 import train
-from model import attend, count_parameters, flops_per_frame, noised, pick_device, precision, sample
+from common import count_parameters, pick_device, precision
+from model import attend, flops_per_frame, make_xt, sample
+from prepare import __main__ as preparation
+from prepare import corpora, demo
 
 # dense bfloat16 peak in FLOP/s, by a part of the GPU's name (the makers' data sheets)
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
@@ -98,25 +98,25 @@ class Bench:
 
     def __init__(self, args: BenchArgs, folder: Path):
         self.args, self.folder, self.device = args, folder, pick_device(args.device)
-        self.machine = loop.Machine(0, 1, self.device, args.dtype)
+        self.machine = common.Machine(0, 1, self.device, args.dtype)
         self.codes = min(args.speech_codes, args.audio_codes, 1024)  # in every codebook
         demo = args.audio_teacher == "demo"
         self.teachers = [["whisper", 384], ["aisfx", 512]] if demo else [["whisper", 1280], ["beats", 768]]
 
-    def batch(self, clips: int = 0, T: int = 0, varied: bool = False) -> shards.Batch:
+    def batch(self, clips: int = 0, T: int = 0, varied: bool = False) -> data.Batch:
         """`clips` clips of T frames (`varied`: the shorter ones three quarters of it), the domains in turn."""
         a, T = self.args, T or self.args.clip_frames
         B, rng = clips or max(1, a.frames // T), np.random.default_rng(0)
         frames = torch.full((B,), T)
         if varied:
             frames[1::2] = 3 * T // 4
-        N, streams = shards.token_count(T, 50), 2 if a.beats_tokens else 1
+        N, streams = data.token_count(T, 50), 2 if a.beats_tokens else 1
         tokens = torch.from_numpy(rng.integers(0, self.codes, (B, N, streams)))
         token_len = (frames * N) // T
         teacher = {name: torch.randn(B, width) for name, width in self.teachers}
         mel, domain = torch.randn(B, T, audio.N_MELS) - 5, torch.arange(B) % 2
         tokens, prompt = tokens if streams > 1 else tokens[..., 0], frames // 10
-        return shards.Batch(mel, frames, tokens, token_len, domain, teacher, prompt, torch.arange(B)).to(self.device)
+        return data.Batch(mel, frames, tokens, token_len, domain, teacher, prompt, torch.arange(B)).to(self.device)
 
     def run(self, **changes) -> train.Run:
         """A run at step 0, with nothing read from disk; with align=fixed it is at the start of phase II."""
@@ -129,11 +129,11 @@ class Bench:
                 torch.nn.init.normal_(p, std=0.02)
         return run
 
-    def step(self, run: train.Run, batch: shards.Batch) -> Callable[[], object]:
-        """One whole training step, as train.py does it: forward, backward, clipping, optimiser, EMA."""
+    def step(self, run: train.Run, batch: data.Batch) -> Callable[[], object]:
+        """One whole training step, as train.py does it: forward, backward, clipping, optimizer, EMA."""
         return lambda: train.train_step(run, run.objective, [batch], self.machine)
 
-    def frames_per_s(self, step: Callable[[], object], batch: shards.Batch) -> Callable[[], float]:
+    def frames_per_s(self, step: Callable[[], object], batch: data.Batch) -> Callable[[], float]:
         return lambda: int(batch.frames.sum()) / seconds(step, self.device)
 
     def ratio(self, one: Callable[[], object], other: Callable[[], object]) -> Callable[[], float]:
@@ -179,7 +179,7 @@ def peer_row(b: Bench) -> Iterator[Measure]:
     backward, clipping, fused AdamW; no EMA, no hidden states, no second loss, which our step has."""
     a, batch = b.args, b.batch()
     f5 = f5_dit(a, b.device).train()
-    optimiser = torch.optim.AdamW(f5.parameters(), 1e-4, fused=True)
+    optimizer = torch.optim.AdamW(f5.parameters(), 1e-4, fused=True)
     text = batch.tokens if batch.tokens.dim() == 2 else batch.tokens[..., 0]
     mask = torch.ones(batch.mel.shape[:2], dtype=torch.bool, device=b.device)
 
@@ -190,12 +190,12 @@ def peer_row(b: Bench) -> Iterator[Measure]:
             v = f5(torch.lerp(x0, x1, t[:, None, None]), torch.zeros_like(x1), text, t, mask=mask)
         (v.float() - (x1 - x0)).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(f5.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     name = f"F5-TTS's DiT ({count_parameters(f5) / 1e6:.0f} M) as it is"
     for dtype, fused in itertools.product(("bfloat16", "float32"), (False, True)):
-        machine, run = replace(b.machine, dtype=dtype), b.run(align="none", optimiser="adamw", compile=fused)
+        machine, run = replace(b.machine, dtype=dtype), b.run(align="none", optimizer="adamw", compile=fused)
 
         def ours(run=run, machine=machine) -> None:
             train.train_step(run, run.objective, [batch], machine)
@@ -224,9 +224,9 @@ def compile_row(b: Bench) -> Iterator[Measure]:
     yield "speed of a training step, compiled / not", b.ratio(step, plain), "times"
 
 
-def optimiser_row(b: Bench) -> Iterator[Measure]:
+def optimizer_row(b: Bench) -> Iterator[Measure]:
     batch = b.batch()
-    adamw, muon = (b.step(b.run(align="none", optimiser=name), batch) for name in ("adamw", "muon"))
+    adamw, muon = (b.step(b.run(align="none", optimizer=name), batch) for name in ("adamw", "muon"))
     yield "time of a training step, Muon for the blocks' matrices / AdamW", b.ratio(adamw, muon), "times"
 
 
@@ -258,7 +258,7 @@ def align_row(b: Bench) -> Iterator[Measure]:
 
 def teacher_row(b: Bench) -> Iterator[Measure]:
     """REPA's habit of running the frozen teachers in every step. The teachers are the demo's small ones."""
-    encoders = data.Networks(replace(Config(), whisper="demo", audio_teacher="demo", device=b.device)).encoders
+    encoders = preparation.Networks(replace(Config(), whisper="demo", audio_teacher="demo", device=b.device)).encoders
     batch, run = b.batch(), b.run(align="none")
     step, rng = b.step(run, batch), np.random.default_rng(0)
     length = b.args.clip_frames / audio.FRAME_RATE
@@ -282,7 +282,7 @@ def kept_per_frame(b: Bench, T: int, clips: int = 4, **changes) -> float:
     run = b.run(align="none", **changes)
     weights = {p.untyped_storage().data_ptr() for p in run.objective.parameters()}
 
-    def kept(batch: shards.Batch) -> int:
+    def kept(batch: data.Batch) -> int:
         sizes: dict[int, int] = {}
 
         def pack(x: torch.Tensor) -> torch.Tensor:
@@ -340,7 +340,7 @@ def foga_row(b: Bench) -> Iterator[Measure]:
     run, batch, L = b.run(align="none"), b.batch(2), b.args.n_layer
     model, t = run.objective.model.eval(), torch.full((2,), 0.5, device=b.device)
     with torch.no_grad():
-        cond, x_t = model.embed_condition(batch), noised(model, batch.mel, t, 0.5)[0]
+        cond, x_t = model.embed_condition(batch), make_xt(model, batch.mel, t, 0.5)[0]
 
     @torch.no_grad()
     def sweep() -> None:
@@ -426,7 +426,7 @@ def sampler_row(b: Bench) -> Iterator[Measure]:
 def judge_row(b: Bench) -> Iterator[Measure]:
     rng, clips, length = np.random.default_rng(0), 8, 5
     waves = [rng.normal(0, 0.1, length * audio.SAMPLE_RATE).astype("f4") for _ in range(clips)]
-    judge, listener = judges.load_judge("yamnet", "", b.device), evaluate.load_recogniser("demo", b.device)
+    judge, listener = demo.load_judge("yamnet", "", b.device), evaluate.load_recogniser("demo", b.device)
     low = [audio.resample(w, audio.SAMPLE_RATE, 16000) for w in waves]
 
     def rate(work: Callable[[], object]) -> Callable[[], float]:
@@ -456,25 +456,25 @@ def decode_row(b: Bench) -> Iterator[Measure]:
     """Preparation of LibriSpeech-like clips: read flac, resample twice, log-mel on one core; then with the networks."""
     path, length = b.folder / "a.flac", 15.0
     soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, int(16000 * length)), 16000)
-    clip = corpora.Clip("a.flac", path, "text", corpora.SPEECH, "g")
+    clip = corpora.Clip("a.flac", path, "text", common.SPEECH, "g")
 
     def measure() -> float:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         start, clips = time.perf_counter(), 20
         for _ in range(clips):
-            wav, _ = data.decode(clip, (audio.SAMPLE_RATE, 16000), Config())
+            wav, _ = preparation.decode(clip, (audio.SAMPLE_RATE, 16000), Config())
             audio.log_mel(torch.from_numpy(wav)).half().numpy()
         spent = time.perf_counter() - start
         torch.set_num_threads(threads)
         return clips * length / spent
 
     yield "decode + resample + mel of 16 kHz flac, one core", measure, "times real time"
-    networks = data.Networks(replace(Config(), whisper="demo", audio_teacher="demo", device=b.device))
+    networks = preparation.Networks(replace(Config(), whisper="demo", audio_teacher="demo", device=b.device))
 
     def prepare(clips: int) -> None:
-        own, _ = data.decode_all([clip] * clips, networks)
-        networks.encode(corpora.SPEECH, own), networks.styles(corpora.SPEECH, own)
+        own, _ = preparation.decode_all([clip] * clips, networks)
+        networks.encode(common.SPEECH, own), networks.styles(common.SPEECH, own)
 
     def growth() -> float:
         return np.log2(seconds(lambda: prepare(8)) / seconds(lambda: prepare(4)))
@@ -482,31 +482,31 @@ def decode_row(b: Bench) -> Iterator[Measure]:
     yield "growth of preparation with clips (demo's networks)", growth, "exponent"
 
 
-def large_dataset(folder: Path, clips: int) -> shards.Dataset:
+def large_dataset(folder: Path, clips: int) -> data.Dataset:
     """A prepared folder's indices for `clips` clips of LibriSpeech-like lengths, without their shards."""
     rng = np.random.default_rng(0)
     length = np.concatenate([rng.normal(14, 1.5, clips * 2 // 3), rng.uniform(2, 16, clips - clips * 2 // 3)])
-    index = np.zeros(clips, shards.INDEX)
+    index = np.zeros(clips, data.INDEX)
     index["frames"] = (length.clip(1.5, 17) * audio.FRAME_RATE).astype(int)
-    index["shard"] = np.arange(clips) // data.SHARD_CLIPS
+    index["shard"] = np.arange(clips) // preparation.SHARD_CLIPS
     np.save(folder / "train.npy", index)
     (folder / "meta.json").write_text(json.dumps({"token_rates": [50, 50], "streams": 2, "teachers": []}))
-    return shards.Dataset(folder, "train")
+    return data.Dataset(folder, "train")
 
 
 def dataset_row(b: Bench) -> Iterator[Measure]:
     """What a large corpus costs before the first step."""
     large_dataset(b.folder, 1_000_000)
-    yield "open a dataset of 1 M clips", lambda: seconds(lambda: len(shards.Dataset(b.folder, "train"))), "s"
+    yield "open a dataset of 1 M clips", lambda: seconds(lambda: len(data.Dataset(b.folder, "train"))), "s"
 
     def choose() -> None:
-        shards.Batches(shards.Dataset(b.folder, "train"), Config()).ids(0)
+        data.TrainingBatches(data.Dataset(b.folder, "train"), Config()).ids(0)
 
     yield "bucket 1 M clips and choose the first batch", lambda: seconds(choose), "s"
     code = (
         "import sys, shards; from configurator import Config\n"
         "used = lambda: int(open('/proc/self/statm').read().split()[1]) * 4\n"
-        "before = used(); b = shards.Batches(shards.Dataset(sys.argv[1], 'train'), Config()); b.ids(0)\n"
+        "before = used(); b = data.TrainingBatches(data.Dataset(sys.argv[1], 'train'), Config()); b.ids(0)\n"
         "print(used() - before)"
     )
 
@@ -521,7 +521,7 @@ def dataset_row(b: Bench) -> Iterator[Measure]:
 def padding_row(b: Bench) -> Iterator[Measure]:
     """Of the default's batches, which are trimmed where clips are alike, and without that."""
     dataset = large_dataset(b.folder, 100_000)
-    trimmed, whole = (shards.Batches(dataset, replace(Config(), trim=trim)) for trim in (Config.trim, 0.0))
+    trimmed, whole = (data.TrainingBatches(dataset, replace(Config(), trim=trim)) for trim in (Config.trim, 0.0))
     yield "padding on LibriSpeech-like lengths", lambda: 100 * trimmed.padding(), "%"
     yield "frames trimmed for that", lambda: 100 * trimmed.left_out(), "%"
     yield "padding without trimming", lambda: 100 * whole.padding(), "%"
@@ -533,15 +533,15 @@ def loader_row(b: Bench) -> Iterator[Measure]:
     widths = [width for _, width in b.teachers]
     for i in range(256):
         clip, mel = corpora.Clip(f"{i}", b"", "text", i % 2, ""), rng.normal(-5, 2, (T, audio.N_MELS)).astype("f2")
-        tokens = rng.integers(0, b.codes, (shards.token_count(T, 50), 1))
+        tokens = rng.integers(0, b.codes, (data.token_count(T, 50), 1))
         wav, embedding = np.zeros(0, np.float32), np.zeros(widths[i % 2])
         style = np.zeros((16, widths[1]))
-        prepared.append(shards.Prepared(clip, mel, wav, wav, False, tokens, embedding, style))
-    shards.write_shard(b.folder / "train_00000", prepared, widths, -11.5)
-    shards.join(b.folder, ["train_00000"], {"teachers": b.teachers, "token_rates": [50, 50], "streams": 1})
+        prepared.append(preparation.Prepared(clip, mel, wav, wav, False, tokens, embedding, style))
+    preparation.write_shard(b.folder / "train_00000", prepared, widths, -11.5)
+    preparation.join(b.folder, ["train_00000"], {"teachers": b.teachers, "token_rates": [50, 50], "streams": 1})
     config = replace(Config(), batch_frames=b.args.frames, batch_size=b.args.frames // T + 1, beats_tokens=False)
-    batches = shards.Batches(shards.Dataset(b.folder, "train"), config)
-    run, ahead = b.run(align="none", beats_tokens=False), shards.Ahead(batches, max(1, b.args.loader_threads))
+    batches = data.TrainingBatches(data.Dataset(b.folder, "train"), config)
+    run, ahead = b.run(align="none", beats_tokens=False), data.Prefetcher(batches, max(1, b.args.loader_threads))
     step, counter = b.step(run, batches(0).to(b.device)), itertools.count()
     load, thousands = partial(seconds, partial(batches, 0)), int(batches(0).frames.sum()) / 1000
     yield "loader, one thread, 1000 frames", lambda: 1000 * load() / thousands, "ms"
@@ -563,7 +563,7 @@ def help_row(b: Bench) -> Iterator[Measure]:
 
 
 ROWS = (
-    step_row, peer_row, compile_row, optimiser_row, attention_row, align_row, teacher_row, memory_row, growth_row,
+    step_row, peer_row, compile_row, optimizer_row, attention_row, align_row, teacher_row, memory_row, growth_row,
     fit_row, foga_row, scaling_row, sampling_row, sampler_row, judge_row, decode_row, dataset_row, padding_row,
     loader_row, help_row,
 )  # fmt: skip
@@ -577,7 +577,7 @@ def lines_of(row: Callable[[Bench], Iterator[Measure]], args: BenchArgs) -> Iter
                 measure()  # once unmeasured: allocations, caches, compilation
                 values = [measure() for _ in range(args.runs)]
                 yield f"| {what} | {statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}] | {unit} |"
-        except (backbones.NotInstalled, fetch.FetchError, torch.OutOfMemoryError, MemoryError) as error:
+        except (backbones.NotInstalled, demo.FetchError, torch.OutOfMemoryError, MemoryError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             yield f"| {row.__name__} | not measured: {reason} | |"
     gc.collect()  # a row's models, which cycles hold

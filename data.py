@@ -1,68 +1,51 @@
-"""Corpora -> prepared shards (mel, tokens, pooled teacher embeddings, text) -> batches.
+"""What training reads: the prepared folder by memory map, its clips as batches of like length.
 
-    python data.py config/demo.py                                        # prepare; train.py does it when missing
-    python data.py config/demo.py --speech_dir=my/speech --audio_dir=my/sounds --data_dir=data/mine
-    torchrun --nproc_per_node=8 data.py config/unified_b.py --librispeech_dir=X --audioset_dir=Y    # one GPU each
-    python data.py --verify data/demo                                    # every file against its checksum
+    dataset = Dataset("data/demo", "train")      # opens in milliseconds, whatever its size
+    batch = dataset.batch(np.array([0, 5]))      # two clips, padded
+    batch = TrainingBatches(dataset, config)(0)  # a training batch, a function of (seed, step, place)
 
-Any number of processes, on any machines that share the disk, prepare one folder together: each takes the next shard
-that nobody holds. A preparation that was stopped goes on when the same command is given again. Beside what shards.py
-writes, the folder holds
-    plan.json               settings, corpus and checksums of weights, written first: others are refused
-    speech_tokenizer.pt, audio_tokenizer.pt     fitted here, where the config says so
-T frames, N tokens, M = 100 mel bins, E teacher width.
+python -m prepare CONFIG writes the folder:
+    train_00000/, ...       mel.bin (frames, 100) float16; tokens.bin (tokens, streams) int32; text.bin;
+                            teacher_0.npy, teacher_1.npy (clips of the domain, E); index.npy; wav/ with the waveforms
+                            that evaluation compares with; shard.json with every file's checksum
+    train.npy, held_out.npy one INDEX record a clip
+    meta.json               written last: without it the folder is unfinished
+
+B clips, T frames, N tokens, M = 100 mel bins, E teacher width.
 """
 
-from dataclasses import dataclass
-
-from configurator import DOMAINS, Config, changed_settings, configure
-
-
-@dataclass
-class DataArgs(Config):
-    """Config's keys, and:"""
-
-    verify: str = ""  # check the prepared folder of this name and do nothing else
-
-
-if __name__ == "__main__":
-    ARGS = configure(DataArgs, __doc__)  # a typo is answered before torch is imported
-
-import collections
-import contextlib
+import functools
 import hashlib
-import importlib.util
 import json
 import os
-import shutil
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import audio
-import corpora
-import fetch
-import teachers
-import tokenizer
-from audio import AudioError
-from checkpoint import INTERRUPTED, CheckpointError
-from corpora import AUDIO, SPEECH, Clip, DataError
-from shards import Prepared, join, read_meta, token_count, verify, write_json, write_shard
+from common import DOMAINS, DataError
+from configurator import changed_settings
 
-SHARD_CLIPS = 512
-FIT_CLIPS = 4000  # most training clips per domain that a tokenizer is fitted on here
-LOST_LIMIT = 0.05  # preparation fails when a larger share of the clips cannot be used
-ADVICE = {
-    "no text": "give each recording its words (in a folder: a same-named .txt)",
-    "too short": "lower --min_seconds",
-    "too long": "raise --max_seconds",
-}
+OPEN_SHARDS = 64  # shards that a dataset keeps mapped, of 6 open files each
+INDEX = np.dtype(
+    [
+        ("shard", "<i4"),
+        ("row", "<i4"),  # of the clip in its shard
+        ("mel", "<i8"),  # first row in the shard's mel.bin
+        ("frames", "<i4"),
+        ("token", "<i8"),  # first row in tokens.bin
+        ("tokens", "<i4"),
+        ("text", "<i8"),  # first byte in text.bin: name, newline, text
+        ("text_len", "<i4"),
+        ("teacher", "<i4"),  # row in teacher_{domain}.npy
+        ("domain", "<i1"),
+    ]
+)
 CORPUS = "speech_dir audio_dir librispeech_dir audioset_dir manifest".split()  # of no concern to a finished folder
 # what a prepared folder depends on: a run with other values of these must not use it
 PREPARED_WITH = (
@@ -71,424 +54,64 @@ PREPARED_WITH = (
 ).split()
 
 
-# ---- what a config needs
+@dataclass
+class Batch:
+    """What the model sees of B clips; tensors on one device."""
+
+    mel: torch.Tensor  # (B, T, M) log-mel, 0 on padding
+    frames: torch.Tensor  # (B,) valid frames
+    tokens: torch.Tensor  # (B, N) or (B, N, 2)
+    token_len: torch.Tensor  # (B,)
+    domain: torch.Tensor  # (B,) 0 speech, 1 audio
+    teacher: dict[str, torch.Tensor]  # {name: (B, E)}, zero rows for clips of the other domain
+    prompt: torch.Tensor  # (B,) frames of reference mel given to the model
+    ids: torch.Tensor  # (B,) rows of the split's index
+    padded: bool | None = None  # whether a clip is shorter than T; found here, on the host, so that no step asks a GPU
+
+    def __post_init__(self):
+        if self.padded is None:
+            self.padded = bool((self.frames < self.mel.shape[1]).any())
+
+    def to(self, device: str) -> "Batch":
+        """The same on another device."""
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def pin(self) -> "Batch":
+        """The same in page-locked memory, from which copies to a GPU do not wait."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("teacher", "padded")}
+        moved = {name: change(x) for name, x in tensors.items()}
+        return Batch(**moved, teacher={k: change(v) for k, v in self.teacher.items()}, padded=self.padded)
+
+    def double(self) -> "Batch":
+        """The same in float64, for checks."""
+        teacher = {k: v.double() for k, v in self.teacher.items()}
+        return replace(self, mel=self.mel.double(), teacher=teacher)
 
 
-def missing(config: Config) -> list[str]:
-    """What the config needs and this machine lacks, one line each: corpora, weights and packages."""
-    lines = []
-    for d, name in enumerate(DOMAINS):
-        key = ("librispeech", "audioset")[d] + "_dir"
-        values = {k: getattr(config, k) for k in (f"{name}_dir", key)}
-        absent = [f"{k}={v!r}" for k, v in values.items() if v and v != "demo" and not Path(v).is_dir()]
-        if absent or not (any(values.values()) or config.manifest):
-            now = ", ".join(absent) or "none is given"
-            lines.append(f"--{key}=FOLDER, or --{name}_dir=FOLDER for any folder of recordings; now {now}")
-    if config.audio_teacher != "demo" and not Path(config.audio_teacher).is_file():
-        lines.append(f"--audio_teacher=FILE  BEATs_iter3_plus_AS2M.pt; now {config.audio_teacher!r}")
-    if config.beats_tokens and not Path(config.beats_tokenizer).is_file():
-        lines.append(f"--beats_tokenizer=FILE  Tokenizer_iter3_plus_AS2M.pt; now {config.beats_tokenizer!r}")
-    if config.audio_tokenizer and not Path(config.audio_tokenizer).is_file():
-        lines.append(f"--audio_tokenizer=FILE  a checkpoint of tokenizer.py; now {config.audio_tokenizer!r}")
-    if is_absent(config.whisper):
-        lines.append(f"--whisper=HUB_NAME_OR_FOLDER  Whisper; now {config.whisper!r}")
-    if config.speech_tokenizer == "s3" and config.s3.endswith(".onnx") and not Path(config.s3).is_file():
-        lines.append(f"--s3=FILE  CosyVoice's speech_tokenizer_v1.onnx; now {config.s3!r}")
-    if config.speech_tokenizer == "s3" and not any(map(importlib.util.find_spec, ("s3tokenizer", "onnxruntime"))):
-        lines.append("pip install s3tokenizer  for S3 tokens (or onnxruntime, with --s3=PATH/speech_tokenizer_v1.onnx)")
-    return lines
+# ---- the prepared folder
 
 
-def is_absent(name: str) -> bool:
-    """Whether a hub name or folder is clearly a folder, and not there. What a hub has, only a download could tell."""
-    return (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not Path(name).exists()
-
-
-def token_rates(config: Config) -> list[int]:
-    """Primary tokens per second of each domain: S3's (and Whisper's states') 50; AST's own, or the demo's 25."""
-    return [50, 25 if config.audio_teacher == "demo" else 50]
-
-
-class Networks:
-    """The frozen networks of a config, loaded when first needed, and what was encoded once already."""
-
-    def __init__(self, config: Config):
-        self.config, self.rates = config, token_rates(config)
-        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        self.device = gpu if torch.cuda.is_available() and config.device in ("auto", "cuda") else "cpu"
-        self.features: dict[tuple, np.ndarray] = {}  # of the clips that a tokenizer was fitted on
-        self.seconds: collections.Counter = collections.Counter()  # spent in each stage
-
-    @cached_property
-    def audio_encoder(self) -> teachers.Teacher:
-        """The teacher of the audio domain, which also hears styles."""
-        source = self.config.audio_teacher
-        sounds = ("aisfx", fetch.fetch("aisfx")) if source == "demo" else ("beats", source)
-        return teachers.load_teacher(*sounds, self.device)
-
-    @cached_property
-    def encoders(self) -> list[teachers.Teacher]:
-        """The teacher of each domain."""
-        source = self.config.whisper
-        whisper = fetch.fetch("whisper_tiny") if source == "demo" else source
-        return [teachers.load_teacher("whisper", whisper, self.device), self.audio_encoder]
-
-    @cached_property
-    def s3(self) -> tokenizer.S3:
-        return tokenizer.S3(self.config.s3, self.device)
-
-    @cached_property
-    def beats_tokenizer(self) -> teachers.BEATs:
-        return teachers.BEATs.load(self.config.beats_tokenizer, self.device)
-
-    @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Adds the time spent inside to the stage's seconds."""
-        start = time.time()
-        yield
-        self.seconds[stage] += time.time() - start
-
-    def encode(self, d: int, own: list[Prepared]) -> list[np.ndarray]:
-        """Features of domain d's clips at its token rate, (N, E) each: what its tokenizer reads."""
-        teacher, rate = self.encoders[d], self.rates[d]
-        new = [p for p in own if (d, p.clip.name) not in self.features]
-        # S3's recipe quantises in the middle of the recogniser's encoder, where sound is not yet all turned into text
-        layer = {"layer": teacher.depth // 2 - 1} if d == SPEECH else {}
-        fresh = iter(teacher.encode([p.teacher_wav for p in new], **layer) if new else [])
-        out = []
-        for p in own:
-            key, n = (d, p.clip.name), token_count(len(p.mel), rate)
-            if key in self.features:
-                out.append(self.features[key])
-            else:
-                out.append(tokenizer.token_features(teacher, next(fresh), n, rate))
-        return out
-
-    def styles(self, d: int, own: list[Prepared]) -> list[np.ndarray]:
-        """Style vectors (16, E) of clips of domain d: what the audio encoder hears in voice or sound (eq. 17)."""
-        if d == AUDIO:
-            features = self.encode(d, own)
-        else:
-            rate = self.audio_encoder.sample_rate
-            features = self.audio_encoder.encode([audio.resample(p.wav, audio.SAMPLE_RATE, rate) for p in own])
-        return [teachers.style_vectors(f) for f in features]
-
-    def tokens(self, d: int, own: list[Prepared], fitted: tokenizer.Tokenizer | None) -> list[np.ndarray]:
-        """Codes of domain d's clips, (N, streams) each; the second stream is BEATs' at the same times (eq. 15)."""
-        counts = [token_count(len(p.mel), self.rates[d]) for p in own]
-        if fitted is None:
-            pairs = zip(self.s3.encode([p.teacher_wav for p in own]), counts, strict=True)
-            codes = [tokenizer.at_token_times(c, n, self.rates[d], self.s3.rate) for c, n in pairs]
-        else:
-            codes = fitted.encode(self.encode(d, own))
-        if not self.config.beats_tokens:
-            return [c[:, None] for c in codes]
-        beats = self.beats_tokenizer
-        waves = [audio.resample(p.wav, audio.SAMPLE_RATE, beats.sample_rate) for p in own]
-        second = zip(beats.codes(waves), counts, strict=True)
-        second = [tokenizer.at_token_times(c, n, self.rates[d], beats.rate) for c, n in second]
-        return [np.stack(pair, 1) for pair in zip(codes, second, strict=True)]
-
-
-# ---- preparation
-
-
-def decode(clip: Clip, rates: tuple[int, ...], config: Config) -> list[np.ndarray]:
-    """The clip's waveform at each of the sample rates. Raises AudioError for a clip that cannot be used."""
-    wav, rate = audio.decode(clip.source, clip.name if isinstance(clip.source, bytes) else "")
-    wav = wav[int(clip.start * rate) : None if clip.end is None else int(clip.end * rate)]
-    seconds = len(wav) / rate
-    if not config.min_seconds <= seconds <= config.max_seconds:
-        raise AudioError("too short" if seconds < config.min_seconds else "too long", f"{seconds:.2f} s")
-    if np.abs(wav).max() < 1e-4:  # a silent part of a recording that as a whole is not
-        raise AudioError("silent")
-    return [audio.resample(wav, rate, to) for to in rates]
-
-
-def decode_all(clips: list[Clip], networks: Networks, bar: tqdm | None = None) -> tuple[list[Prepared], dict]:
-    """The usable clips, decoded, and the names of the others by reason."""
-    prepared, lost = [], collections.defaultdict(list)
-    rates = [t.sample_rate for t in networks.encoders]
-    with networks.timed("decode and mel"):
-        for clip in clips:
-            try:
-                if clip.domain == SPEECH and not corpora.normal(clip.text).strip():
-                    raise AudioError("no text")
-                wav, teacher_wav = decode(clip, (audio.SAMPLE_RATE, rates[clip.domain]), networks.config)
-                mel = audio.log_mel(torch.from_numpy(wav)).half().numpy()
-                prepared.append(Prepared(clip, mel, wav, teacher_wav))
-            except AudioError as error:
-                lost[error.reason].append(clip.name)
-            if bar:
-                bar.update()
-    return prepared, dict(lost)
-
-
-def encode_file(path: str, domain: int, config: Config) -> Prepared:
-    """A recording's mel, tokens and style, by the networks and tokenizers behind config.data_dir. Raises AudioError."""
-    networks, clip = Networks(config), Clip(path, Path(path), "", domain, "")
-    fitted = load_tokenizers(Path(config.data_dir), networks)
-    try:
-        wav, teacher_wav = decode(clip, (audio.SAMPLE_RATE, networks.encoders[domain].sample_rate), config)
-    except AudioError as error:
-        raise AudioError(f"{path}: {error}") from error
-    own = Prepared(clip, audio.log_mel(torch.from_numpy(wav)).half().numpy(), wav, teacher_wav)
-    own.tokens, own.style = networks.tokens(domain, [own], fitted[domain])[0], networks.styles(domain, [own])[0]
-    return own
-
-
-def prepared_with(config: Config) -> dict:
+def prepared_with(config) -> dict:
     """The settings that a prepared folder depends on."""
     return {k: getattr(config, k) for k in PREPARED_WITH}
 
 
-def prepare(config: Config) -> None:
-    """Brings config.data_dir to completion, alone or together with other processes. Raises DataError when inputs are
-    missing, when the folder belongs to other settings or another corpus, or when too many clips are unusable."""
-    lines = missing(config)
-    if lines:
-        raise DataError("this config needs what is not here:\n  " + "\n  ".join(lines))
-    start, lead = time.time(), os.environ.get("RANK", "0") == "0"
-    clips, notes = corpora.read(config)
-    shards, plan = plan_shards(clips, config), make_plan(clips, config)
-    out_dir, lost = Path(config.data_dir), {}
-    locks = out_dir.with_name(f".{out_dir.name}.locks")
-    with fetch.locked(locks / "plan"):
-        begin(out_dir, plan)
-    networks = Networks(config)
-    with fetch.locked(locks / "tokenizers"):
-        fit_tokenizers(out_dir, networks, shards)
-    fitted = load_tokenizers(out_dir, networks)
-    keep = waves_to_keep(shards, config)
-    with tqdm(total=len(clips), desc="clips", mininterval=1, disable=not lead) as bar:
-        pending = dict(shards)
-        while pending:
-            for name in list(pending):
-                with fetch.locked(locks / name, wait=False) as ours:
-                    if ours and not (out_dir / name).exists():
-                        prepare_shard(out_dir / name, pending[name], networks, fitted, keep, bar)
-                if (out_dir / name).exists():
-                    del pending[name]
-                    add_lost(lost, out_dir / name)
-                    refuse_losses(lost, len(clips), out_dir)
-            time.sleep(0.2 if pending else 0)  # others hold what is left
-    with fetch.locked(locks / "finish"):
-        if not (out_dir / "meta.json").exists():
-            finish(out_dir, list(shards), config, networks, lost)
-    shutil.rmtree(locks, ignore_errors=True)
-    if lead:
-        report_preparation(out_dir, networks, notes, len(clips), time.time() - start)
-
-
-def make_plan(clips: list[Clip], config: Config) -> dict:
-    """All that the sessions and processes that prepare one folder must agree on."""
-    lines = [f"{c.domain} {c.name}\n{c.group}\n{c.text}\n{c.start} {c.end}\n" for c in clips]
-    weights = ["audio_teacher", "audio_tokenizer"]
-    weights += ["s3"] * (config.speech_tokenizer == "s3") + ["beats_tokenizer"] * config.beats_tokens
-    files = {f"sha256 of {k}": Path(getattr(config, k)) for k in weights}
-    digests = {k: fetch.sha256(f) for k, f in files.items() if f.is_file()}
-    return {
-        "prepared_with": prepared_with(config) | corpus_of(config) | digests,
-        "clips": len(clips),
-        "listing": hashlib.sha256("".join(lines).encode()).hexdigest(),
-    }
-
-
-def begin(out_dir: Path, plan: dict) -> None:
-    """Writes plan.json, or raises DataError when the folder there was planned otherwise or is not ours at all."""
-    if not (out_dir / "plan.json").exists():
-        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise DataError(f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER")
-        out_dir.mkdir(parents=True, exist_ok=True)
-        write_json(out_dir / "plan.json", plan)
-        return
-    before = json.loads((out_dir / "plan.json").read_text())
-    changed = changed_settings(plan["prepared_with"], before["prepared_with"])
-    if not changed and before["listing"] != plan["listing"]:
-        changed = f"the corpus: {before['clips']} -> {plan['clips']} clips, or other names and texts"
-    if changed:
-        raise DataError(
-            f"{out_dir} was begun with other settings ({changed}); pass --data_dir=ANOTHER_FOLDER or delete it"
-        )
-
-
-def plan_shards(clips: list[Clip], config: Config) -> dict[str, list[Clip]]:
-    """{shard's name: its clips}, the same for everybody who prepares this folder."""
-    out = corpora.held_out(clips, config.held_out, config.data_seed)
-    shards = {}
-    for split, wanted in (("train", False), ("held_out", True)):
-        own = [c for c, o in zip(clips, out, strict=True) if o == wanted]
-        refuse_empty(split, [c.domain for c in own], config)
-        for k in range(0, len(own), SHARD_CLIPS):
-            shards[f"{split}_{k // SHARD_CLIPS:05d}"] = own[k : k + SHARD_CLIPS]
-    return shards
-
-
-def corpus_of(config: Config) -> dict[str, str]:
+def corpus_of(config) -> dict[str, str]:
     """The corpus keys, each path in one way of writing it."""
     return {k: getattr(config, k) and os.path.normpath(getattr(config, k)) for k in CORPUS}
 
 
-def refuse_empty(split: str, domains: Sequence[int], config: Config) -> None:
-    """Raises DataError when the clips of a split, of these domains, lack one of them."""
-    for d, name in enumerate(DOMAINS):
-        if d not in domains:
-            what, change = {"train": ("is left to train on", "smaller"), "held_out": ("is held out", "larger")}[split]
-            raise DataError(
-                f"no {name} clip {what}; pass a {change} --held_out (now {config.held_out:g}), or {name} clips of more "
-                f"speakers, videos or texts, which are held out as a whole"
-            )
+def is_prepared(data_dir: str | Path) -> bool:
+    """Whether the folder is finished: meta.json is written last."""
+    return (Path(data_dir) / "meta.json").exists()
 
 
-def in_hash_order(clips: list[Clip], seed: int) -> list[Clip]:
-    """The clips in an order that depends on nothing but their names and the seed."""
-    return sorted(clips, key=lambda c: hashlib.sha256(f"{seed}/{c.domain}/{c.name}".encode()).digest())
-
-
-def waves_to_keep(shards: dict[str, list[Clip]], config: Config) -> set[tuple[int, str]]:
-    """(domain, name) of the clips whose waveform evaluation needs: all held-out ones, some training ones per domain."""
-    keep = {(c.domain, c.name) for s, own in shards.items() if s.startswith("held_out") for c in own}
-    train = in_hash_order([c for s, own in shards.items() if s.startswith("train") for c in own], config.data_seed)
-    for d in range(len(DOMAINS)):
-        keep |= {(d, c.name) for c in [c for c in train if c.domain == d][: config.reference_clips]}
-    return keep
-
-
-def fit_tokenizers(out_dir: Path, networks: Networks, shards: dict[str, list[Clip]]) -> None:
-    """Fits the tokenizers that the config wants fitted here, on training clips alone, unless they are there already."""
-    config = networks.config
-    for d, name in enumerate(DOMAINS):
-        ready = config.speech_tokenizer == "s3" if d == SPEECH else bool(config.audio_tokenizer)
-        if ready or (out_dir / f"{name}_tokenizer.pt").exists():
-            continue
-        clips = [c for shard, own in shards.items() if shard.startswith("train") for c in own if c.domain == d]
-        chosen = in_hash_order(clips, config.data_seed)[:FIT_CLIPS]
-        own, lost = decode_all(chosen, networks)
-        if not own:
-            refuse_losses(lost, len(chosen), out_dir, f"{name} ")
-        refuse_losses(lost, sum(map(len, shards.values())), out_dir)
-        with networks.timed("features"):
-            features = networks.encode(d, own)
-        networks.features |= {(d, p.clip.name): f for p, f in zip(own, features, strict=True)}
-        size, steps = (config.speech_codes, config.audio_codes)[d], config.tokenizer_steps
-        with networks.timed("fitting"), tqdm(total=steps, desc=f"{name} tokenizer", mininterval=1) as bar:
-            options = {"remove_position": d == SPEECH, "device": networks.device}
-            model = tokenizer.fit(features, size, steps, networks.rates[d], **options, progress=lambda *_: bar.update())
-        codes = model.encode(features)
-        used, perplexity = tokenizer.usage(codes, size)
-        found = {"codes_used": used, "perplexity": perplexity}
-        if d == SPEECH:
-            book = model.codebook.numpy()
-            found["position_share_of_features"] = tokenizer.position_share(features)
-            found["position_share_of_tokens"] = tokenizer.position_share([book[c] for c in codes])
-        print(f"{name} tokens: " + ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in found.items()))
-        write_json(out_dir / f"{name}_tokens.json", found)
-        tokenizer.save(model, out_dir / f"{name}_tokenizer.pt")
-
-
-def load_tokenizers(out_dir: Path, networks: Networks) -> list[tokenizer.Tokenizer | None]:
-    """Each domain's tokenizer; None for S3, which is not one of ours. Raises DataError for one of another size."""
-    config, found = networks.config, []
-    for d, name in enumerate(DOMAINS):
-        if d == SPEECH and config.speech_tokenizer == "s3":
-            found.append(None)
-            continue
-        path = config.audio_tokenizer if d == AUDIO and config.audio_tokenizer else out_dir / f"{name}_tokenizer.pt"
-        model = tokenizer.load(Path(path)).to(networks.device)
-        wanted = ((config.speech_codes, config.audio_codes)[d], networks.rates[d], networks.encoders[d].dim)
-        if (model.shape.codes, model.shape.rate, model.shape.dim) != wanted:
-            have = (model.shape.codes, model.shape.rate, model.shape.dim)
-            raise DataError(
-                f"{path}: codes, tokens per second and feature width are {have}, this config wants {wanted}; "
-                f"pass --{name}_codes or another file"
-            )
-        found.append(model)
-    return found
-
-
-def prepare_shard(
-    path: Path, clips: list[Clip], networks: Networks, fitted: list, keep: set, bar: tqdm | None = None
-) -> None:
-    """Decodes, encodes and writes the clips of one shard; `path` appears whole or not at all. Hold its lock."""
-    prepared, lost = decode_all(clips, networks, bar)
-    for d in range(len(DOMAINS)):
-        own = [p for p in prepared if p.clip.domain == d]
-        if own:
-            with networks.timed("embeddings"):
-                embeddings = networks.encoders[d].embed([p.teacher_wav for p in own])
-            with networks.timed("tokens"):
-                codes = networks.tokens(d, own, fitted[d])
-            with networks.timed("styles"):
-                styles = networks.styles(d, own)
-            for p, p_codes, embedding, style in zip(own, codes, embeddings, styles, strict=True):
-                p.tokens, p.embedding, p.style = p_codes, embedding, style
-                p.keep_wav = (d, p.clip.name) in keep
-    with networks.timed("writing"):
-        write_shard(path, prepared, [t.dim for t in networks.encoders], networks.config.mel_floor, lost)
-
-
-def add_lost(lost: dict[str, list], shard: Path) -> None:
-    """Adds to `lost` the names of the clips that a finished shard lacks, by reason."""
-    for reason, names in json.loads((shard / "shard.json").read_text())["lost"].items():
-        lost.setdefault(reason, []).extend(names)
-
-
-def report_lost(lost: dict[str, list]) -> None:
-    """Prints a line for each reason."""
-    for reason, names in lost.items():
-        print(f"skipped {len(names)} clips: {reason} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})")
-
-
-def refuse_losses(lost: dict[str, list], clips: int, out_dir: Path, kind: str = "") -> None:
-    """Raises DataError when more than LOST_LIMIT of the clips (of this kind) are lost."""
-    count = sum(map(len, lost.values()))
-    if count > LOST_LIMIT * clips:
-        report_lost(lost)
-        reasons = ", ".join(f"{reason} {len(names)}" for reason, names in lost.items())
-        todo = ", ".join(ADVICE[r] for r in lost if r in ADVICE) or "mend the corpus"
-        raise DataError(
-            f"{count} of {clips} {kind}clips cannot be used ({reasons}); {todo}, delete {out_dir} and start again"
-        )
-
-
-def finish(out_dir: Path, shards: list[str], config: Config, networks: Networks, lost: dict[str, list]) -> None:
-    """Joins the shards' indices and statistics; meta.json, which makes the folder usable, comes last."""
-    report_lost(lost)
-    for split in ("train", "held_out"):  # what was lost may have been all that a side had
-        own = [np.load(out_dir / name / "index.npy")["domain"] for name in shards if name.startswith(split)]
-        refuse_empty(split, np.concatenate(own), config)
-    meta = {
-        "prepared_with": prepared_with(config),
-        "corpus": corpus_of(config),
-        "skipped": lost,
-        "teachers": [[t.name, t.dim] for t in networks.encoders],
-        "token_rates": networks.rates,
-        "streams": 1 + config.beats_tokens,
-    }
-    for name in DOMAINS:
-        if (out_dir / f"{name}_tokens.json").exists():
-            meta[f"{name}_tokens"] = json.loads((out_dir / f"{name}_tokens.json").read_text())
-    join(out_dir, shards, meta)
-
-
-def report_preparation(out_dir: Path, networks: Networks, notes: list[str], clips: int, seconds: float) -> None:
-    """What was left out, the speed, and the share of each stage in this process."""
-    for note in notes:
-        print(note)
-    total = sum(networks.seconds.values()) or 1.0
-    shares = ", ".join(f"{stage} {100 * s / total:.0f} %" for stage, s in networks.seconds.most_common())
-    print(f"prepared {out_dir} in {seconds:.0f} s ({clips / seconds:.1f} clips/s; {shares})")
-
-
-def ensure_prepared(config: Config) -> dict:
-    """Prepares config.data_dir when it is missing; returns its meta. Raises DataError when it was made otherwise, or
-    from another corpus than the one that the config names, if it names one."""
-    if not (Path(config.data_dir) / "meta.json").exists():
-        try:
-            prepare(config)
-        except KeyboardInterrupt:
-            print(f"stopped; {config.data_dir} is not complete yet, the same command continues", file=sys.stderr)
-            sys.exit(INTERRUPTED)
+def check_prepared(config) -> dict:
+    """The meta of config.data_dir. Raises DataError when the folder is not there, was made otherwise, or from another
+    corpus than the one that the config names, if it names one."""
     meta = read_meta(config.data_dir)
     corpus = meta.get("corpus", {})
     named = {k: v for k, v in corpus_of(config).items() if v and k in corpus}
@@ -501,24 +124,267 @@ def ensure_prepared(config: Config) -> dict:
     return meta
 
 
-def main(args: DataArgs) -> None:
-    if args.verify:
-        problems = verify(args.verify)
-        if problems:
-            raise DataError(f"{len(problems)} files of {args.verify} are not sound:\n  " + "\n  ".join(problems[:20]))
-        print(f"{args.verify}: every file is as it was written")
-        return
-    meta = ensure_prepared(args)
-    if os.environ.get("RANK", "0") == "0":
-        for split in ("train", "held_out"):
-            for d, name in enumerate(DOMAINS):
-                print(
-                    f"{split:9s} {name:7s} {meta[split]['clips'][d]:6d} clips {meta[split]['seconds'][d] / 60:8.1f} min"
-                )
-
-
-if __name__ == "__main__":
+def read_meta(data_dir: str | Path) -> dict:
+    """What a finished preparation says of itself. Raises DataError for a folder that is none."""
     try:
-        main(ARGS)
-    except (DataError, CheckpointError, fetch.FetchError, OSError, ValueError) as error:
-        sys.exit(f"data.py: {error}")
+        return json.loads((Path(data_dir) / "meta.json").read_text())
+    except FileNotFoundError:
+        raise DataError(f"data_dir={data_dir} is not prepared; python -m prepare CONFIG makes it") from None
+    except ValueError as error:
+        raise DataError(
+            f"{data_dir}/meta.json is damaged ({error}); delete it, then python -m prepare CONFIG makes it again"
+        ) from None
+
+
+def fingerprint(meta: dict) -> str:
+    """A name for exactly this preparation: equal for copies, another for other clips, tokens or tokenizers."""
+    return hashlib.sha256(json.dumps(meta.get("sha256", {}), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Shard:
+    """One shard's files by memory map."""
+
+    mel: np.ndarray  # (frames, M) float16
+    tokens: np.ndarray  # (tokens, streams)
+    text: np.ndarray  # bytes
+    teachers: list[np.ndarray]  # (clips of the domain, E)
+    style: np.ndarray  # (clips, 16, E) float16
+
+
+def open_shard(path: Path, streams: int) -> Shard:
+    """Maps the files of the shard at `path`; nothing is read yet."""
+    return Shard(
+        np.memmap(path / "mel.bin", np.float16, "r").reshape(-1, audio.N_MELS),
+        np.memmap(path / "tokens.bin", "<i4", "r").reshape(-1, streams),
+        np.memmap(path / "text.bin", np.uint8, "r"),
+        [np.load(path / f"teacher_{d}.npy", mmap_mode="r") for d in range(len(DOMAINS))],
+        np.load(path / "style.npy", mmap_mode="r"),
+    )
+
+
+class Dataset:
+    """One split of a prepared folder. Opening reads meta.json alone; shards are mapped when first touched."""
+
+    def __init__(self, data_dir: str | Path, split: str):
+        self.root, self.split, self.meta = Path(data_dir), split, read_meta(data_dir)
+        self.index = np.load(self.root / f"{split}.npy", mmap_mode="r")
+        self.rates, self.streams = self.meta["token_rates"], self.meta["streams"]
+        # safe among threads; a map is closed when the last view of it is gone
+        self.opened = functools.lru_cache(OPEN_SHARDS)(functools.partial(open_shard, streams=self.streams))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def path(self, shard: int) -> Path:
+        """The folder of a shard of this split."""
+        return self.root / f"{self.split}_{shard:05d}"
+
+    def shard(self, k: int) -> Shard:
+        """The files of shard k; the OPEN_SHARDS used last stay open."""
+        return self.opened(self.path(k))
+
+    def mel(self, i: int) -> np.ndarray:
+        """(T, M) float16 log-mel of clip i."""
+        r = self.index[i]
+        return self.shard(int(r["shard"])).mel[r["mel"] : r["mel"] + r["frames"]]
+
+    def tokens(self, i: int) -> np.ndarray:
+        """(N, streams) codes of clip i."""
+        r = self.index[i]
+        return self.shard(int(r["shard"])).tokens[r["token"] : r["token"] + r["tokens"]]
+
+    def embedding(self, i: int) -> np.ndarray:
+        """(E,) pooled embedding of clip i by its domain's teacher."""
+        r = self.index[i]
+        return self.shard(int(r["shard"])).teachers[r["domain"]][r["teacher"]]
+
+    def style(self, i: int) -> np.ndarray:
+        """(16, E) float16 style vectors of clip i (eq. 17)."""
+        r = self.index[i]
+        return self.shard(int(r["shard"])).style[r["row"]]
+
+    def name_and_text(self, i: int) -> tuple[str, str]:
+        """The name of clip i and what is said or heard in it."""
+        r = self.index[i]
+        stored = self.shard(int(r["shard"])).text[r["text"] : r["text"] + r["text_len"]]
+        name, _, text = bytes(stored).decode().partition("\n")
+        return name, text
+
+    def wav_path(self, i: int) -> Path:
+        """Where clip i's waveform is, for those that have one."""
+        r = self.index[i]
+        return self.path(int(r["shard"])) / "wav" / f"{r['row']:05d}.wav"
+
+    def batch(self, ids: np.ndarray, crops: np.ndarray | None = None, prompts: np.ndarray | None = None) -> Batch:
+        """Clips `ids` (B,) as one padded Batch; `crops` (B, 2): first frame and frames; `prompts` (B,): reference."""
+        records = self.index[ids]
+        crops = np.stack([np.zeros_like(records["frames"]), records["frames"]], 1) if crops is None else crops
+        frames = torch.from_numpy(np.asarray(crops[:, 1], np.int64))
+        domain = torch.from_numpy(records["domain"].astype(np.int64))
+        spans = [token_span(*c, self.rates[r["domain"]], r["tokens"]) for c, r in zip(crops, records, strict=True)]
+        token_len = torch.tensor([n for _, n in spans])
+        mel = torch.zeros(len(ids), int(frames.max()), audio.N_MELS)
+        tokens = torch.zeros(len(ids), int(token_len.max()), self.streams, dtype=torch.int64)
+        teacher = {name: torch.zeros(len(ids), width) for name, width in self.meta["teachers"]}
+        names = list(teacher)
+        for b, (i, (first, length), (token, count)) in enumerate(zip(ids.tolist(), crops, spans, strict=True)):
+            mel[b, :length] = torch.from_numpy(self.mel(i)[first : first + length].astype(np.float32))
+            tokens[b, :count] = torch.from_numpy(self.tokens(i)[token : token + count].astype(np.int64))
+            teacher[names[records["domain"][b]]][b] = torch.from_numpy(np.array(self.embedding(i)))
+        tokens = tokens if self.streams > 1 else tokens[..., 0]
+        prompt = torch.zeros(len(ids), dtype=torch.int64) if prompts is None else torch.from_numpy(prompts)
+        return Batch(mel, frames, tokens, token_len, domain, teacher, prompt, torch.from_numpy(np.asarray(ids)))
+
+
+def crop_unit(rates: list[int]) -> int:
+    """Frames between the times at which a token of every domain starts: a crop begins only there."""
+    return int(np.lcm.reduce([(Fraction(r) / Fraction(audio.FRAME_RATE)).denominator for r in rates]))
+
+
+def token_span(first: int, frames: int, rate: int, tokens: int) -> tuple[int, int]:
+    """First token and number of tokens under `frames` mel frames that start at a multiple of crop_unit()."""
+    token = min(round(int(first) * rate / audio.FRAME_RATE), int(tokens) - 1)
+    return token, min(token_count(int(frames), rate), int(tokens) - token)
+
+
+def token_count(frames: int, rate: int) -> int:
+    """Tokens of a clip of `frames` mel frames at `rate` tokens a second."""
+    return max(1, round(frames * rate / audio.FRAME_RATE))
+
+
+# ---- batches
+
+
+class LengthBatchSampler:
+    """Groups of clips of like length under a budget of padded length; a pure function of (seed, step, place).
+
+    A step takes world * accumulate groups; place = micro * world + rank says which is whose, so that two ranks, or one
+    that accumulates twice, take the same groups. Every epoch has the same number of steps, so a step's epoch is a
+    division: slots are cut once from the sorted lengths, and each epoch deals clips to slots in the order of their
+    jittered length, then shuffles the slots.
+    """
+
+    JITTER = 0.02  # of the length: enough for new neighbours each epoch, little enough to keep padding low
+
+    def __init__(self, lengths: np.ndarray, config, budget: str, rank: int = 0, world: int = 1, accumulate: int = 1):
+        """`config` has seed, batch_size (most clips of a group) and, under the name `budget`, the padded length of a
+        group. Raises DataError when one clip is longer."""
+        self.lengths, self.config = np.asarray(lengths, np.int64), config
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+        ordered, room, most = np.sort(self.lengths), getattr(config, budget), config.batch_size
+        if ordered[-1] > room:
+            raise DataError(f"{budget}={room} is below the longest clip ({ordered[-1]})")
+        slack = (1 + self.JITTER) / (1 - self.JITTER)  # how much longer a clip can be than the one it swaps with
+        slots, first = [], 0
+        while first < len(ordered):
+            count = 1
+            while (
+                count < most
+                and first + count < len(ordered)
+                and (count + 1) * min(ordered[first + count] * slack, ordered[-1]) <= room
+            ):
+                count += 1
+            slots.append(count)
+            first += count
+        self.edges = np.cumsum([0, *slots])
+        self.steps_per_epoch = max(1, len(slots) // (world * accumulate))
+        self.dealt: tuple = (None,)  # the epoch whose order is at hand, its clips in order, its slots in order
+
+    def taken(self, ids: np.ndarray) -> np.ndarray:
+        """How much of each clip of a group is taken."""
+        return self.lengths[ids]
+
+    def padding(self) -> float:
+        """Share of padding in the batches of the first epoch."""
+        groups = [self.taken(ids) for ids in self.first_epoch()]
+        return 1 - sum(g.sum() for g in groups) / sum(len(g) * g.max() for g in groups)
+
+    def left_out(self) -> float:
+        """Share of the first epoch's frames that its batches do not take."""
+        groups = self.first_epoch()
+        return 1 - sum(self.taken(ids).sum() for ids in groups) / sum(self.lengths[ids].sum() for ids in groups)
+
+    def first_epoch(self) -> list[np.ndarray]:
+        """The clips of each of this rank's groups in the first epoch."""
+        return [self.ids(k) for k in range(self.steps_per_epoch * self.accumulate)]
+
+    def deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Clips and slots in the order of an epoch; kept until another epoch is asked for."""
+        dealt = self.dealt  # read once: other threads may be at another epoch
+        if dealt[0] != epoch:
+            rng = np.random.default_rng([self.config.seed, epoch])
+            jitter = rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(self.lengths))
+            order = np.argsort(self.lengths * jitter, kind="stable")
+            dealt = self.dealt = (epoch, order, rng.permutation(len(self.edges) - 1))
+        return dealt[1:]
+
+    def place(self, k: int) -> tuple[int, int]:
+        """Step and place of this rank's k-th group since the beginning."""
+        step, micro = divmod(k, self.accumulate)
+        return step, micro * self.world + self.rank
+
+    def ids(self, k: int) -> np.ndarray:
+        """Clips, as rows of `lengths`, that make this rank's k-th group."""
+        step, place = self.place(k)
+        epoch, step = divmod(step, self.steps_per_epoch)
+        order, slots = self.deal(epoch)
+        slot = slots[(step * self.world * self.accumulate + place) % len(slots)]
+        return order[self.edges[slot] : self.edges[slot + 1]]
+
+
+class TrainingBatches(LengthBatchSampler):
+    """Training batches of stage 2 under a frame budget; crops and prompts too follow from (seed, step, place)."""
+
+    def __init__(self, dataset: Dataset, config, rank: int = 0, world: int = 1):
+        self.dataset, self.unit = dataset, crop_unit(dataset.rates)
+        frames = dataset.index["frames"]
+        lengths = np.minimum(frames, config.crop_frames) if config.crop_frames else frames
+        super().__init__(lengths, config, "batch_frames", rank, world, config.accumulate)
+
+    def taken(self, ids: np.ndarray) -> np.ndarray:
+        """Frames of each clip: as many as the shortest has, where that leaves out no more than `trim` of any."""
+        lengths = self.lengths[ids]
+        alike = lengths.min() >= (1 - self.config.trim) * lengths.max()
+        return np.full_like(lengths, lengths.min()) if alike else lengths
+
+    def __call__(self, k: int) -> Batch:
+        ids = self.ids(k)
+        rng = np.random.default_rng([self.config.seed, *self.place(k)])
+        lengths, records = self.taken(ids), self.dataset.index[ids]
+        room = np.maximum(records["frames"] - lengths, 0) // self.unit
+        first = rng.integers(0, room + 1) * self.unit
+        share = rng.uniform(0, self.config.prompt_max, len(ids)) * (rng.random(len(ids)) >= self.config.prompt_drop)
+        return self.dataset.batch(ids, np.stack([first, lengths], 1), (share * lengths).astype(np.int64))
+
+
+class Prefetcher:
+    """TrainingBatches in turn, the next ones prepared by threads meanwhile. As a batch is a function of its number alone, the
+    threads change nothing but the time."""
+
+    def __init__(self, batches: Callable[[int], Batch], threads: int, pin: bool = False):
+        self.batches, self.threads = (lambda k: batches(k).pin()) if pin else batches, threads
+        self.pool = ThreadPoolExecutor(threads) if threads else None
+        self.pending: dict[int, Future] = {}
+
+    def __call__(self, k: int) -> Batch:
+        if not self.pool:
+            return self.batches(k)
+        for i in range(k, k + self.threads + 1):
+            if i not in self.pending:
+                self.pending[i] = self.pool.submit(self.batches, i)
+        return self.pending.pop(k).result()
+
+
+def first_of_each_domain(dataset: Dataset, n: int) -> np.ndarray:
+    """Rows of the first n clips of each domain."""
+    return np.concatenate([np.flatnonzero(dataset.index["domain"] == d)[:n] for d in range(len(DOMAINS))])
+
+
+def fixed_batch(dataset: Dataset, per_domain: int, seed: int, max_frames: int) -> Batch:
+    """`per_domain` clips of each domain, the same for the same seed, cropped to their first max_frames."""
+    rng = np.random.default_rng(seed)
+    ids = [rng.permutation(np.flatnonzero(dataset.index["domain"] == d))[:per_domain] for d in range(len(DOMAINS))]
+    ids = np.concatenate(ids)
+    lengths = np.minimum(dataset.index["frames"][ids], max_frames)
+    return dataset.batch(ids, np.stack([np.zeros_like(lengths), lengths], 1))

@@ -17,7 +17,7 @@ samples/ and index.html are those of the run's latest step.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from configurator import DOMAINS, configure
+from configurator import configure
 
 
 @dataclass
@@ -28,7 +28,7 @@ class EvalArgs:
     data_dir: str = ""  # prepared data; empty: the one the checkpoint was trained on
     lm: str = ""  # a checkpoint of lm.py: also evaluate text -> tokens -> waveform
     nfe: int | None = None  # velocity evaluations per clip
-    cfg: float | None = None  # guidance scale; 1 is none
+    cfg_scale: float | None = None  # guidance scale; 1 is none
     sway: float | None = None  # sway sampling coefficient
     epss: bool = False  # F5-TTS's schedule for few steps, for nfe 5, 6, 7, 10, 12 or 16
     method: Literal["euler", "midpoint"] = "euler"  # integrator; midpoint spends two evaluations a step
@@ -68,18 +68,16 @@ import soxr
 import torch
 
 import audio
-import checkpoint
-import fetch
-import judges
+import common
 import report
 from backbones import load_model
-from corpora import SPEECH, DataError
+from common import DOMAINS, SPEECH, command, pick_device, write_json
+from data import Dataset, fingerprint, first_of_each_domain
 from lm import Sampling
-from model import pick_device
+from prepare import demo
 from report import read_csv
 from sample import Stage1, from_dataset, settings, synthesise
-from shards import Dataset, first_of_each_domain, identity, write_json
-from teachers import Teacher, load_teacher
+from teachers import Teacher, checked
 
 MIN_WORDS = 4  # a WER over single words says little
 SHOWN = 6  # clips per domain on a run's page
@@ -206,15 +204,15 @@ def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
     if stage:
         waves["from text"] = from_text(stage, model, held, ids, vocoder, options, run["dtype"])
     result = {"step": state["step"], "seconds": state["seconds"], "sampler": options, "data_dir": data_dir}
-    result["data"], result["asr"] = identity(held.meta), args.asr or run["asr"]
+    result["data"], result["asr"] = fingerprint(held.meta), args.asr or run["asr"]
     result["vocoder"] = args.vocoder or run["vocoder"]
     result["real_time_factor"] = spent / (sum(map(len, generated)) / audio.SAMPLE_RATE)
     result["held_out_fm"] = held_out_at(out_dir, state["step"])
     recogniser, judge_name = load_recogniser(result["asr"], device), args.fad_model or run["fad_model"]
-    judge = None if judge_name == "none" else judges.load_judge(judge_name, args.fad_weights, device)
+    judge = None if judge_name == "none" else demo.load_judge(judge_name, args.fad_weights, device)
     result["wer"], fad = score(waves, held, ids, train, recogniser, judge)
     if judge:
-        is_teacher = judge_name in dict(state["shape"]["teachers"])
+        is_teacher = judge_name in dict(state["model_config"]["teachers"])
         result["fad"] = {"model": judge_name, "is_teacher": is_teacher} | fad
     if stage:
         result["lm"] = {"ckpt": args.lm, "step": stage.state["step"]}
@@ -308,11 +306,35 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def load_recogniser(asr: str, device: str) -> Teacher | judges.Sphinx:
+class Sphinx:
+    """CMU pocketsphinx with the American English model of its package: weak, but it shares nothing with Whisper."""
+
+    sample_rate = 16000
+
+    def __init__(self):
+        try:
+            import pocketsphinx
+        except ImportError:
+            raise ValueError("--asr=pocketsphinx needs that package: pip install pocketsphinx") from None
+        self.decoder = pocketsphinx.Decoder(samprate=self.sample_rate, loglevel="FATAL")
+
+    def transcribe(self, wavs: list[np.ndarray]) -> list[str]:
+        """Text of every clip."""
+        texts = []
+        for wav in checked(wavs):
+            self.decoder.start_utt()
+            self.decoder.process_raw((wav.clip(-1, 1) * 32767).astype("<i2").tobytes(), full_utt=True)
+            self.decoder.end_utt()
+            heard = self.decoder.hyp()
+            texts.append(heard.hypstr if heard else "")
+        return texts
+
+
+def load_recogniser(asr: str, device: str) -> Teacher | Sphinx:
     """What turns speech into words: "demo", a Whisper by hub name or folder, or pocketsphinx."""
     if asr == "pocketsphinx":
-        return judges.Sphinx()
-    return load_teacher("whisper", fetch.fetch("whisper_tiny") if asr == "demo" else asr, device)
+        return Sphinx()
+    return demo.load_teacher("whisper", demo.fetch("whisper_tiny") if asr == "demo" else asr, device)
 
 
 # ---- several runs
@@ -366,7 +388,7 @@ def read_ratings(args: EvalArgs) -> list[dict]:
 
 
 def main_evaluate(args: EvalArgs) -> None:
-    state, used = checkpoint.load(args.ckpt)
+    state, used = common.load(args.ckpt)
     out_dir = used.parent
     result, clips = evaluate(state, args, out_dir)
     latest, samples = is_latest(out_dir, result["step"]), out_dir / "samples"
@@ -398,7 +420,4 @@ def main(args: EvalArgs) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except (checkpoint.CheckpointError, DataError, FileNotFoundError, fetch.FetchError, ValueError) as error:
-        sys.exit(f"evaluate.py: {error}")
+    command(main, ARGS)

@@ -18,7 +18,7 @@ B clips, S sequence positions, D LM width, E width of the audio encoder's featur
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from configurator import DOMAINS, configure, show
+from configurator import configure, show
 
 
 @dataclass
@@ -47,7 +47,7 @@ class LMConfig:
     coarse: Literal["kmeans", "uniform"] = "kmeans"  # clusters of the codebook's vectors, or equal runs of ids
     code_noise: float = 0.0  # share of the codes it reads that are replaced by random ones, against exposure bias
     # optimisation
-    max_steps: int = 100_000  # optimiser steps
+    max_steps: int = 100_000  # optimizer steps
     batch_tokens: int = 16_384  # sequence positions per step and rank, padding included
     batch_size: int = 64  # most clips per step and rank
     learning_rate: float = 1e-4  # peak of the one-cycle schedule
@@ -76,7 +76,6 @@ if __name__ == "__main__":
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -84,18 +83,30 @@ from pathlib import Path
 
 import numpy as np
 import scipy.cluster.vq
+import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import audio
-import checkpoint
-import shards
-import tokenizer
-from corpora import SPEECH, DataError
-from loop import Finite, Log, Machine, leave, make_optimiser, same_data, set_up, time_left, update
-from model import count_parameters
+import common
+import data
+from common import (
+    DOMAINS,
+    SPEECH,
+    Finite,
+    Log,
+    Machine,
+    clip_and_step,
+    command,
+    count_parameters,
+    join_group,
+    leave_group,
+    make_optimizer,
+    step_seed,
+    time_left,
+)
 
 STYLES = 16  # style placeholders, and time segments of the reference
 MAY_DIFFER = "out_dir data_dir device dtype log_every eval_every eval_clips save_every".split()
@@ -179,7 +190,7 @@ def sequences(
 class Corpus:
     """One split of a prepared folder as sequences; prompts are encoded once."""
 
-    def __init__(self, dataset: shards.Dataset, vocabulary: Vocabulary, encode: Callable[[str], list[int]]):
+    def __init__(self, dataset: data.Dataset, vocabulary: Vocabulary, encode: Callable[[str], list[int]]):
         self.dataset, self.vocabulary, self.domains = dataset, vocabulary, dataset.index["domain"].tolist()
         texts = (dataset.name_and_text(i)[1] for i in range(len(dataset)))
         self.prompts = [vocabulary.prompt(encode, d, t) for d, t in zip(self.domains, texts, strict=True)]
@@ -206,8 +217,8 @@ def all_clusters(config: LMConfig, codes: Sequence[int]) -> torch.Tensor:
     """The cluster of every code of both domains, no cluster shared between them: (sum of codes,)."""
     parts = []
     for d, name in enumerate(DOMAINS):
-        path = Path(config.data_dir) / f"{name}_tokenizer.pt"
-        book = tokenizer.load(path).codebook.numpy() if config.coarse == "kmeans" and path.exists() else None
+        path = Path(config.data_dir) / f"{name}_codebook.npy"
+        book = np.load(path) if config.coarse == "kmeans" and path.exists() else None
         if config.coarse == "kmeans" and book is None:
             print(f"{name}: no codebook at {path}, so its clusters are equal runs of ids")
         own = cluster_codes(book, codes[d], config.coarse_clusters, config.seed)
@@ -218,6 +229,21 @@ def all_clusters(config: LMConfig, codes: Sequence[int]) -> torch.Tensor:
 # ---- the model
 
 
+def load_text_tokenizer(source: str = "bytes"):
+    """What turns text into ids, with encode(text) and decode(ids). "bytes" is one token a byte and needs no download;
+    else a tokenizer of transformers by name or folder, such as Qwen/Qwen3-0.6B-Base. Raises ValueError for none."""
+    if source == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={})
+    audio.torchaudio()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no text tokenizer {source!r} ({type(error).__name__}): pass a folder, or bytes") from error
+
+
 def build_net(config: LMConfig, size: Callable[[int], int]) -> tuple[nn.Module, int]:
     """The causal LM with room for its text vocabulary and ours, and the size of the former; `size` of the one is the
     other. New rows of its tables start at the mean of the old ones."""
@@ -225,7 +251,7 @@ def build_net(config: LMConfig, size: Callable[[int], int]) -> tuple[nn.Module, 
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     if config.lm == "small":
-        text, D = tokenizer.load_text_tokenizer(config.text or "bytes"), config.n_embd
+        text, D = load_text_tokenizer(config.text or "bytes"), config.n_embd
         old = text.n_vocab if hasattr(text, "n_vocab") else len(text)
         shape = Qwen3Config(
             vocab_size=size(old), hidden_size=D, intermediate_size=3 * D, num_hidden_layers=config.n_layer,
@@ -400,7 +426,7 @@ class Run:
 
     config: LMConfig
     lm: LM
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     rates: list[int]  # tokens per second of each domain
     data: str  # identity of the prepared folder
     step: int = 0
@@ -414,7 +440,7 @@ class Run:
             "rates": self.rates,
             "data": self.data,
             "model": self.lm.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
         }
@@ -423,7 +449,7 @@ class Run:
 def text_encoder(config: LMConfig | dict) -> Callable[[str], list[int]]:
     """What turns text into ids for an LM of this config."""
     c = asdict(config) if isinstance(config, LMConfig) else config
-    text = tokenizer.load_text_tokenizer(c["text"] or ("bytes" if c["lm"] == "small" else c["lm"]))
+    text = load_text_tokenizer(c["text"] or ("bytes" if c["lm"] == "small" else c["lm"]))
     options = {} if hasattr(text, "n_vocab") else {"add_special_tokens": False}  # tiktoken's adds none
     return lambda words: text.encode(words, **options)
 
@@ -433,58 +459,57 @@ def load_lm(path: str | Path, device: str = "cpu") -> tuple[LM, Callable[[str], 
     audio.torchaudio()
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    state, used = checkpoint.load(path)
+    state, used = common.load(path)
     if "vocabulary" not in state:
-        raise checkpoint.CheckpointError(f"{used} is not a checkpoint of lm.py")
+        raise common.CheckpointError(f"{used} is not a checkpoint of lm.py")
     kind = dict(state["net"])
     net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.pop("model_type"), **kind))
     vocabulary = Vocabulary(state["vocabulary"]["text"], tuple(state["vocabulary"]["codes"]))
     weights, c = state.pop("model"), state["config"]
     lm = LM(net, vocabulary, weights["style.weight"].shape[1], weights["clusters"], c["style_alpha"])
     lm.load_state_dict(weights)
-    state.pop("optimiser")
+    state.pop("optimizer")
     return lm.to(device).eval(), text_encoder(c), state
 
 
-def new_run(config: LMConfig, dataset: shards.Dataset, machine: Machine) -> Run:
+def new_run(config: LMConfig, dataset: data.Dataset, machine: Machine) -> Run:
     """A run at step 0 for a prepared folder."""
     torch.manual_seed(config.seed)
     with_keys = dataset.meta["prepared_with"]
     codes = (with_keys["speech_codes"], with_keys["audio_codes"])
     net, text = build_net(config, lambda old: len(Vocabulary(old, codes)))
-    some = shards.first_of_each_domain(dataset, 100).tolist()  # a prepared folder begins with speech alone
+    some = data.first_of_each_domain(dataset, 100).tolist()  # a prepared folder begins with speech alone
     sample = np.stack([dataset.style(i) for i in some]).astype(np.float32)
     lm = LM(net, Vocabulary(text, codes), sample.shape[2], all_clusters(config, codes), config.style_alpha)
     lm.style_scale.copy_(1 / torch.from_numpy(sample).flatten(0, 1).std(0).clamp_min(1e-4))
     lm.dropout, lm.code_noise = config.dropout, config.code_noise
     lm.to(machine.device)
-    return Run(config, lm, make_optimiser(lm, config), dataset.rates, shards.identity(dataset.meta))
+    return Run(config, lm, make_optimizer(lm, config), dataset.rates, data.fingerprint(dataset.meta))
 
 
 def save(run: Run) -> None:
     """Writes ckpt.pt, and keeps the one before it."""
-    checkpoint.save(Path(run.config.out_dir) / "ckpt.pt", run.state())
+    common.save(Path(run.config.out_dir) / "ckpt.pt", run.state())
 
 
 def restore(run: Run, path: Path) -> None:
     """Loads ckpt.pt into `run`. Raises CheckpointError when it was made with incompatible settings or other data."""
-    state, used = checkpoint.load(path, set_aside=True)
-    checkpoint.same_settings(run.config, state["config"], MAY_DIFFER, used)
-    same_data(run.config, run.data, state, used)
+    state, used = common.load(path, set_aside=True)
+    common.same_run(run.config, run.data, state, MAY_DIFFER, used)
     run.lm.load_state_dict(state["model"])
-    run.optimiser.load_state_dict(state["optimiser"])
+    run.optimizer.load_state_dict(state["optimizer"])
     run.step, run.seconds = state["step"], state["seconds"]
 
 
 def train_step(run: Run, lm: nn.Module, batch: Sequences, machine: Machine) -> dict[str, float]:
-    """One optimiser step. Its randomness follows from (seed, step, rank), so that a continued run repeats it."""
+    """One optimizer step. Its randomness follows from (seed, step, rank), so that a continued run repeats it."""
     config = run.config
-    torch.manual_seed(hash((config.seed, run.step, machine.rank)) % 2**63)
+    torch.manual_seed(step_seed(config.seed, run.step, machine.rank))
     with machine.precision():
         losses = lm(batch, config.style_drop)
     loss = losses["ce"] + config.coarse_weight * losses["coarse"]
     loss.backward()
-    moved = update(run.lm, run.optimiser, run.step, config)
+    moved = clip_and_step(run.lm, run.optimizer, run.step, config)
     run.step += 1
     return {name: value.item() for name, value in losses.items()} | moved | {"loss": loss.item()}
 
@@ -507,24 +532,24 @@ def split(batch: Sequences, size: int) -> list[Sequences]:
 
 def train(config: LMConfig, machine: Machine) -> Run:
     """Trains to max_steps or to a signal; returns the run. Rank 0 alone prints and writes."""
-    dataset, held_out = (shards.Dataset(config.data_dir, split) for split in ("train", "held_out"))
+    dataset, held_out = (data.Dataset(config.data_dir, split) for split in ("train", "held_out"))
     run, out_dir, encode = new_run(config, dataset, machine), Path(config.out_dir), text_encoder(config)
     if machine.rank == 0:
-        checkpoint.sweep(out_dir)
-    if checkpoint.exists(out_dir / "ckpt.pt"):
+        common.remove_leftovers(out_dir)
+    if common.exists(out_dir / "ckpt.pt"):
         restore(run, out_dir / "ckpt.pt")
     corpus = Corpus(dataset, run.lm.vocabulary, encode)
-    buckets = shards.Buckets(corpus.lengths, config, "batch_tokens", machine.rank, machine.world)
+    buckets = data.LengthBatchSampler(corpus.lengths, config, "batch_tokens", machine.rank, machine.world)
     reporter = None
     if machine.rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "config.json").write_text(json.dumps(asdict(config), indent=1))
         announce(run, corpus, buckets, machine)
-        rows = shards.first_of_each_domain(held_out, config.eval_clips)
+        rows = data.first_of_each_domain(held_out, config.eval_clips)
         held = Corpus(held_out, run.lm.vocabulary, encode).batch(rows)
         reporter = Reporter(run, machine, held.to(machine.device))
     lm = DistributedDataParallel(run.lm) if machine.world > 1 else run.lm
-    stop = checkpoint.StopRequest(machine.device)
+    stop = common.StopRequest(machine.device)
     finite = Finite(lambda: save(run) if machine.rank == 0 else None)
     while run.step < config.max_steps and not stop.agreed():
         ids = buckets.ids(run.step)
@@ -537,7 +562,7 @@ def train(config: LMConfig, machine: Machine) -> Run:
     return run
 
 
-def announce(run: Run, corpus: Corpus, buckets: shards.Buckets, machine: Machine) -> None:
+def announce(run: Run, corpus: Corpus, buckets: data.LengthBatchSampler, machine: Machine) -> None:
     """The derived numbers, before step 0."""
     v, per_epoch = run.lm.vocabulary, buckets.steps_per_epoch
     print(show(run.config))
@@ -580,19 +605,16 @@ class Reporter:
 
 
 def main(config: LMConfig) -> int:
-    machine = set_up(config)
+    machine = join_group(config)
     run = train(config, machine)
-    leave(machine)
+    leave_group(machine)
     path = Path(config.out_dir) / "ckpt.pt"
     if machine.rank == 0 and run.step == config.max_steps:
         print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path}")
     elif machine.rank == 0:
         print(f"stopped at step {run.step}, saved in {path}; the same command continues")
-    return 0 if run.step == config.max_steps else checkpoint.INTERRUPTED
+    return 0 if run.step == config.max_steps else common.INTERRUPTED
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(ARGS))
-    except (checkpoint.CheckpointError, DataError, FloatingPointError, ValueError) as error:
-        sys.exit(f"lm.py: {error}")
+    command(main, ARGS)

@@ -1,8 +1,8 @@
 """The gated DiT: tokens and a reference mel in, the velocity of the flow out.
 
-    model = DiT(Shape(n_layer=24, n_head=16, n_embd=1024, codes=(4096, 4096)))
+    model = DiT(DiTConfig(n_layer=24, n_head=16, n_embd=1024, codes=(4096, 4096)))
     loss = flow_matching_loss(model, batch)["fm"]
-    mel = sample(model, model.embed_condition(batch), nfe=32, cfg=2.0)  # normalised; see model.denormalise
+    mel = sample(model, model.embed_condition(batch), nfe=32, cfg_scale=2.0)  # normalised; see model.denormalise
 
 Top to bottom: shape, condition, block, DiT, pooled descriptors and alignment heads, losses, sampler.
 
@@ -21,11 +21,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import DOMAINS
+from common import DOMAINS
 
 
 @dataclass
-class Shape:
+class DiTConfig:
     """What the weights' shapes depend on, and nothing else; stored in every checkpoint."""
 
     n_layer: int = 24  # L
@@ -132,15 +132,15 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 class Block(nn.Module):
     """Eq. 22: two residual updates, adaLN-Zero by the time embedding, both under one scalar gate g (eq. 7)."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, config: DiTConfig):
         super().__init__()
-        D = shape.n_embd
-        self.n_head, self.dropout = shape.n_head, shape.dropout
+        D = config.n_embd
+        self.n_head, self.dropout = config.n_head, config.dropout
         self.modulation = nn.Linear(D, 6 * D)
         self.qkv = nn.Linear(D, 3 * D)
         self.attn_out = nn.Linear(D, D)
-        self.ff_in = nn.Linear(D, shape.ff_mult * D)
-        self.ff_out = nn.Linear(shape.ff_mult * D, D)
+        self.ff_in = nn.Linear(D, config.ff_mult * D)
+        self.ff_out = nn.Linear(config.ff_mult * D, D)
 
     def attention(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         B, T, D = x.shape
@@ -180,20 +180,20 @@ class LocalPosition(nn.Module):
 class FlowModel(nn.Module):
     """What training, probes and sampling ask of a velocity model; DiT is ours, backbones.py has others'.
 
-    A subclass has `tokens`, the table of codes, `blocks`, the modules of each layer, `velocity` and `randomise`.
+    A subclass has `tokens`, the table of codes, `blocks`, the modules of each layer, `velocity` and `reset_parameters`.
     """
 
     one_sweep = False  # whether ablated() grows one batch
 
-    def __init__(self, shape: Shape):
+    def __init__(self, config: DiTConfig):
         super().__init__()
-        self.shape = shape
+        self.config = config
         # BiT-C's projections P_T (eq. 4), shared by all layers so that LASP compares depths in one space
-        self.projections = nn.ModuleDict({name: nn.Linear(shape.n_embd, E, bias=False) for name, E in shape.teachers})
+        self.projections = nn.ModuleDict({name: nn.Linear(config.n_embd, E, bias=False) for name, E in config.teachers})
         self.init_projections()
-        self.register_buffer("code_offset", torch.tensor([0, *shape.codes[:-1]]).cumsum(0), persistent=False)
-        self.register_buffer("mel_mean", torch.zeros(shape.n_mels))
-        self.register_buffer("mel_std", torch.ones(shape.n_mels))
+        self.register_buffer("code_offset", torch.tensor([0, *config.codes[:-1]]).cumsum(0), persistent=False)
+        self.register_buffer("mel_mean", torch.zeros(config.n_mels))
+        self.register_buffer("mel_std", torch.ones(config.n_mels))
         self.register_buffer("mel_floor", torch.tensor(-11.5129))  # log 1e-5
 
     def init_projections(self) -> None:
@@ -213,10 +213,10 @@ class FlowModel(nn.Module):
 
     def ablated(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         """v and every v^(-l) (eq. 8), (L + 1, B, T, M), index 0 the intact model; here a whole pass for each."""
-        layers = range(self.shape.n_layer)
+        layers = range(self.config.n_layer)
         return torch.stack([self.velocity(x_t, t, cond, [float(l != k) for l in layers]) for k in (-1, *layers)])
 
-    def randomise(self) -> None:
+    def reset_parameters(self) -> None:
         """Draws all weights anew, also those that start at zero."""
         raise NotImplementedError
 
@@ -231,10 +231,10 @@ class FlowModel(nn.Module):
         """Tokens (B, N) or (B, N, 2) -> embedding (B, N', D) and lengths (B,); N' = 2N for interleave="sequence"."""
         tokens = batch.tokens if batch.tokens.dim() == 3 else batch.tokens[..., None]
         e = self.tokens(tokens[..., 0] + self.code_offset[batch.domain][:, None])
-        if not self.shape.second_codes:
+        if not self.config.second_codes:
             return e, batch.token_len
         second = self.second(tokens[..., 1])
-        if self.shape.interleave == "pair":
+        if self.config.interleave == "pair":
             return self.pair(torch.cat([e, second], dim=-1)), batch.token_len
         return torch.stack([e, second], dim=2).flatten(1, 2), 2 * batch.token_len  # p1, b1, p2, b2, ... (eq. 15)
 
@@ -262,19 +262,19 @@ class DiT(FlowModel):
 
     one_sweep = True
 
-    def __init__(self, shape: Shape):
-        super().__init__(shape)
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
         self.checkpoint_activations = False  # True: keep a block's input alone and compute the rest again in backward
-        D, M = shape.n_embd, shape.n_mels
-        self.tokens = nn.Embedding(sum(shape.codes), D)  # domain d's code i is row sum(codes[:d]) + i
-        if shape.second_codes:
-            self.second = nn.Embedding(shape.second_codes, D)
-            if shape.interleave == "pair":
+        D, M = config.n_embd, config.n_mels
+        self.tokens = nn.Embedding(sum(config.codes), D)  # domain d's code i is row sum(codes[:d]) + i
+        if config.second_codes:
+            self.second = nn.Embedding(config.second_codes, D)
+            if config.interleave == "pair":
                 self.pair = nn.Linear(2 * D, D)
         self.stem_in = nn.Linear(M + D + M, D)
         self.local = LocalPosition(D)
         self.time_mlp = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head_modulation = nn.Linear(D, 2 * D)
         self.head_out = nn.Linear(D, M)
         self.init_weights()
@@ -292,7 +292,7 @@ class DiT(FlowModel):
             nn.init.zeros_(module.weight)
         self.init_projections()
 
-    def randomise(self) -> None:
+    def reset_parameters(self) -> None:
         self.init_weights()
         self.local.conv.reset_parameters()  # keeps torch's own initialisation, so init_weights leaves it alone
         for linear in [*(b.modulation for b in self.blocks), self.head_modulation, self.head_out]:
@@ -300,7 +300,7 @@ class DiT(FlowModel):
 
     def stem(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> tuple[torch.Tensor, Context]:
         """x_t (B, T, M), t (B,) -> h_0 (B, T, D) and what the blocks need."""
-        T, head_dim = x_t.shape[1], self.shape.n_embd // self.shape.n_head
+        T, head_dim = x_t.shape[1], self.config.n_embd // self.config.n_head
         frequency = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=t.dtype) / 128)
         angle = 1000 * t[:, None] * frequency
         time = self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(x_t.dtype))
@@ -342,33 +342,14 @@ class DiT(FlowModel):
         return self.head(h, context.repeat(L + 1)).unflatten(0, (L + 1, B))
 
 
-def pick_device(device: str) -> str:
-    """ "auto" is cuda where there is one, else the CPU; anything else is itself."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def precision(device: str, dtype: str) -> torch.autocast:
-    """Autocast to bfloat16 where `dtype` says so; "auto": where the machine multiplies it fast."""
-    kind = device.split(":")[0]
-    if kind == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(kind, torch.bfloat16, enabled=fast if dtype == "auto" else dtype == "bfloat16")
-
-
-def count_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def flops_per_frame(model: DiT, T: int) -> float:
     """Floating-point operations of a training step per mel frame of clips of T frames: forward, and twice that for
     backward. Two for each weight that every frame meets, and 4 T D per layer for attention's two products."""
-    D, per_clip = model.shape.n_embd, {id(p) for m in (model.time_mlp, model.head_modulation) for p in m.parameters()}
+    D, per_clip = model.config.n_embd, {id(p) for m in (model.time_mlp, model.head_modulation) for p in m.parameters()}
     per_clip |= {id(p) for b in model.blocks for p in b.modulation.parameters()}
     parts = (model.stem_in, model.local, model.blocks, model.head_out)
     weights = sum(p.numel() for m in parts for p in m.parameters() if p.dim() > 1 and id(p) not in per_clip)
-    return 3 * (2 * weights + 4 * T * D * model.shape.n_layer)
+    return 3 * (2 * weights + 4 * T * D * model.config.n_layer)
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -436,14 +417,14 @@ class AlignHeads(nn.Module):
 
     def __init__(
         self,
-        shape: Shape,
+        config: DiTConfig,
         layers: Iterable[Iterable[int]],
         width: int = 0,
         kind: str = "mlp",
         teacher: str = "external",
     ):
         super().__init__()
-        self.teacher, D = teacher, shape.n_embd
+        self.teacher, D = teacher, config.n_embd
         width = width or D
         make = {
             "mlp": lambda E: MLPHead(D, width, E),
@@ -453,7 +434,7 @@ class AlignHeads(nn.Module):
         self.heads = nn.ModuleDict()
         for d, selected in enumerate(layers):
             for l in selected:
-                self.heads[f"{DOMAINS[d]}_{l}"] = make(shape.teachers[d][1] if teacher == "external" else D)
+                self.heads[f"{DOMAINS[d]}_{l}"] = make(config.teachers[d][1] if teacher == "external" else D)
 
     def forward(self, domain: int, layer: int, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return self.heads[f"{DOMAINS[domain]}_{layer}"](h, mask)
@@ -464,7 +445,7 @@ def deeper_layer(layer: int, n_layer: int) -> int:
     return min(n_layer, layer + max(1, n_layer // 3))
 
 
-def noised(model: DiT, mel: torch.Tensor, t: torch.Tensor, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
+def make_xt(model: DiT, mel: torch.Tensor, t: torch.Tensor, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
     """x_t and the target x1 - x0 (eq. 23) for log-mel (B, T, M) at t (B,), noise from the global generator."""
     x1 = model.normalise(mel)
     x0 = sigma * torch.randn_like(x1)
@@ -479,7 +460,7 @@ def masked_mse(v: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> tor
 def bitc_loss(model: DiT, batch, cond: Condition, weights: Sequence[float] = (0.5, 1.0)) -> torch.Tensor:
     """L_BiTC, eq. 5: over the clips of each domain whose condition was kept, w_d * mean(1 - s_T(0))."""
     z0, loss = descriptor(cond.tokens, cond.mask), cond.tokens.new_zeros((), dtype=torch.float32)
-    for d, (name, _) in enumerate(model.shape.teachers):
+    for d, (name, _) in enumerate(model.config.teachers):
         chosen = (batch.domain == d) & cond.kept
         score = cosine(model.projections[name](z0), batch.teacher[name])
         loss = loss + weights[d] * ((1 - score) * chosen).sum() / chosen.sum().clamp_min(1)
@@ -509,7 +490,7 @@ def alignment_loss(
             if heads.teacher == "self":
                 target = descriptor(states[deeper_layer(l, len(states) - 1)], mask).detach()
             else:
-                target = batch.teacher[model.shape.teachers[d][0]]
+                target = batch.teacher[model.config.teachers[d][0]]
             score = cosine(heads(d, l, states[l], mask), target)  # of all clips, so that DDP meets every head in a step
             loss = loss + (weight * (1 - score)).sum() / chosen.sum().clamp_min(1)
     return loss
@@ -526,12 +507,41 @@ def flow_matching_loss(
     """The training losses of one batch, each a scalar: fm (eq. 23), bitc (eq. 5) and, with heads, align (eq. 12)."""
     cond = model.embed_condition(batch, token_drop)
     t = torch.rand(len(batch.frames), device=batch.mel.device)
-    x_t, target = noised(model, batch.mel, t, sigma)
+    x_t, target = make_xt(model, batch.mel, t, sigma)
     v, states = model.velocity(x_t, t, cond, hidden=True)
     losses = {"fm": masked_mse(v, target, cond.mask), "bitc": bitc_loss(model, batch, cond)}
     if heads is not None:
         losses["align"] = alignment_loss(model, heads, batch, cond.mask, states, t, selection)
     return losses
+
+
+class Objective(nn.Module):
+    """All that is trained: the model and, in phase II, the alignment heads; `config` is train.Config. forward(batch) gives
+    the losses (eq. 12)."""
+
+    def __init__(self, model: FlowModel, config):
+        super().__init__()
+        self.model, self.config = model, config
+        self.heads: AlignHeads | None = None
+        self.selection: Selection = [{} for _ in DOMAINS]
+
+    def select(self, selection: Selection) -> None:
+        """Aligns these layers from now on, each with a head of its own, drawn from config.seed so that branches start
+        alike. A selection that will be refreshed gets a head for every layer at once, weight 0 where not selected."""
+        c = self.config
+        if c.refresh_every and any(selection):
+            last = self.model.config.n_layer - (c.align_teacher == "self")
+            selection = [{l: s.get(l, [0.0]) for l in range(1, last + 1)} for s in selection]
+        self.selection = selection
+        if any(selection) and self.heads is None:
+            with torch.random.fork_rng([]):
+                torch.manual_seed(c.seed)
+                self.heads = AlignHeads(self.model.config, selection, c.head_dim, c.align_head, c.align_teacher)
+            self.heads.to(next(self.model.parameters()).device)
+
+    def forward(self, batch) -> dict[str, torch.Tensor]:
+        c = self.config
+        return flow_matching_loss(self.model, batch, c.sigma, c.token_drop, self.heads, self.selection)
 
 
 EPSS = {  # F5-TTS's empirically pruned steps, in 32nds (arXiv:2505.19931)
@@ -560,7 +570,7 @@ def sample(
     model: DiT,
     cond: Condition,
     nfe: int = 32,
-    cfg: float = 2.0,
+    cfg_scale: float = 2.0,
     sway: float = -1.0,
     sigma: float = 0.5,
     method: str = "euler",
@@ -569,26 +579,26 @@ def sample(
 ) -> torch.Tensor:
     """Integrates dx = v dt from noise to a normalised mel (B, T, M), zeros on padding.
 
-    `nfe` counts velocity evaluations per clip (midpoint spends two a step); guidance v_u + cfg (v_c - v_u), run as one
-    batch of 2B, is off at cfg = 1. A clip's noise depends on `seed` and its place in the batch, not on padding. Raises
+    `nfe` counts velocity evaluations per clip (midpoint spends two a step); guidance v_u + cfg_scale (v_c - v_u), run as one
+    batch of 2B, is off at cfg_scale = 1. A clip's noise depends on `seed` and its place in the batch, not on padding. Raises
     ValueError when nfe does not fit the method or EPSS.
     """
     if method not in ("euler", "midpoint") or nfe < 1 or (method == "midpoint" and nfe % 2):
         raise ValueError(f"sampler {method!r} with nfe={nfe}: use euler with nfe >= 1, or midpoint with an even nfe")
     B, T = cond.mask.shape
     device = cond.tokens.device
-    x = torch.zeros(B, T, model.shape.n_mels)
+    x = torch.zeros(B, T, model.config.n_mels)
     for b, n in enumerate(cond.mask.sum(1).tolist()):
         own = torch.Generator().manual_seed(seed * 100_003 + b)
-        x[b, :n] = sigma * torch.randn(n, model.shape.n_mels, generator=own)
+        x[b, :n] = sigma * torch.randn(n, model.config.n_mels, generator=own)
     x = x.to(device, torch.promote_types(cond.tokens.dtype, torch.float32))
-    both = cond.with_null() if cfg != 1 else cond
+    both = cond.with_null() if cfg_scale != 1 else cond
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
-        if cfg == 1:
+        if cfg_scale == 1:
             return model.velocity(x, x.new_full((B,), t), cond)
         v_c, v_u = model.velocity(x.repeat(2, 1, 1), x.new_full((2 * B,), t), both).chunk(2)
-        return v_u + cfg * (v_c - v_u)
+        return v_u + cfg_scale * (v_c - v_u)
 
     times = time_grid(nfe if method == "euler" else nfe // 2, sway, epss).tolist()
     for t, t_next in itertools.pairwise(times):

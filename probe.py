@@ -2,7 +2,7 @@
 
     python probe.py --ckpt out/demo/ckpt.pt                # table, probe.json and probe.png beside the checkpoint
     python probe.py --ckpt out/demo/ckpt.pt --clips=32 --control=false
-    python probe.py --ckpt out/demo/warmup.pt out/demo/ckpt.pt      # does the ranking last? (the paper's table 7)
+    python probe.py --ckpt out/demo/phase1.pt out/demo/ckpt.pt      # does the ranking last? (the paper's table 7)
     python probe.py --backbone f5tts --random_init         # another's published model, see backbones.py
     python probe.py --backbone f5tts --weights model_1250000.safetensors    # with its published weights
 
@@ -17,7 +17,7 @@ B clips, T frames, M mel bins, D width, L layers, G points of the t grid.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from configurator import DOMAINS, configure
+from configurator import configure
 
 
 @dataclass
@@ -52,7 +52,6 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import itertools
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,11 +60,11 @@ import numpy as np
 import scipy.stats
 import torch
 
-import checkpoint
+import common
 from backbones import build, load_model, published
-from corpora import DataError
-from model import FlowModel, Selection, Shape, cosine, descriptors, masked_mse, noised, pick_device, precision
-from shards import Batch, Dataset, fixed_batch, read_meta, write_json
+from common import DOMAINS, command, pick_device, precision, write_json
+from data import Batch, Dataset, fixed_batch, read_meta
+from model import DiTConfig, FlowModel, Selection, cosine, descriptors, make_xt, masked_mse
 
 EPS = 1e-8  # of eq. 9
 SWEEP_FRAMES = 40_000  # clips x frames x (L + 1) of one growing batch, which bounds its memory
@@ -111,7 +110,7 @@ def foga_map(model: FlowModel, batch: Batch, t_grid: Sequence[float], sigma: flo
         for t in t_grid:
             torch.manual_seed(seed)  # the same noise at every t, so that a row differs from the next by t alone
             ts = batch.mel.new_full((B,), float(t))
-            x_t, _ = noised(model, batch.mel, ts, sigma)
+            x_t, _ = make_xt(model, batch.mel, ts, sigma)
             conds = [cond.clips(rows) for rows in parts]
             each = [
                 foga_scores(model.ablated(x_t[rows], ts[rows], c), c.mask) for rows, c in zip(parts, conds, strict=True)
@@ -139,13 +138,13 @@ def lasp_map(
         for t in t_grid:
             torch.manual_seed(seed)
             ts = batch.mel.new_full((len(batch.frames),), float(t))
-            x_t, _ = noised(model, batch.mel, ts, sigma)
+            x_t, _ = make_xt(model, batch.mel, ts, sigma)
             _, states = model.velocity(x_t, ts, cond, hidden=True)
             row = cond.tokens.new_zeros(
                 len(ts), len(states), dtype=torch.promote_types(cond.tokens.dtype, torch.float32)
             )
             for l, z in enumerate(descriptors(cond, states)):
-                for d, (name, _) in enumerate(model.shape.teachers):
+                for d, (name, _) in enumerate(model.config.teachers):
                     own = batch.domain == d
                     row[own, l] = cosine(model.projections[name](z[own]), batch.teacher[name][own]).to(row.dtype)
             rows.append(row)
@@ -167,7 +166,7 @@ def gradient_products(model: FlowModel, batch: Batch, t_grid: Sequence[float], s
         for (g, t), layers in itertools.product(enumerate(t_grid), parts):
             torch.manual_seed(seed)
             ts = batch.mel.new_full((B,), float(t))
-            x_t, target = noised(model, batch.mel, ts, sigma)
+            x_t, target = make_xt(model, batch.mel, ts, sigma)
             params = [list(model.blocks[l].parameters()) for l in layers]
             gradients = [[] for _ in layers]
             for b in range(B):
@@ -203,7 +202,7 @@ def random_control(model: FlowModel, seed: int = 0) -> FlowModel:
     """A copy with freshly drawn weights, also where adaLN-Zero starts at zero: what architecture alone would score."""
     control = copy.deepcopy(model)
     with probing(control, seed):
-        control.randomise()
+        control.reset_parameters()
     return control
 
 
@@ -313,7 +312,7 @@ def select(config, result: dict, n_layer: int) -> list[dict[int, list[float]]]:
     for name in DOMAINS:
         scores = result[name]
         if not 1e-6 < scores["velocity_norm"] < float("inf"):
-            raise ValueError("the velocity is zero or not finite: FoG-A has no ranking; raise warmup_steps")
+            raise ValueError("the velocity is zero or not finite: FoG-A has no ranking; raise phase1_steps")
         rows = scores["foga_map"] if config.timestep_adaptive else [scores["foga"]]
         parts = []
         for foga_row in rows:
@@ -445,7 +444,7 @@ def report(out_dir: Path, result: dict, control: dict | None, selection: Selecti
 
 def cost(result: dict, model: FlowModel, state: dict) -> str:
     """What the probes cost, here and in training."""
-    L, naive = model.shape.n_layer, (model.shape.n_layer + 1) * len(result["t"])
+    L, naive = model.config.n_layer, (model.config.n_layer + 1) * len(result["t"])
     here = f"FoG-A of {L} layers: {result['foga_seconds']:.1f} s, "
     here += f"the work of {naive / 2:.0f} forward passes instead of {naive}" if model.one_sweep else f"{naive} passes"
     spent = sum(p["result"]["seconds"] for p in state["probes"])
@@ -468,9 +467,9 @@ def without_checkpoint(args: ProbeArgs) -> tuple[FlowModel, dict, Path]:
         codes = tuple(meta["prepared_with"][f"{domain}_codes"] for domain in DOMAINS)
         size = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "dropout": 0.0}
         second = 1024 if meta["streams"] > 1 else 0
-        model = build(args.backbone, Shape(**size, codes=codes, second_codes=second, teachers=teachers))
+        model = build(args.backbone, DiTConfig(**size, codes=codes, second_codes=second, teachers=teachers))
         with probing(model, args.seed):
-            model.randomise()
+            model.reset_parameters()
         model.mel_mean.copy_(torch.tensor(meta["mel_mean"])), model.mel_std.copy_(torch.tensor(meta["mel_std"]))
         out = f"{name}_random"
     about = {"config": {"data_dir": data_dir, "sigma": sigma}, "selection": [{}, {}], "probes": [], "seconds": 0.0}
@@ -482,7 +481,7 @@ def opened(args: ProbeArgs, device: str) -> list[tuple[FlowModel, dict, Path]]:
     if args.random_init or args.weights:
         model, state, path = without_checkpoint(args)
         return [(model.to(device).eval(), state, path)]
-    states = [checkpoint.load(path) for path in args.ckpt]
+    states = [common.load(path) for path in args.ckpt]
     if len({state["config"]["n_layer"] for state, _ in states}) > 1:
         raise ValueError("the checkpoints of --ckpt have different depths: their layers cannot be compared")
     own = states[0][0]["config"]["backbone"]
@@ -529,7 +528,4 @@ def main(args: ProbeArgs) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except (checkpoint.CheckpointError, DataError, FileNotFoundError, ValueError) as error:
-        sys.exit(f"probe.py: {error}")
+    command(main, ARGS)

@@ -19,7 +19,7 @@ import scipy.stats
 import torch
 
 import audio
-from configurator import DOMAINS
+from common import DOMAINS
 
 
 def read_csv(path: Path) -> list[dict]:

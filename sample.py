@@ -14,7 +14,7 @@ B clips, T frames, N tokens, M mel bins.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from configurator import DOMAINS, Config, configure, from_dict
+from configurator import configure, from_dict
 
 
 @dataclass
@@ -42,7 +42,7 @@ class SampleArgs:
     max_seconds: float = 12.0  # longest clip
     # stage 2: tokens to waveform
     nfe: int | None = None  # velocity evaluations per clip
-    cfg: float | None = None  # guidance scale; 1 is none
+    cfg_scale: float | None = None  # guidance scale; 1 is none
     sway: float | None = None  # sway sampling coefficient
     epss: bool = False  # F5-TTS's schedule for few steps, for nfe 5, 6, 7, 10, 12 or 16
     method: Literal["euler", "midpoint"] = "euler"  # integrator; midpoint spends two evaluations a step
@@ -75,15 +75,15 @@ import numpy as np
 import torch
 
 import audio
-import checkpoint
+import common
 import data
-import fetch
 import lm as stage1
-import shards
 from backbones import load_model
-from corpora import AUDIO, SPEECH
-from model import FlowModel, pick_device, precision, sample
-from shards import Batch, Dataset, Prepared, first_of_each_domain
+from common import AUDIO, DOMAINS, SPEECH, command, pick_device, precision
+from data import Batch, Dataset, first_of_each_domain
+from model import FlowModel, sample
+from prepare import __main__ as preparation
+from train import Config
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Request:
 
 def settings(args, run: dict) -> dict:
     """The sampler's settings: the command's where given, else those of the run that trained the model."""
-    chosen = {k: run[k] if getattr(args, k) is None else getattr(args, k) for k in ("nfe", "cfg", "sway")}
+    chosen = {k: run[k] if getattr(args, k) is None else getattr(args, k) for k in ("nfe", "cfg_scale", "sway")}
     return chosen | {"sigma": run["sigma"], "method": args.method, "epss": args.epss, "seed": args.seed}
 
 
@@ -159,10 +159,10 @@ class Stage1:
 
     def __init__(self, path: str, model: FlowModel, device: str, data: str = ""):
         self.lm, self.encode, self.state = stage1.load_lm(path, device)
-        if model.shape.second_codes:
+        if model.config.second_codes:
             raise ValueError("the model reads a second token stream, which no LM writes; use one of beats_tokens=False")
-        if tuple(self.lm.vocabulary.codes) != tuple(model.shape.codes):
-            raise ValueError(f"{path} writes codes of {self.lm.vocabulary.codes}, the model reads {model.shape.codes}")
+        if tuple(self.lm.vocabulary.codes) != tuple(model.config.codes):
+            raise ValueError(f"{path} writes codes of {self.lm.vocabulary.codes}, the model reads {model.config.codes}")
         if data and self.state["data"] != data:
             print(f"warning: {path} was trained on another preparation than the model it writes for", file=sys.stderr)
 
@@ -171,7 +171,7 @@ class Stage1:
         texts: Sequence[tuple[int, str]],
         sampling: stage1.Sampling,
         max_seconds: float,
-        references: dict[int, Prepared] | None = None,
+        references: dict[int, preparation.Prepared] | None = None,
         prompt_max: float = 0.3,
         size: int = 16,
     ) -> list[Request]:
@@ -192,9 +192,9 @@ class Stage1:
         return out
 
 
-def with_prompt(request: Request, reference: Prepared, rates: list[int], prompt_max: float) -> Request:
+def with_prompt(request: Request, reference: preparation.Prepared, rates: list[int], prompt_max: float) -> Request:
     """The request after the beginning of a reference, cut where a token starts."""
-    unit = shards.crop_unit(rates)
+    unit = data.crop_unit(rates)
     room = int(prompt_max / (1 - prompt_max) * request.frames)
     first = min(len(reference.mel), room) // unit * unit
     tokens = round(first * rates[request.domain] / audio.FRAME_RATE)
@@ -230,7 +230,7 @@ def make_requests(args: SampleArgs, model: FlowModel, state: dict, device: str) 
     if texts:
         stage = Stage1(args.lm, model, device, state.get("data", ""))
         domains = sorted({d for d, _ in texts}) if args.reference else []
-        references = {d: data.encode_file(args.reference, d, config) for d in domains}
+        references = {d: preparation.encode_file(args.reference, d, config) for d in domains}
         sampling = stage1.Sampling(args.temperature, args.top_p, args.guidance, args.repetition, seed=args.seed)
         made = {"lm": args.lm, "lm_step": stage.state["step"], "reference": args.reference, **asdict(sampling)}
         requests = stage.requests(texts, sampling, args.max_seconds, references, run["prompt_max"])
@@ -239,7 +239,7 @@ def make_requests(args: SampleArgs, model: FlowModel, state: dict, device: str) 
         ]
         return requests, about
     if args.tokens_from:
-        own = data.encode_file(args.tokens_from, DOMAINS.index(args.domain), config)
+        own = preparation.encode_file(args.tokens_from, DOMAINS.index(args.domain), config)
         name = Path(args.tokens_from).stem
         about = {"file": f"{name}_again", "tokens_from": args.tokens_from, "domain": args.domain}
         return [Request(own.tokens, own.clip.domain, len(own.mel))], [about]
@@ -254,8 +254,8 @@ def make_requests(args: SampleArgs, model: FlowModel, state: dict, device: str) 
 
 
 def main(args: SampleArgs) -> None:
-    state, used = checkpoint.load(args.ckpt)
-    if "shape" not in state:
+    state, used = common.load(args.ckpt)
+    if "model_config" not in state:
         raise ValueError(f"{used} is not a checkpoint of train.py")
     run, device = state["config"], pick_device(args.device)
     model, vocoder = load_model(state, device=device), audio.load_vocoder(args.vocoder or run["vocoder"], device)
@@ -281,7 +281,4 @@ def main(args: SampleArgs) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except (checkpoint.CheckpointError, data.DataError, fetch.FetchError, OSError, ValueError) as error:
-        sys.exit(f"sample.py: {error}")
+    command(main, ARGS)

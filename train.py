@@ -2,16 +2,138 @@
 
     python train.py config/demo.py                                   # prepares the data, trains, evaluates
     python train.py config/demo.py --batch_size=8 --out_dir=out/small
-    python train.py config/demo.py --align=none --branch_from=out/demo/warmup.pt --out_dir=out/none
+    python train.py config/demo.py --align=none --branch_from=out/demo/phase1.pt --out_dir=out/none
     torchrun --nproc_per_node=8 train.py config/unified_b.py
 
-Phase I (warmup_steps): L_FM + L_BiTC, with probes. At its end layers and weights are selected and frozen, and
-warmup.pt is saved, from which every run of a comparison branches. Phase II adds the alignment term. A run stopped by
+Phase I (phase1_steps): L_FM + L_BiTC, with probes. At its end layers and weights are selected and frozen, and
+phase1.pt is saved, from which every run of a comparison branches. Phase II adds the alignment term. A run stopped by
 Ctrl-C, SIGTERM or a crash continues when the same command is given again. Everything goes to out_dir: ckpt.pt,
-warmup.pt, config.json, log.csv, probe.json, probe.png, samples/, eval.json.
+phase1.pt, config.json, log.csv, probe.json, probe.png, samples/, eval.json.
 """
 
-from configurator import DOMAINS, Config, configure, show
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar, Literal
+
+from configurator import configure, show, to_words
+
+
+@dataclass
+class Config:
+    """Every setting of preparation, training and probing; a config file lists only what differs."""
+
+    # run
+    out_dir: str = "out/unified_b"  # run directory; an unfinished run found there is continued
+    branch_from: str = ""  # phase1.pt of another run: start at the end of its phase I
+    seed: int = 0  # seeds weights, data order and noise
+    device: str = "auto"  # auto | cpu | cuda | mps
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto takes bfloat16 where the machine has it
+    compile: bool = False  # torch.compile each block
+    checkpoint_activations: bool = False  # compute activations again in backward: less memory, up to a third more time
+    loader_threads: int = 1  # threads that prepare the next batches; 0: none
+    # corpus
+    data_dir: str = "data/unified_b"  # prepared shards, shared by all runs on the same data
+    speech_dir: str = ""  # any folder of recordings, each with a same-named .txt; "demo": fetch a small corpus
+    audio_dir: str = ""  # any folder of sounds, captioned by a same-named .txt or their name; "demo": fetch some
+    librispeech_dir: str = ""  # LibriSpeech, any of its splits
+    audioset_dir: str = ""  # AudioSet: *_segments.csv, ontology.json and clips named after their YouTube id
+    manifest: str = ""  # .jsonl of path, text, domain and where wanted start, end, group
+    min_seconds: float = 0.5  # shorter clips are skipped
+    max_seconds: float = 30.0  # longer clips are skipped; Whisper hears 30 s
+    held_out: float = 0.02  # share of clips kept for validation and evaluation, in whole groups (speakers, texts)
+    data_seed: int = 0  # seeds the held-out split and the tokenizers
+    reference_clips: int = 300  # training clips per domain whose waveform is kept, the reference of FAD
+    # teachers and tokenizers
+    whisper: str = "openai/whisper-large-v3"  # speech teacher: hub name or folder; "demo": Whisper tiny.en
+    audio_teacher: str = "BEATs_iter3_plus_AS2M.pt"  # path of BEATs' weights; "demo": the aisfx sound-effects network
+    speech_tokenizer: Literal["s3", "whisper_vq"] = "s3"  # whisper_vq: VQ on the speech teacher's states, fitted here
+    s3: str = "speech_tokenizer_v1"  # S3's name in the s3tokenizer package, or the path of CosyVoice's .onnx file
+    audio_tokenizer: str = ""  # AST trained by tokenizer.py, a path; empty: fitted here on the training clips
+    beats_tokenizer: str = "Tokenizer_iter3_plus_AS2M.pt"  # path of the BEATs tokenizer behind beats_tokens
+    speech_codes: int = 4096  # codebook size of the speech tokens
+    audio_codes: int = 4096  # codebook size of the audio tokens
+    beats_tokens: bool = True  # config B: a second stream of BEATs tokens beside the primary one
+    interleave: Literal["pair", "sequence"] = "pair"  # two streams: concat -> linear, or 2N tokens as written
+    tokenizer_steps: int = 20_000  # training steps of a tokenizer that is fitted here
+    code_init: bool = False  # start the token table at the tokenizer's codebook, so that near codes start near
+    # model
+    backbone: Literal["", "f5tts", "voicebox", "cosyvoice", "matcha"] = ""  # another's published model; empty: ours
+    n_layer: int = 24  # DiT blocks
+    n_head: int = 16  # attention heads
+    n_embd: int = 1024  # model width D
+    ff_mult: int = 4  # feed-forward width as a multiple of D
+    dropout: float = 0.2  # in attention output and feed-forward
+    # flow matching
+    sigma: float = 0.5  # standard deviation of the noise x0
+    token_drop: float = 0.1  # probability that a clip's whole condition is dropped, for guidance
+    prompt_drop: float = 0.1  # probability that a clip's reference mel is dropped
+    prompt_max: float = 0.3  # longest reference prefix, as a share of the clip
+    mel_floor: float = -11.5129  # log-mel below this (1e-5) counts as this
+    mel_stats: tuple[float, ...] = (-5.8843, 2.2615)  # log-mel mean and std; (): per bin, from the training split
+    # optimisation
+    max_steps: int = 500_000  # optimizer steps, both phases
+    batch_frames: int = 38_400  # mel frames of a batch, padding included
+    batch_size: int = 64  # most clips of a batch
+    accumulate: int = 1  # batches per step and rank, their gradients averaged
+    crop_frames: int = 0  # longer clips are cropped to this at random, each time anew; 0: never
+    trim: float = 0.05  # clips of a batch are cut, mostly at their end, to its shortest where none loses a larger share
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for everything else
+    learning_rate: float = 1e-4  # peak of the one-cycle schedule
+    lr_warmup: float = 0.1  # share of max_steps on the way up
+    weight_decay: float = 0.1  # on matrices
+    beta2: float = 0.999  # AdamW; beta1 is 0.9
+    grad_clip: float = 1.0  # largest gradient norm
+    ema_decay: float = 0.9999  # of the averaged weights, which probe, sample and evaluate use
+    # probe, then intervene
+    phase1_steps: int = 5000  # phase I: L_FM + L_BiTC; at its end layers are selected and phase1.pt is saved
+    probe_every: int = 200  # steps between probes in phase I
+    probe_clips: int = 1  # clips per domain in the probe batch
+    probe_times: int = 8  # points of the t grid
+    probe_frames: int = 1000  # probe clips are cut to this
+    bitc_weight: float = 1.0  # weight of L_BiTC
+    align: Literal["none", "fixed", "random", "lasp", "gradnorm", "foga"] = "foga"  # how layers are selected
+    align_head: Literal["mlp", "conv1d", "conv2d"] = "mlp"  # mlp on the pooled descriptor, conv on the sequence
+    align_teacher: Literal["external", "self"] = "external"  # self: a deeper layer of the model, detached (LayerSync)
+    align_layers: tuple[int, ...] = ()  # the layers, 1..n_layer, for align=fixed
+    top_k: int = 3  # layers selected per domain
+    weighting: Literal["foga", "normalized", "equal"] = "foga"  # align_weight * score; with sum align_weight; or equal
+    align_weight: float = 2.0  # scale of the alignment weights
+    timestep_adaptive: bool = False  # select layers for each part of the t grid of the probe, for align=foga
+    refresh_every: int = 0  # steps between new probes and selections in phase II; 0: selected once
+    align_stop: int = 0  # step after which the alignment term is off (HASTE); 0: never
+    head_dim: int = 0  # hidden width of the alignment heads; 0: n_embd
+    # reporting
+    log_every: int = 10  # steps between rows of log.csv
+    eval_every: int = 2000  # steps between held-out losses
+    eval_clips: int = 64  # held-out clips per domain for the held-out loss
+    save_every: int = 2000  # steps between checkpoints
+    evaluate_every: int = 0  # steps between runs of evaluate.py, for curves of FAD and WER; 0: only at the end
+    # sampling and evaluation at the end of a run
+    nfe: int = 32  # velocity evaluations per clip
+    cfg_scale: float = 3.0  # guidance: v_u + cfg_scale (v_c - v_u); 1 is none
+    sway: float = -1.0  # sway sampling coefficient; negative dwells near the noise
+    vocoder: str = "charactr/vocos-mel-24khz"  # hub name or folder of a Vocos, or griffin_lim, which needs no weights
+    asr: str = "openai/whisper-large-v3"  # recogniser for WER: hub name or folder; "demo": Whisper tiny.en
+    fad_model: Literal["yamnet", "vggish", "aisfx", "whisper", "none"] = "yamnet"  # network under FAD; not a teacher
+    evaluate: bool = True  # run probe.py and evaluate.py on the finished checkpoint
+
+    ranges: ClassVar[dict[str, tuple]] = {
+        **dict.fromkeys("min_seconds max_seconds sigma learning_rate grad_clip".split(), (1e-12, None)),
+        **dict.fromkeys("held_out token_drop prompt_drop prompt_max trim".split(), (0, 1)),
+        **dict.fromkeys("dropout lr_warmup beta2 ema_decay".split(), (0, 1)),
+        **dict.fromkeys(
+            "speech_codes audio_codes tokenizer_steps n_layer n_head n_embd ff_mult max_steps batch_frames batch_size "
+            "accumulate phase1_steps probe_every probe_clips probe_times probe_frames top_k log_every eval_every "
+            "eval_clips save_every nfe".split(),
+            (1, None),
+        ),
+        **dict.fromkeys(
+            "seed data_seed loader_threads reference_clips crop_frames weight_decay head_dim refresh_every align_stop "
+            "evaluate_every bitc_weight align_weight".split(),
+            (0, None),
+        ),
+    }
+    renamed: ClassVar[dict[str, str]] = {"warmup_steps": "phase1_steps", "optimiser": "optimizer", "cfg": "cfg_scale"}
+
 
 if __name__ == "__main__":
     ARGS = configure(Config, __doc__)  # a typo is answered before torch is imported
@@ -19,50 +141,25 @@ if __name__ == "__main__":
 import collections
 import contextlib
 import copy
-import json
 import math
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import backbones
-import checkpoint
+import common
 import data
-import fetch
 import probe
-import shards
-import tokenizer
-from loop import (
-    Finite,
-    Log,
-    Machine,
-    Optimiser,
-    decay_groups,
-    leave,
-    make_optimiser,
-    same_data,
-    set_up,
-    time_left,
-    update,
-)
-from model import (
-    AlignHeads,
-    FlowModel,
-    Selection,
-    Shape,
-    count_parameters,
-    flow_matching_loss,
-    masked_mse,
-    noised,
-)
+from common import DOMAINS, Machine, Optimizer, clip_and_step, command, count_parameters, step_seed
+from data import Batch, Dataset, Prefetcher, TrainingBatches, fixed_batch
+from model import DiTConfig, FlowModel, Objective, Selection, make_xt, masked_mse
 
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # t of the held-out loss
 COLUMNS = ("step", "phase", "loss", "fm", "bitc", "align", "grad_norm", "lr", "frames_per_s", "seconds")
@@ -70,7 +167,7 @@ COLUMNS += tuple(f"held_out_{name}" for name in DOMAINS)
 # settings that a continued run may change, and those that a branch from the end of phase I may change as well
 MAY_DIFFER = (
     "out_dir branch_from device dtype compile checkpoint_activations loader_threads data_dir log_every eval_every "
-    "eval_clips save_every nfe cfg sway vocoder asr fad_model evaluate evaluate_every"
+    "eval_clips save_every nfe cfg_scale sway vocoder asr fad_model evaluate evaluate_every"
 ).split() + data.CORPUS  # what data_dir was prepared from; Run.data says which preparation it is
 BRANCH_MAY_DIFFER = (
     "align align_layers align_head align_teacher timestep_adaptive refresh_every align_stop top_k weighting "
@@ -78,32 +175,100 @@ BRANCH_MAY_DIFFER = (
 ).split()
 
 
-class Objective(nn.Module):
-    """All that is trained: the DiT and, in phase II, the alignment heads. forward(batch) gives the losses (eq. 12)."""
+# ---- the loop
 
-    def __init__(self, model: FlowModel, config: Config):
-        super().__init__()
-        self.model, self.config = model, config
-        self.heads: AlignHeads | None = None
-        self.selection: Selection = [{} for _ in DOMAINS]
 
-    def select(self, selection: Selection) -> None:
-        """Aligns these layers from now on, each with a head of its own, drawn from config.seed so that branches start
-        alike. A selection that will be refreshed gets a head for every layer at once, weight 0 where not selected."""
-        c = self.config
-        if c.refresh_every and any(selection):
-            last = self.model.shape.n_layer - (c.align_teacher == "self")
-            selection = [{l: s.get(l, [0.0]) for l in range(1, last + 1)} for s in selection]
-        self.selection = selection
-        if any(selection) and self.heads is None:
-            with torch.random.fork_rng([]):
-                torch.manual_seed(c.seed)
-                self.heads = AlignHeads(self.model.shape, selection, c.head_dim, c.align_head, c.align_teacher)
-            self.heads.to(next(self.model.parameters()).device)
+def train(config: Config, machine: Machine) -> "Run":
+    """Trains to max_steps or to a signal; returns the run. Rank 0 alone prints and writes.
 
-    def forward(self, batch: shards.Batch) -> dict[str, torch.Tensor]:
-        c = self.config
-        return flow_matching_loss(self.model, batch, c.sigma, c.token_drop, self.heads, self.selection)
+    All randomness of a step (noise, t, dropout, condition drop) follows from (seed, step, place), so a resumed run
+    repeats it exactly, probes or samples between steps change nothing, and two ranks do what one does that accumulates
+    twice. A non-finite gradient, which every rank sees alike after the all-reduce, updates nothing.
+    """
+    run, dataset, held_out = open_run(config, machine)
+    sampler = TrainingBatches(dataset, config, machine.rank, machine.world)
+    batches = Prefetcher(sampler, config.loader_threads, pin=machine.device.startswith("cuda"))
+    probe_batch = fixed_batch(dataset, config.probe_clips, config.seed, config.probe_frames).to(machine.device)
+    report = Report(run, machine, sampler, held_out) if machine.lead else None
+    finite = common.Finite(lambda: save(run) if machine.lead else None)
+    stop, objective = common.StopRequest(machine.device), distributed(run, machine)
+    while run.step < config.max_steps and not stop.agreed():
+        # the mean gradient of this rank's batches; with the last of them DDP takes the mean over ranks
+        parts = [batches(run.step * config.accumulate + micro) for micro in range(config.accumulate)]
+        aligned = not config.align_stop or run.step < config.align_stop  # 0 * keeps the heads in the graph, for DDP
+        means = collections.defaultdict(float)
+        for micro, batch in enumerate(parts):
+            torch.manual_seed(step_seed(config.seed, run.step, micro * machine.world + machine.rank))
+            waits = machine.world > 1 and micro < config.accumulate - 1
+            with objective.no_sync() if waits else contextlib.nullcontext():
+                with machine.precision():
+                    losses = objective(batch.to(machine.device))
+                loss = losses["fm"] + config.bitc_weight * losses["bitc"] + aligned * losses.get("align", 0.0)
+                (loss / config.accumulate).backward()
+            for name, value in (losses | {"loss": loss}).items():
+                means[name] = means[name] + value.detach() / config.accumulate
+
+        # one step of the optimizer and of the average
+        moved = clip_and_step(run.objective, run.optimizer, run.step, config)
+        if math.isfinite(moved["grad_norm"]):
+            update_ema(run.ema, run.objective.model, min(config.ema_decay, (1 + run.step) / (10 + run.step)))
+        run.step += 1
+        finite.check(run.step, moved["grad_norm"], [i for part in parts for i in part.ids.tolist()])
+
+        # phase I probes; at its end layers are selected and their heads join, at a refresh they are selected anew
+        switch = run.step == config.phase1_steps and not run.selected
+        refresh = bool(run.objective.heads) and due(run.step, config.refresh_every)
+        if switch or refresh or (not run.selected and due(run.step, config.probe_every)):
+            run.probes.append({"step": run.step, "result": probe_now(run, probe_batch, machine)})
+        if refresh:
+            run.objective.select(probe.select(config, run.probes[-1]["result"], config.n_layer))
+        if switch:
+            if machine.lead:
+                save(run, "phase1.pt")
+            intervene(run)
+            objective = distributed(run, machine)
+            if machine.lead:
+                optional(lambda: report_phase1(run, probe_batch, machine))
+
+        # log, evaluate, save
+        if report:
+            numbers = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True)) | moved
+            report.count(numbers, sum(int(part.frames.sum()) for part in parts) * machine.world)
+            end = run.step == config.max_steps
+            curve = due(run.step, config.evaluate_every) and not end
+            held_out_due, save_due = (end or due(run.step, n) for n in (config.eval_every, config.save_every))
+            if end or curve or held_out_due or save_due or due(run.step, config.log_every):
+                report.row(held_out_due)
+            if save_due or curve:
+                save(run)
+            if curve:
+                evaluate_checkpoint(run, machine, ["evaluate.py"])
+            if held_out_due or save_due or curve:
+                report.restart_clock()  # none of that is training time
+    if report and run.step < config.max_steps:
+        report.row(False)  # evaluate.py tells by the log how far a run has come
+        save(run)
+    return run
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that is done every n steps, 0 for never, is done after this one."""
+    return every > 0 and step % every == 0
+
+
+def distributed(run: "Run", machine: Machine) -> nn.Module:
+    """The objective, under DDP where there are several ranks."""
+    if machine.world == 1:
+        return run.objective
+    return DistributedDataParallel(run.objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+@torch.no_grad()
+def update_ema(ema: FlowModel, model: FlowModel, decay: float) -> None:
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+# ---- what is trained
 
 
 @dataclass
@@ -112,23 +277,23 @@ class Run:
 
     config: Config
     objective: Objective
-    optimiser: Optimiser
+    optimizer: Optimizer
     ema: FlowModel
-    data: str = ""  # which preparation it trains on
-    step: int = 0  # optimiser steps done
+    data: str = ""  # fingerprint of the preparation that it trains on
+    step: int = 0  # optimizer steps done
     selected: bool = False  # phase II
-    probes: list[dict] = field(default_factory=list)  # one entry per probe of phase I
+    probes: list[dict] = field(default_factory=list)  # one entry per probe
     seconds: float = 0.0  # spent training
 
     def state(self) -> dict:
         """What ckpt.pt holds: tensors and plain values only."""
         return {
             "config": asdict(self.config),
-            "shape": asdict(self.objective.model.shape),
+            "model_config": asdict(self.objective.model.config),
             "model": self.objective.model.state_dict(),
             "ema": self.ema.state_dict(),
             "heads": self.objective.heads.state_dict() if self.objective.heads else None,
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "selection": self.objective.selection,
             "selected": self.selected,
             "data": self.data,
@@ -140,206 +305,46 @@ class Run:
 
 def build_model(config: Config, teachers: list, device: str = "cpu") -> FlowModel:
     """The DiT of `config`; `teachers` is [(name, width), ...] per domain. device="meta" costs no memory."""
-    shape = Shape(
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        ff_mult=config.ff_mult,
-        dropout=config.dropout,
+    alike = "n_layer n_head n_embd ff_mult dropout interleave".split()
+    sizes = DiTConfig(
+        **{name: getattr(config, name) for name in alike},
         codes=(config.speech_codes, config.audio_codes),
         second_codes=1024 if config.beats_tokens else 0,
-        interleave=config.interleave,
         teachers=tuple((name, width) for name, width in teachers),
     )
     with torch.device(device):
-        return backbones.build(config.backbone, shape)
+        return backbones.build(config.backbone, sizes)
 
 
 def new_run(config: Config, meta: dict, machine: Machine) -> Run:
-    """A run at step 0, drawn from config.seed; `meta` is what shards.read_meta says of the prepared folder."""
+    """A run at step 0, drawn from config.seed; `meta` is what data.read_meta says of the prepared folder."""
     torch.manual_seed(config.seed)
     model = build_model(config, meta["teachers"])
-    mean, std = (meta["mel_mean"], meta["mel_std"]) if not config.mel_stats else config.mel_stats
-    model.mel_mean.copy_(torch.as_tensor(mean)), model.mel_std.copy_(torch.as_tensor(std))
+    mean, std = config.mel_stats or (meta["mel_mean"], meta["mel_std"])
+    model.mel_mean.copy_(torch.as_tensor(mean))
+    model.mel_std.copy_(torch.as_tensor(std))
     model.mel_floor.fill_(config.mel_floor)
     if config.code_init:
         init_tokens_from_codebooks(model, config)
     model.to(machine.device)
-    objective = Objective(model, config)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    candidates = model.blocks.parameters() if config.optimiser == "muon" else ()
+    candidates = model.blocks.parameters() if config.optimizer == "muon" else ()
     matrices = [p for p in candidates if p.dim() == 2]  # a fused one, as of q, k and v, counts as one
-    return Run(config, objective, make_optimiser(model, config, matrices), ema, shards.identity(meta))
+    optimizer = common.make_optimizer(model, config, matrices)
+    return Run(config, Objective(model, config), optimizer, ema, data.fingerprint(meta))
 
 
 def init_tokens_from_codebooks(model: FlowModel, config: Config) -> None:
     """Starts each domain's rows of the token table at its codebook, rotated to width D, at the table's own scale."""
     for d, name in enumerate(DOMAINS):
-        path = Path(config.data_dir) / f"{name}_tokenizer.pt"
+        path = Path(config.data_dir) / f"{name}_codebook.npy"
         if path.exists():
-            book = tokenizer.load(path).codebook
-            size = max(book.shape[1], model.shape.n_embd)
-            rotation = torch.linalg.qr(torch.randn(size, size))[0][: book.shape[1], : model.shape.n_embd]
+            book = torch.from_numpy(np.load(path))
+            size = max(book.shape[1], model.config.n_embd)
+            rotation = torch.linalg.qr(torch.randn(size, size))[0][: book.shape[1], : model.config.n_embd]
             rows = (book - book.mean(0)) @ rotation
             table = model.tokens.weight.data[model.code_offset[d] :][: len(rows)]
             table.copy_(rows * table.std() / rows.std())
-
-
-# ---- one step
-
-
-def train_step(run: Run, objective: nn.Module, batches: Sequence[shards.Batch], machine: Machine) -> dict[str, float]:
-    """One optimiser step on the mean gradient of this rank's batches; returns their mean losses, the gradient norm and
-    the learning rate.
-
-    All randomness (noise, t, dropout, condition drop) follows from (seed, step, place), so a resumed run repeats it
-    exactly, probes or samples between steps change nothing, and two ranks do what one does that accumulates twice.
-    A non-finite gradient, which every rank sees alike after the all-reduce, updates nothing.
-    """
-    config, means = run.config, collections.defaultdict(float)
-    on = not config.align_stop or run.step < config.align_stop  # 0 * keeps the heads in the graph, for DDP
-    for micro, batch in enumerate(batches):
-        torch.manual_seed(hash((config.seed, run.step, micro * machine.world + machine.rank)) % 2**63)
-        last = micro == len(batches) - 1
-        with contextlib.nullcontext() if last or machine.world == 1 else objective.no_sync():
-            with machine.precision():
-                losses = objective(batch)
-            loss = losses["fm"] + config.bitc_weight * losses["bitc"] + on * losses.get("align", 0.0)
-            (loss / len(batches)).backward()
-        for k, v in (losses | {"loss": loss}).items():
-            means[k] = means[k] + v.detach() / len(batches)
-    moved = update(run.objective, run.optimiser, run.step, config)
-    if math.isfinite(moved["grad_norm"]):
-        update_ema(run.ema, run.objective.model, min(config.ema_decay, (1 + run.step) / (10 + run.step)))
-    run.step += 1
-    return dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True)) | moved
-
-
-@torch.no_grad()
-def update_ema(ema: FlowModel, model: FlowModel, decay: float) -> None:
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-@torch.no_grad()
-def held_out_loss(model: FlowModel, batch: shards.Batch, sigma: float, machine: Machine) -> dict[str, float]:
-    """L_FM of each domain on fixed clips and noise, the mean over EVAL_TIMES; global random state unchanged."""
-    totals = [0.0] * len(DOMAINS)
-    with probe.probing(model, 0), machine.precision():
-        cond = model.embed_condition(batch)
-        for t in EVAL_TIMES:
-            ts = batch.mel.new_full((len(batch.frames),), t)
-            x_t, target = noised(model, batch.mel, ts, sigma)
-            v = model.velocity(x_t, ts, cond)
-            for d in range(len(DOMAINS)):
-                own = cond.mask & (batch.domain == d)[:, None]
-                totals[d] += masked_mse(v, target, own).item() / len(EVAL_TIMES)
-    return {f"held_out_{name}": totals[d] for d, name in enumerate(DOMAINS) if (batch.domain == d).any()}
-
-
-# ---- the switch from probing to intervening
-
-
-def probe_now(run: Run, batch: shards.Batch, machine: Machine) -> dict:
-    """Probes the model on rank 0, as it is (not its average, which lags early on), and shares the result."""
-    shared = [None]
-    if machine.rank == 0:
-        with machine.precision():
-            shared = [
-                probe.probe(
-                    run.objective.model,
-                    batch,
-                    run.config.probe_times,
-                    run.config.sigma,
-                    run.config.seed,
-                    run.config.top_k,
-                )
-            ]
-        for name in DOMAINS:
-            scores = shared[0][name]
-            top = " ".join(
-                f"L{l} {scores['foga'][l - 1]:.3f}" for l in probe.top_layers(scores["foga"], run.config.top_k)
-            )
-            print(f"probe at step {run.step}: {name:6s} FoG-A top {top}; BiT-C {scores['bitc']:.3f}", flush=True)
-    if machine.world > 1:
-        dist.broadcast_object_list(shared)
-    return shared[0]
-
-
-def intervene(run: Run, selection: Selection | None = None) -> None:
-    """Ends phase I: freezes S and lambda (eq. 10-11) by this run's own strategy and adds the heads to the optimiser."""
-    run.objective.select(selection or probe.select(run.config, run.probes[-1]["result"], run.config.n_layer))
-    run.selected = True
-    if run.objective.heads:
-        for group in decay_groups(run.objective.heads.parameters(), run.config):
-            run.optimiser.add_param_group(group)
-
-
-# ---- files of a run
-
-
-def save(run: Run, name: str = "ckpt.pt") -> None:
-    checkpoint.save(Path(run.config.out_dir) / name, run.state())
-
-
-def export(run: Run) -> None:
-    """model.safetensors: the averaged weights and what probe.py, sample.py and evaluate.py need to know of them."""
-    state = run.state()
-    about = {k: state[k] for k in ("config", "shape", "selection", "data", "step", "seconds")}
-    about["probes"] = [{"result": {"seconds": p["result"]["seconds"]}} for p in run.probes]
-    checkpoint.export(Path(run.config.out_dir) / "model.safetensors", state["ema"], about)
-
-
-def restore(run: Run, path: Path) -> None:
-    """Loads ckpt.pt or warmup.pt into `run`. Raises CheckpointError when it was made with incompatible settings."""
-    state, used = checkpoint.load(path, set_aside=path.parent == Path(run.config.out_dir))
-    may_differ = MAY_DIFFER + ([] if state["selected"] else BRANCH_MAY_DIFFER)
-    checkpoint.same_settings(run.config, state["config"], may_differ, used)
-    same_data(run.config, run.data, state, used)
-    run.objective.model.load_state_dict(state["model"])
-    run.ema.load_state_dict(state["ema"])
-    run.step, run.probes, run.seconds = state["step"], state["probes"], state["seconds"]
-    if state["selected"]:
-        intervene(run, state["selection"])
-        if run.objective.heads:
-            run.objective.heads.load_state_dict(state["heads"])
-    run.optimiser.load_state_dict(state["optimiser"])
-
-
-# ---- the loop
-
-
-def announce(config: Config, run: Run, batches: shards.Batches, machine: Machine) -> None:
-    """The derived numbers, before step 0."""
-    model = run.objective.model
-    per_epoch = batches.steps_per_epoch
-    print(show(config))
-    print(
-        f"{count_parameters(model) / 1e6:.1f} M parameters, {model.shape.n_layer} layers; {machine.world} x "
-        f"{machine.device}, {'bfloat16 autocast' if machine.precision()._enabled else 'float32'}"
-    )
-    frames = batches.lengths.sum()
-    print(
-        f"{len(batches.dataset)} training clips, {frames} frames an epoch in {per_epoch} steps, "
-        f"{100 * batches.left_out():.1f} % trimmed, padding {100 * batches.padding():.1f} %; "
-        f"{config.max_steps / per_epoch:.0f} epochs; phase I ends at step {config.warmup_steps}",
-        flush=True,
-    )
-
-
-def open_run(config: Config, machine: Machine) -> tuple[Run, shards.Dataset, shards.Dataset]:
-    """The run as it stands in out_dir, or branched, or new; and the training and held-out data, prepared if missing."""
-    run = new_run(config, data.ensure_prepared(config), machine)  # all ranks prepare together
-    path = Path(config.out_dir) / "ckpt.pt"
-    if machine.rank == 0:
-        checkpoint.sweep(path.parent)
-    if checkpoint.exists(path):
-        restore(run, path)
-    elif config.branch_from:
-        restore(run, Path(config.branch_from))
-    if run.step == config.warmup_steps and not run.selected and run.probes:
-        intervene(run)
-    trade(run.objective.model, config)
-    return run, shards.Dataset(config.data_dir, "train"), shards.Dataset(config.data_dir, "held_out")
 
 
 def trade(model: FlowModel, config: Config) -> None:
@@ -352,117 +357,171 @@ def trade(model: FlowModel, config: Config) -> None:
             block.compile(dynamic=True)
 
 
-def train(config: Config, machine: Machine) -> Run:
-    """Trains to max_steps or to a signal; returns the run. Rank 0 alone prints and writes."""
-    out_dir = Path(config.out_dir)
-    run, dataset, held_out = open_run(config, machine)
-    batches = shards.Batches(dataset, config, machine.rank, machine.world)
-    probe_batch = shards.fixed_batch(dataset, config.probe_clips, config.seed, config.probe_frames).to(machine.device)
-    reporter = None
-    if machine.rank == 0:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "config.json").write_text(json.dumps(asdict(config), indent=1))
-        announce(config, run, batches, machine)
-        reporter = Reporter(run, machine, held_out)
-
-    def wrapped() -> nn.Module:
-        if machine.world == 1:
-            return run.objective
-        return DistributedDataParallel(run.objective, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    objective, stop = wrapped(), checkpoint.StopRequest(machine.device)
-    finite = Finite(lambda: save(run) if machine.rank == 0 else None)
-    ahead = shards.Ahead(batches, config.loader_threads, pin=machine.device.startswith("cuda"))
-    while run.step < config.max_steps and not stop.agreed():
-        numbers_of = range(run.step * config.accumulate, (run.step + 1) * config.accumulate)
-        parts = [ahead(k) for k in numbers_of]
-        numbers = train_step(run, objective, [part.to(machine.device) for part in parts], machine)
-        finite.check(run.step, numbers["grad_norm"], [i for part in parts for i in part.ids.tolist()])
-        if probe_when_due(run, probe_batch, machine):
-            objective = wrapped()
-        if reporter:
-            reporter.step(numbers, sum(int(part.frames.sum()) for part in parts) * machine.world)
-    if reporter and run.step < config.max_steps:
-        reporter.stop()
-    return run
+# ---- from probing to intervening
 
 
-def probe_when_due(run: Run, batch: shards.Batch, machine: Machine) -> bool:
-    """Probes in phase I, selects at its end, and selects again at a refresh. True when alignment heads have joined."""
-    config, lead = run.config, machine.rank == 0
-    switch = run.step == config.warmup_steps and not run.selected
-    refresh = run.objective.heads and config.refresh_every and run.step % config.refresh_every == 0
-    if not (switch or refresh or (not run.selected and run.step % config.probe_every == 0)):
-        return False
-    run.probes.append({"step": run.step, "result": probe_now(run, batch, machine)})
-    if refresh:
-        run.objective.select(probe.select(config, run.probes[-1]["result"], config.n_layer))
-    if switch:
-        if lead:
-            save(run, "warmup.pt")
-        intervene(run)
-        if lead:
-            optional(lambda: finish_phase_one(run, batch, machine))
-    return switch
+def probe_now(run: Run, batch: Batch, machine: Machine) -> dict:
+    """Probes the model on rank 0, as it is (not its average, which lags early on), and shares the result."""
+    c, shared = run.config, [None]
+    if machine.lead:
+        with machine.precision():
+            shared = [probe.probe(run.objective.model, batch, c.probe_times, c.sigma, c.seed, c.top_k)]
+        for name in DOMAINS:
+            scores = shared[0][name]
+            top = [f"L{l} {scores['foga'][l - 1]:.3f}" for l in probe.top_layers(scores["foga"], c.top_k)]
+            print(f"probe at step {run.step}: {name:6s} FoG-A top {' '.join(top)}; BiT-C {scores['bitc']:.3f}")
+        sys.stdout.flush()
+    if machine.world > 1:
+        dist.broadcast_object_list(shared)
+    return shared[0]
 
 
-class Reporter:
-    """What rank 0 prints and writes along a run: rows of log.csv, held-out losses, checkpoints, evaluations."""
-
-    def __init__(self, run: Run, machine: Machine, held_out: shards.Dataset):
-        config = run.config
-        self.run, self.machine, self.smooth, self.numbers = run, machine, None, {}
-        self.log = Log(Path(config.out_dir) / "log.csv", COLUMNS, run.step)
-        self.eval_batch = shards.fixed_batch(held_out, config.eval_clips, 0, config.probe_frames).to(machine.device)
-        self.since, self.frames = time.time(), 0
-
-    def step(self, numbers: dict[str, float], frames: int) -> None:
-        """Takes in a step's numbers and its frames over all ranks, and does what is due after it."""
-        run, config, self.numbers = self.run, self.run.config, numbers
-        self.frames += frames
-        self.smooth = numbers["fm"] if self.smooth is None else 0.95 * self.smooth + 0.05 * numbers["fm"]
-        last = run.step == config.max_steps
-        due = {k: run.step % getattr(config, f"{k}_every") == 0 or last for k in ("log", "eval", "save")}
-        evaluation = bool(config.evaluate_every) and run.step % config.evaluate_every == 0 and not last
-        if any(due.values()) or evaluation:
-            self.row(numbers, due["eval"])
-        if due["save"] or evaluation:
-            save(run)
-        if evaluation:
-            run_script("evaluate.py", Path(config.out_dir) / "ckpt.pt", self.machine.device)
-        if due["eval"] or due["save"] or evaluation:
-            self.since = time.time()  # none of that is training time
-
-    def stop(self) -> None:
-        """Saves an unfinished run, and logs its last step: evaluate.py tells by the log how far a run has come."""
-        if self.frames:
-            self.row(self.numbers, False)
-        save(self.run)
-
-    def row(self, numbers: dict[str, float], evaluate: bool) -> None:
-        run, now = self.run, time.time()
-        rate = self.frames / (now - self.since)
-        run.seconds += now - self.since
-        self.since, self.frames = now, 0
-        held = held_out_loss(run.ema, self.eval_batch, run.config.sigma, self.machine) if evaluate else {}
-        self.log.row(step=run.step, phase=1 + run.selected, frames_per_s=rate, seconds=run.seconds, **numbers, **held)
-        progress(run, numbers, self.smooth, rate, held)
+def intervene(run: Run, selection: Selection | None = None) -> None:
+    """Ends phase I: freezes S and lambda (eq. 10-11) by this run's own strategy and adds the heads to the optimizer."""
+    run.objective.select(selection or probe.select(run.config, run.probes[-1]["result"], run.config.n_layer))
+    run.selected = True
+    if run.objective.heads:
+        for group in common.decay_groups(run.objective.heads.parameters(), run.config):
+            run.optimizer.add_param_group(group)
 
 
-def finish_phase_one(run: Run, batch: shards.Batch, machine: Machine) -> None:
+def report_phase1(run: Run, batch: Batch, machine: Machine) -> None:
     """Shows what the probes found, beside a random-init control, and what was selected; writes probe.json and .png."""
-    result, model = run.probes[-1]["result"], run.objective.model
+    c, result, model = run.config, run.probes[-1]["result"], run.objective.model
     with machine.precision():
-        control = probe.control_scores(model, batch, run.config.probe_times, run.config.sigma, run.config.seed)
+        control = probe.control_scores(model, batch, c.probe_times, c.sigma, c.seed)
     print(probe.table(result, control, run.objective.selection))
     for name, layers in zip(DOMAINS, run.objective.selection, strict=True):
         means = {l: sum(w) / len(w) for l, w in layers.items() if any(w)}
         chosen = ", ".join(f"L{l} (weight {w:.3f})" for l, w in means.items()) or "nothing"
         print(f"phase II aligns for {name}: {chosen}", flush=True)
-    probe.report(Path(run.config.out_dir), result, control, run.objective.selection)
+    probe.report(Path(c.out_dir), result, control, run.objective.selection)
 
 
-def optional(work) -> None:
+# ---- files of a run
+
+
+def save(run: Run, name: str = "ckpt.pt") -> None:
+    common.save(Path(run.config.out_dir) / name, run.state())
+
+
+def export(run: Run) -> None:
+    """model.safetensors: the averaged weights and what probe.py, sample.py and evaluate.py need to know of them."""
+    state = run.state()
+    about = {k: state[k] for k in ("config", "model_config", "selection", "data", "step", "seconds")}
+    about["probes"] = [{"result": {"seconds": p["result"]["seconds"]}} for p in run.probes]
+    common.export(Path(run.config.out_dir) / "model.safetensors", state["ema"], about)
+
+
+def restore(run: Run, path: Path) -> None:
+    """Loads ckpt.pt or phase1.pt into `run`. Raises CheckpointError when it was made with incompatible settings."""
+    state, used = common.load(path, set_aside=path.parent == Path(run.config.out_dir))
+    may_differ = MAY_DIFFER + ([] if state["selected"] else BRANCH_MAY_DIFFER)
+    common.same_run(run.config, run.data, state, may_differ, used)
+    run.objective.model.load_state_dict(state["model"])
+    run.ema.load_state_dict(state["ema"])
+    run.step, run.probes, run.seconds = state["step"], state["probes"], state["seconds"]
+    if state["selected"]:
+        intervene(run, state["selection"])
+        if run.objective.heads:
+            run.objective.heads.load_state_dict(state["heads"])
+    run.optimizer.load_state_dict(state["optimizer"])
+
+
+def open_run(config: Config, machine: Machine) -> tuple[Run, Dataset, Dataset]:
+    """The run as it stands in out_dir, or branched, or new; and the training and held-out data."""
+    run = new_run(config, data.check_prepared(config), machine)
+    path = Path(config.out_dir) / "ckpt.pt"
+    if machine.lead:
+        common.remove_leftovers(path.parent)
+    if common.exists(path):
+        restore(run, path)
+    elif config.branch_from:
+        restore(run, Path(config.branch_from))
+    if run.step == config.phase1_steps and not run.selected and run.probes:
+        intervene(run)
+    trade(run.objective.model, config)
+    return run, Dataset(config.data_dir, "train"), Dataset(config.data_dir, "held_out")
+
+
+# ---- what rank 0 prints and writes
+
+
+@torch.no_grad()
+def held_out_loss(model: FlowModel, batch: Batch, sigma: float, machine: Machine) -> dict[str, float]:
+    """L_FM of each domain on fixed clips and noise, the mean over EVAL_TIMES; global random state unchanged."""
+    totals = [0.0] * len(DOMAINS)
+    with probe.probing(model, 0), machine.precision():
+        cond = model.embed_condition(batch)
+        for t in EVAL_TIMES:
+            ts = batch.mel.new_full((len(batch.frames),), t)
+            x_t, target = make_xt(model, batch.mel, ts, sigma)
+            v = model.velocity(x_t, ts, cond)
+            for d in range(len(DOMAINS)):
+                of_domain = cond.mask & (batch.domain == d)[:, None]
+                totals[d] += masked_mse(v, target, of_domain).item() / len(EVAL_TIMES)
+    return {f"held_out_{name}": totals[d] for d, name in enumerate(DOMAINS) if (batch.domain == d).any()}
+
+
+class Report:
+    """Rows of log.csv and lines on the screen: what rank 0 tells of a run."""
+
+    def __init__(self, run: Run, machine: Machine, sampler: TrainingBatches, held_out: Dataset):
+        c, out_dir = run.config, Path(run.config.out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        common.write_json(out_dir / "config.json", asdict(c))
+        announce(run, sampler, machine)
+        self.run, self.machine, self.smooth = run, machine, None
+        self.log = common.Log(out_dir / "log.csv", COLUMNS, run.step)
+        self.eval_batch = fixed_batch(held_out, c.eval_clips, 0, c.probe_frames).to(machine.device)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.since, self.frames = time.time(), 0
+
+    def count(self, numbers: dict[str, float], frames: int) -> None:
+        """Takes in a step's losses and its frames over all ranks."""
+        self.numbers, self.frames = numbers, self.frames + frames
+        self.smooth = numbers["fm"] if self.smooth is None else 0.95 * self.smooth + 0.05 * numbers["fm"]
+
+    def row(self, with_held_out: bool) -> None:
+        """Writes the last step's row, of the steps since the row before; none when there was no step."""
+        run, spent = self.run, time.time() - self.since
+        if not self.frames:
+            return
+        rate, last = self.frames / spent, run.config.max_steps
+        run.seconds += spent
+        self.restart_clock()
+        held = held_out_loss(run.ema, self.eval_batch, run.config.sigma, self.machine) if with_held_out else {}
+        phase = 1 + run.selected
+        self.log.row(step=run.step, phase=phase, frames_per_s=rate, seconds=run.seconds, **self.numbers, **held)
+        extra = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.4f}" for k, v in held.items())
+        align = f"  align {self.numbers['align']:.3f}" if "align" in self.numbers else ""
+        print(
+            f"step {run.step:6d}/{last}  fm {self.smooth:.4f}  bitc {self.numbers['bitc']:.3f}{align}  "
+            f"{rate:6.0f} frames/s  left {common.time_left(run.seconds, run.step, last)}{extra}",
+            flush=True,
+        )
+
+
+def announce(run: Run, sampler: TrainingBatches, machine: Machine) -> None:
+    """The derived numbers, before step 0."""
+    c, per_epoch = run.config, sampler.steps_per_epoch
+    kind = "bfloat16 autocast" if common.takes_bfloat16(machine.device, machine.dtype) else "float32"
+    print(f"{show(c)}\n{size_of(run.objective.model)}; {machine.world} x {machine.device}, {kind}")
+    print(
+        f"{len(sampler.dataset)} training clips, {sampler.lengths.sum()} frames an epoch in {per_epoch} steps, "
+        f"{100 * sampler.left_out():.1f} % trimmed, padding {100 * sampler.padding():.1f} %; "
+        f"{c.max_steps / per_epoch:.0f} epochs; phase I ends at step {c.phase1_steps}",
+        flush=True,
+    )
+
+
+def size_of(model: FlowModel) -> str:
+    return f"{count_parameters(model) / 1e6:.1f} M parameters, {model.config.n_layer} layers"
+
+
+def optional(work: Callable[[], None]) -> None:
     """Runs work whose failure must not stop training; reports what failed."""
     try:
         work()
@@ -470,21 +529,15 @@ def optional(work) -> None:
         print(f"warning: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def run_script(name: str, ckpt: Path, device: str) -> None:
-    """Runs probe.py or evaluate.py in a process of its own, so that its memory and its failures are not training's."""
-    script = Path(__file__).resolve().parent / name
-    if subprocess.run([sys.executable, str(script), f"--ckpt={ckpt}", f"--device={device}"]).returncode:
-        print(f"warning: {name} failed; training goes on and {ckpt} is saved", file=sys.stderr)
+def evaluate_checkpoint(run: Run, machine: Machine, scripts: Sequence[str]) -> None:
+    """Runs probe.py or evaluate.py on ckpt.pt, each as a process."""
+    path = Path(run.config.out_dir) / "ckpt.pt"
+    for name in scripts:
+        if common.run_script(name, f"--ckpt={path}", f"--device={machine.device}"):
+            print(f"warning: {name} failed; {path} is saved", file=sys.stderr)
 
 
-def progress(run: Run, numbers: dict, smooth: float, rate: float, held: dict) -> None:
-    extra = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.4f}" for k, v in held.items())
-    align = f"  align {numbers['align']:.3f}" if "align" in numbers else ""
-    print(
-        f"step {run.step:6d}/{run.config.max_steps}  fm {smooth:.4f}  bitc {numbers['bitc']:.3f}{align}  "
-        f"{rate:6.0f} frames/s  left {time_left(run.seconds, run.step, run.config.max_steps)}{extra}",
-        flush=True,
-    )
+# ---- the command
 
 
 def check(config: Config) -> None:
@@ -493,42 +546,40 @@ def check(config: Config) -> None:
         probe.check_strategy(config, config.n_layer)
     if config.n_embd % (2 * config.n_head):
         raise ValueError(f"n_embd={config.n_embd}, n_head={config.n_head}: a head needs a whole, even width")
-    if config.warmup_steps >= config.max_steps and config.align != "none":
+    if config.phase1_steps >= config.max_steps and config.align != "none":
         raise ValueError(
-            f"max_steps={config.max_steps} ends within phase I, so nothing would be aligned; pass --warmup_steps below "
+            f"max_steps={config.max_steps} ends within phase I, so nothing would be aligned; pass --phase1_steps below "
             f"{config.max_steps}, or --align=none"
         )
     if config.backbone and (config.compile or config.checkpoint_activations):
         raise ValueError(f"compile and checkpoint_activations are for our own model, not backbone={config.backbone}")
     for key in ("vocoder", "asr") if config.evaluate else ():
-        if data.is_absent(getattr(config, key)):
+        if common.is_absent(getattr(config, key)):
             raise ValueError(f"{key}={getattr(config, key)}: no such folder; pass a hub name or a folder that is there")
 
 
 def main(config: Config) -> int:
     check(config)
-    machine = set_up(config)
-    lines = data.missing(config) if not (Path(config.data_dir) / "meta.json").exists() else []
-    if lines and machine.rank == 0:
-        model = build_model(config, [("whisper", 1280), ("beats", 768)], "meta")
-        print(f"{count_parameters(model) / 1e6:.1f} M parameters, {model.shape.n_layer} layers", flush=True)
+    machine = common.join_group(config)
+    if not data.is_prepared(config.data_dir):
+        if machine.lead:
+            print(size_of(build_model(config, [("whisper", 1280), ("beats", 768)], "meta")), flush=True)
+        if code := common.run_script("prepare", *to_words(config)):  # all ranks prepare together
+            return code  # it has said why
     run = train(config, machine)
-    leave(machine)
-    if machine.rank:
+    common.leave_group(machine)
+    if not machine.lead:
         return 0
     path = Path(config.out_dir) / "ckpt.pt"
     if run.step < config.max_steps:
         print(f"stopped at step {run.step}, saved in {path}; the same command continues")
-        return checkpoint.INTERRUPTED
+        return common.INTERRUPTED
     export(run)
     print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path} and model.safetensors", flush=True)
-    for script in ("probe.py", "evaluate.py") if config.evaluate else ():
-        run_script(script, path, machine.device)
+    if config.evaluate:
+        evaluate_checkpoint(run, machine, ["probe.py", "evaluate.py"])
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(ARGS))
-    except (data.DataError, fetch.FetchError, checkpoint.CheckpointError, FloatingPointError, ValueError) as error:
-        sys.exit(f"train.py: {error}")
+    command(main, ARGS)

@@ -4,6 +4,6 @@ from pathlib import Path
 exec(Path(__file__).with_name("demo.py").read_text())
 out_dir = "out/f5tts_demo"
 backbone = "f5tts"
-optimiser = "adamw"
+optimizer = "adamw"
 learning_rate = 1e-3
-warmup_steps = 100
+phase1_steps = 100

@@ -10,7 +10,7 @@ shift $(($# < 2 ? $# : 2))
 out=out/ablations
 
 for seed in $(seq 0 $((seeds - 1))); do
-  from=(--seed="$seed" --branch_from="out/table2/none_s$seed/warmup.pt")
+  from=(--seed="$seed" --branch_from="out/table2/none_s$seed/phase1.pt")
   for k in 1 2 3 4 5; do
     run "$out/K${k}_s$seed" "$@" "${from[@]}" --top_k=$k
   done

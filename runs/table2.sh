@@ -24,7 +24,7 @@ PY
 
 for seed in $(seq 0 $((seeds - 1))); do
   run "$out/none_s$seed" "$@" --seed="$seed" --align=none
-  from=--branch_from=$out/none_s$seed/warmup.pt
+  from=--branch_from=$out/none_s$seed/phase1.pt
   run "$out/L4_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 4 "$@")"
   run "$out/L8_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 8 "$@")"
   run "$out/L12_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 12 "$@")"

@@ -3,7 +3,7 @@
 # with AG-REPA, all from the same warm-up; then one table a backbone.
 #
 #     bash runs/table5.sh [config] [backbones] [options of train.py ...]
-#     bash runs/table5.sh config/f5tts_demo.py "f5tts voicebox" --max_steps=600 --warmup_steps=200
+#     bash runs/table5.sh config/f5tts_demo.py "f5tts voicebox" --max_steps=600 --phase1_steps=200
 #
 # Finished runs are skipped; an interrupted one is continued when the same command is given again.
 set -euo pipefail
@@ -15,7 +15,7 @@ shift $(($# < 2 ? $# : 2))
 
 for b in $names; do
   run "out/table5/$b/none_s0" "$@" --backbone="$b" --align=none
-  from=--branch_from=out/table5/$b/none_s0/warmup.pt
+  from=--branch_from=out/table5/$b/none_s0/phase1.pt
   run "out/table5/$b/shallow_s0" "$@" "$from" --backbone="$b" --align=fixed --align_layers=1,2,3
   run "out/table5/$b/agrepa_s0" "$@" "$from" --backbone="$b" --align=foga
   python evaluate.py --compare out/table5/"$b"/*_s0/

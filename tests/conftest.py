@@ -13,10 +13,10 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
-import corpora
 import data
-import shards
-from configurator import Config
+from prepare import __main__ as preparation
+from prepare import corpora
+from train import Config
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def rng() -> np.random.Generator:
 @pytest.fixture(scope="session")
 def package() -> Callable[[str], Path]:
     """package(role) -> path of the cached .whl or .deb."""
-    from fetch import fetch
+    from prepare.demo import fetch
 
     return cache(fetch)
 
@@ -41,7 +41,7 @@ def speech(package) -> dict[str, np.ndarray]:
     """Three real prompts at 16 kHz by name."""
     import av
 
-    from fetch import open_deb
+    from prepare.demo import open_deb
 
     files, out = open_deb(package("asterisk")), {}
     for name in ("vm-deleted", "queue-callswaiting", "vm-tomakecall"):
@@ -192,7 +192,7 @@ TINY = {
     "batch_frames": 800,
     "batch_size": 4,
     "max_steps": 12,
-    "warmup_steps": 6,
+    "phase1_steps": 6,
     "probe_every": 3,
     "probe_clips": 2,
     "probe_times": 2,
@@ -226,10 +226,10 @@ def tiny_config(tmp_path) -> Config:
             domain, frames = i % 2, int(rng.integers(40, 180))
             clip = corpora.Clip(f"clip{i}", b"", f"text {i}", domain, f"group{i}")
             mel = rng.normal(-3, 2, (frames, 100)).astype(np.float16)
-            tokens = rng.integers(0, 16, (shards.token_count(frames, (50, 25)[domain]), 1))
+            tokens = rng.integers(0, 16, (data.token_count(frames, (50, 25)[domain]), 1))
             wav, embedding = rng.normal(0, 0.1, frames * 256), rng.normal(size=(12, 10)[domain])
             style = rng.normal(size=(16, 10))
-            prepared.append(shards.Prepared(clip, mel, wav, wav, True, tokens, embedding, style))
-        shards.write_shard(path / f"{split}_00000", prepared, [12, 10], config.mel_floor)
-    shards.join(path, ["train_00000", "held_out_00000"], meta)
+            prepared.append(preparation.Prepared(clip, mel, wav, wav, True, tokens, embedding, style))
+        preparation.write_shard(path / f"{split}_00000", prepared, [12, 10], config.mel_floor)
+    preparation.join(path, ["train_00000", "held_out_00000"], meta)
     return config

@@ -12,8 +12,8 @@ import soundfile
 import torch
 
 import audio
-import fetch
 from audio import AudioError
+from prepare import demo
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +31,7 @@ def wav_bytes(samples: np.ndarray, rate: int, **options) -> bytes:
 @pytest.fixture(scope="module")
 def prompt() -> bytes:
     """One real prompt, G.722."""
-    files = fetch.open_deb(fetch.fetch("asterisk"))
+    files = demo.open_deb(demo.fetch("asterisk"))
     return next(v for k, v in files.items() if k.endswith("/vm-tomakecall.g722"))
 
 

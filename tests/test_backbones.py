@@ -13,19 +13,18 @@ import torch
 import torch.nn as nn
 
 import backbones
-import checkpoint
-import loop
+import common
+import data
 import probe
-import shards
 import train
-from model import Shape, flow_matching_loss, sample
+from model import DiTConfig, flow_matching_loss, sample
 
 NEEDS = {"f5tts": "f5_tts", "voicebox": "voicebox_pytorch", "cosyvoice": "cosyvoice", "matcha": "matcha"}
 INSTALLED = [
     pytest.param(name, marks=pytest.mark.skipif(not importlib.util.find_spec(module), reason=f"pip install {module}"))
     for name, module in NEEDS.items()
 ]
-SHAPE = Shape(
+SHAPE = DiTConfig(
     n_layer=8, n_head=2, n_embd=32, ff_mult=2, dropout=0.1, codes=(16, 16), teachers=(("whisper", 12), ("aisfx", 10))
 )
 
@@ -34,13 +33,13 @@ ENDS = {"f5tts": ("attn.to_out", "ff.ff.2"), "voicebox": ("to_out", "1.3"), "cos
 
 
 @pytest.fixture
-def batch(tiny_config) -> shards.Batch:
-    return shards.fixed_batch(shards.Dataset(tiny_config.data_dir, "train"), 2, 0, 60)
+def batch(tiny_config) -> data.Batch:
+    return data.fixed_batch(data.Dataset(tiny_config.data_dir, "train"), 2, 0, 60)
 
 
-def scene(name: str, batch: shards.Batch):
+def scene(name: str, batch: data.Batch):
     net = backbones.build(name, SHAPE)
-    net.randomise()
+    net.reset_parameters()
     net = net.eval()
     x_t, t = torch.randn(batch.mel.shape), torch.linspace(0.2, 0.8, len(batch.frames))
     return net, x_t, t, net.embed_condition(batch)
@@ -160,7 +159,7 @@ def test_tokens_and_prompt_matter_and_zero_frames_stay_zero(name, batch):
     prompt[:, :10] = 1.0
     changed = not torch.equal(net.velocity(x_t, t, cond._replace(prompt=prompt)), whole)
     assert changed == (name != "matcha")  # which takes no prompt
-    mel = sample(net, cond, nfe=2, cfg=2.0)
+    mel = sample(net, cond, nfe=2, cfg_scale=2.0)
     assert torch.isfinite(mel).all() and not (mel * ~cond.mask[..., None]).any()
 
 
@@ -168,18 +167,18 @@ def test_tokens_and_prompt_matter_and_zero_frames_stay_zero(name, batch):
 def test_probe_then_intervene(name, tiny_config, tmp_path):
     """Both phases, selection, a branch with fixed layers, resume, and the checkpoint read back and probed."""
     config = replace(tiny_config, backbone=name, n_layer=8, batch_size=3)
-    run = train.train(config, loop.Machine(0, 1, "cpu", "float32"))
+    run = train.train(config, common.Machine(0, 1, "cpu", "float32"))
     assert run.step == config.max_steps and all(len(s) == 3 for s in run.objective.selection)
-    warmup = str(Path(config.out_dir) / "warmup.pt")
+    warmup = str(Path(config.out_dir) / "phase1.pt")
     other = replace(config, branch_from=warmup, align="fixed", align_layers=(1, 2), out_dir=str(tmp_path / "shallow"))
-    assert list(train.train(other, loop.Machine(0, 1, "cpu", "float32")).objective.selection[0]) == [1, 2]
+    assert list(train.train(other, common.Machine(0, 1, "cpu", "float32")).objective.selection[0]) == [1, 2]
     train.export(run)
     for file in ("ckpt.pt", "model.safetensors"):
-        state, _ = checkpoint.load(Path(config.out_dir) / file)
+        state, _ = common.load(Path(config.out_dir) / file)
         loaded = backbones.load_model(state)
         for (k, a), (_, b) in zip(loaded.state_dict().items(), run.ema.state_dict().items(), strict=True):
             assert torch.equal(a, b), k
-    batch = shards.fixed_batch(shards.Dataset(config.data_dir, "train"), 2, 0, 60)
+    batch = data.fixed_batch(data.Dataset(config.data_dir, "train"), 2, 0, 60)
     result = probe.probe(loaded, batch, 2, 0.5)
     assert len(result["speech"]["foga"]) == 8
 

@@ -19,7 +19,7 @@ def test_a_ratio_above_one_means_that_ours_is_faster(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["step", "optimiser", "attention", "align", "memory", "fit", "foga", "growth", "loader", "padding"]
+    "name", ["step", "optimizer", "attention", "align", "memory", "fit", "foga", "growth", "loader", "padding"]
 )
 def test_rows_run(tmp_path, name):
     row = getattr(bench, f"{name}_row")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+import common
 
 
 def state(step: int) -> dict:
@@ -42,31 +42,31 @@ def names(folder: Path) -> set[str]:
 def path(tmp_path) -> Path:
     """A checkpoint of step 2 whose predecessor is of step 1."""
     path = tmp_path / "ckpt.pt"
-    checkpoint.save(path, state(1))
-    checkpoint.save(path, state(2))
+    common.save(path, state(1))
+    common.save(path, state(2))
     return path
 
 
 def test_round_trip(path, capsys):
     assert names(path.parent) == {"ckpt.pt", "ckpt.prev.pt"}
-    loaded, used = checkpoint.load(path)
+    loaded, used = common.load(path)
     assert used == path and same(loaded, state(2))
-    assert same(checkpoint.load(str(checkpoint.previous(path)))[0], state(1))
+    assert same(common.load(str(common.previous(path)))[0], state(1))
     assert capsys.readouterr().err == ""
 
 
 def test_without_keeping_the_previous(tmp_path):
     for step in (1, 2):
-        checkpoint.save(tmp_path / "warmup.pt", state(step), keep_previous=False)
-    assert names(tmp_path) == {"warmup.pt"} and checkpoint.load(tmp_path / "warmup.pt")[0]["step"] == 2
+        common.save(tmp_path / "phase1.pt", state(step), keep_previous=False)
+    assert names(tmp_path) == {"phase1.pt"} and common.load(tmp_path / "phase1.pt")[0]["step"] == 2
 
 
 def test_exists(path):
-    assert checkpoint.exists(path) and not checkpoint.exists(path.with_name("other.pt"))
+    assert common.exists(path) and not common.exists(path.with_name("other.pt"))
     path.unlink()
-    assert checkpoint.exists(path)  # the previous one is enough
-    checkpoint.previous(path).unlink()
-    assert not checkpoint.exists(path)
+    assert common.exists(path)  # the previous one is enough
+    common.previous(path).unlink()
+    assert not common.exists(path)
 
 
 class Unpicklable:
@@ -94,7 +94,7 @@ def test_a_failing_save_keeps_the_old_files_and_leaves_none_of_its_own(path, mon
     else:
         monkeypatch.setattr(os, "fsync" if what == "flush to disk" else "replace", fail)
     with pytest.raises((OSError, RuntimeError)):
-        checkpoint.save(path, new)
+        common.save(path, new)
     assert {f.name: f.read_bytes() for f in path.parent.iterdir()} == before
 
 
@@ -109,10 +109,10 @@ def test_killed_between_the_renames_loads_the_previous(path, monkeypatch, capsys
 
     monkeypatch.setattr(os, "replace", second_fails)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(path, state(3))
+        common.save(path, state(3))
     assert names(path.parent) == {"ckpt.prev.pt"}
-    loaded, used = checkpoint.load(path)
-    assert loaded["step"] == 2 and used == checkpoint.previous(path)
+    loaded, used = common.load(path)
+    assert loaded["step"] == 2 and used == common.previous(path)
     assert "no such file" in capsys.readouterr().err
 
 
@@ -151,35 +151,35 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["flipped", "half", "nearly whole", "empty", "noise"])
 def test_damage_is_noticed_and_the_previous_used(path, how, capsys):
     damage(path, how)
-    loaded, used = checkpoint.load(path)
-    assert used == checkpoint.previous(path) and same(loaded, state(1))
+    loaded, used = common.load(path)
+    assert used == common.previous(path) and same(loaded, state(1))
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and warning.startswith("warning: ") and "damaged" in warning
-    assert f"{path}:" in warning and f"using {checkpoint.previous(path)}" in warning
+    assert f"{path}:" in warning and f"using {common.previous(path)}" in warning
 
 
 def test_every_byte_matters_or_changes_nothing(path, rng):
     """One flipped byte anywhere: noticed, or what is loaded is right nonetheless (padding, zip fields unused)."""
     content = path.read_bytes()
-    checkpoint.previous(path).unlink()
+    common.previous(path).unlink()
     for at in rng.choice(len(content), 60, replace=False).tolist():
         flip(path, at)
         try:
-            assert same(checkpoint.load(path)[0], state(2)), f"byte {at}"
-        except checkpoint.CheckpointError:
+            assert same(common.load(path)[0], state(2)), f"byte {at}"
+        except common.CheckpointError:
             pass
         path.write_bytes(content)
-    assert same(checkpoint.load(path)[0], state(2))
+    assert same(common.load(path)[0], state(2))
 
 
 def test_both_damaged_or_missing(path, tmp_path):
-    damage(path, "half"), damage(checkpoint.previous(path), "flipped")
-    with pytest.raises(checkpoint.CheckpointError) as error:
-        checkpoint.load(path)
-    assert f"{path}: damaged" in str(error.value) and f"{checkpoint.previous(path)}: damaged" in str(error.value)
+    damage(path, "half"), damage(common.previous(path), "flipped")
+    with pytest.raises(common.CheckpointError) as error:
+        common.load(path)
+    assert f"{path}: damaged" in str(error.value) and f"{common.previous(path)}: damaged" in str(error.value)
     assert "\n" not in str(error.value)
-    with pytest.raises(checkpoint.CheckpointError, match=r"no\.pt: no such file.*no\.prev\.pt: no such file"):
-        checkpoint.load(tmp_path / "no.pt")
+    with pytest.raises(common.CheckpointError, match=r"no\.pt: no such file.*no\.prev\.pt: no such file"):
+        common.load(tmp_path / "no.pt")
 
 
 @pytest.mark.parametrize(
@@ -192,8 +192,8 @@ def test_a_good_file_that_the_machine_cannot_read_stays(path, error, monkeypatch
         raise error
 
     monkeypatch.setattr(torch, "load", fail)
-    with pytest.raises(checkpoint.CheckpointError, match=r"ckpt\.pt cannot be read here \(.+\)"):
-        checkpoint.load(path, set_aside=True)
+    with pytest.raises(common.CheckpointError, match=r"ckpt\.pt cannot be read here \(.+\)"):
+        common.load(path, set_aside=True)
     assert names(path.parent) == {"ckpt.pt", "ckpt.prev.pt"}
 
 
@@ -206,16 +206,16 @@ def test_several_ranks_set_one_damaged_file_aside(path, monkeypatch):
         replace(a, b)
 
     monkeypatch.setattr(os, "replace", twice)
-    assert checkpoint.load(path, set_aside=True)[1] == checkpoint.previous(path)
+    assert common.load(path, set_aside=True)[1] == common.previous(path)
     assert names(path.parent) == {"ckpt.damaged.pt", "ckpt.prev.pt"}
 
 
 def test_what_to_do_is_said(path):
-    with pytest.raises(checkpoint.CheckpointError, match=r"is a folder; pass the file in it: .*/ckpt\.pt"):
-        checkpoint.load(path.parent)
-    damage(path, "half"), damage(checkpoint.previous(path), "half")
-    with pytest.raises(checkpoint.CheckpointError, match="delete what is damaged to start anew"):
-        checkpoint.load(path)
+    with pytest.raises(common.CheckpointError, match=r"is a folder; pass the file in it: .*/ckpt\.pt"):
+        common.load(path.parent)
+    damage(path, "half"), damage(common.previous(path), "half")
+    with pytest.raises(common.CheckpointError, match="delete what is damaged to start anew"):
+        common.load(path)
 
 
 class Code:
@@ -233,8 +233,8 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, form):
         path.write_bytes(pickle.dumps({"model": Code(trace)}))
     else:
         torch.save({"model": Code(trace)}, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
-        checkpoint.load(path)
+    with pytest.raises(common.CheckpointError, match="damaged"):
+        common.load(path)
     assert not trace.exists()
     if form == "zip":  # the file does carry it
         torch.load(path, weights_only=False)

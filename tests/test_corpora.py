@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-import corpora
-from configurator import Config
-from corpora import AUDIO, SPEECH, Clip, DataError
+from common import AUDIO, SPEECH, DataError
+from prepare import corpora
+from prepare.corpora import Clip
+from train import Config
 
 
 def test_folder_of_speech(speech_dir):

@@ -12,8 +12,8 @@ import scipy.linalg
 
 import evaluate
 import train
+from common import Machine
 from evaluate import EvalArgs
-from loop import Machine
 from report import read_csv
 
 
@@ -175,7 +175,7 @@ def evaluated(tiny_config, monkeypatch) -> Path:
     monkeypatch.setattr(evaluate, "load_recogniser", lambda *_: Listener())
     monkeypatch.setattr(evaluate.judges, "load_judge", lambda *_: Listener())
     monkeypatch.setattr(evaluate, "MIN_WORDS", 2)
-    config = replace(tiny_config, max_steps=2, warmup_steps=1, eval_every=1, vocoder="griffin_lim", nfe=2)
+    config = replace(tiny_config, max_steps=2, phase1_steps=1, eval_every=1, vocoder="griffin_lim", nfe=2)
     train.train(config, Machine(0, 1, "cpu", "float32"))
     evaluate.main(EvalArgs(ckpt=f"{config.out_dir}/ckpt.pt", device="cpu"))
     return Path(config.out_dir)
@@ -193,7 +193,7 @@ def test_a_run_is_evaluated_then_its_warmup(evaluated, capsys):
     kept = {
         p: p.read_bytes() for p in [evaluated / "eval.json", evaluated / "index.html", *evaluated.glob("samples/*")]
     }
-    evaluate.main(EvalArgs(ckpt=str(evaluated / "warmup.pt"), device="cpu"))
+    evaluate.main(EvalArgs(ckpt=str(evaluated / "phase1.pt"), device="cpu"))
     assert steps(evaluated) == [1, 2] and all(p.read_bytes() == content for p, content in kept.items())
     log = read_csv(evaluated / "log.csv")
     printed = capsys.readouterr().out.rpartition("held-out FM loss, speech")[2].split()[0]

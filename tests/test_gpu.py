@@ -10,9 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import backbones
-import checkpoint
-import loop
-import shards
+import common
+import data
 import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -22,17 +21,17 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def scene(tiny_config):
     """A model with awake weights, two clips of equal length and noise, on the CPU."""
     config = replace(tiny_config, n_embd=64, n_head=2)
-    model = train.new_run(config, shards.read_meta(config.data_dir), loop.Machine(0, 1, "cpu", "float32"))
+    model = train.new_run(config, data.read_meta(config.data_dir), common.Machine(0, 1, "cpu", "float32"))
     model = model.objective.model
-    model.randomise()
-    batch = shards.fixed_batch(shards.Dataset(config.data_dir, "train"), 1, 0, 30)
+    model.reset_parameters()
+    batch = data.fixed_batch(data.Dataset(config.data_dir, "train"), 1, 0, 30)
     assert not batch.padded
     return model.eval(), batch, torch.randn(batch.mel.shape), torch.tensor([0.2, 0.7])
 
 
 def velocity(model, batch, x_t, t, device: str, dtype: str = "float32", **options):
     model, x_t, t = model.to(device), x_t.to(device), t.to(device)
-    with loop.Machine(0, 1, device, dtype).precision():
+    with common.Machine(0, 1, device, dtype).precision():
         return model.velocity(x_t, t, model.embed_condition(batch.to(device)), **options)
 
 
@@ -67,11 +66,11 @@ def test_one_sweep_is_the_naive_loop(scene):
 def test_a_run_stops_and_continues(tiny_config, tmp_path, monkeypatch, compiled):
     """Both phases in bfloat16, with probes; a continued run ends where one in one go does."""
     config = replace(tiny_config, device="cuda", dtype="bfloat16", compile=compiled, n_embd=64, n_head=2)
-    machine = loop.set_up(config)
+    machine = common.join_group(config)
     whole = train.train(replace(config, out_dir=str(tmp_path / "whole")), machine)
     with monkeypatch.context() as m:
         asked = iter([False] * 8 + [True] * 9)
-        m.setattr(checkpoint.StopRequest, "agreed", lambda self: next(asked))
+        m.setattr(common.StopRequest, "agreed", lambda self: next(asked))
         assert train.train(config, machine).step == 8
     again = train.train(config, machine)
     assert again.step == config.max_steps and again.objective.selection == whole.objective.selection

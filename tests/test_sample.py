@@ -8,23 +8,24 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from corpora import AUDIO, SPEECH, Clip
 from test_lm import SMALL
 
-import checkpoint
+import common
+import data
 import lm
 import model
 import sample
-import shards
 import train
-from corpora import AUDIO, SPEECH, Clip
-from loop import Machine
+from common import Machine
+from prepare import __main__ as preparation
 from sample import Request, SampleArgs
 
 MACHINE = Machine(0, 1, "cpu", "float32")
 
 
 def test_requests_of_prepared_clips_are_its_batch(tiny_config):
-    dataset = shards.Dataset(tiny_config.data_dir, "held_out")
+    dataset = data.Dataset(tiny_config.data_dir, "held_out")
     ids = np.array([3, 0, 4])
     ours, theirs = sample.to_batch(sample.from_dataset(dataset, ids)), dataset.batch(ids)
     for name in ("frames", "tokens", "token_len", "domain", "prompt"):
@@ -53,7 +54,9 @@ def test_synthesis_does_not_depend_on_the_order_of_requests(tiny_config, monkeyp
 
 
 def test_a_reference_is_cut_where_tokens_start():
-    reference = shards.Prepared(Clip("r", b"", "", SPEECH, ""), np.arange(200.0)[:, None], np.zeros(0), np.zeros(0))
+    reference = preparation.Prepared(
+        Clip("r", b"", "", SPEECH, ""), np.arange(200.0)[:, None], np.zeros(0), np.zeros(0)
+    )
     reference.tokens = np.arange(107)[:, None]
     request = sample.with_prompt(Request(np.full((53, 1), 7), SPEECH, 100), reference, [50, 25], 0.3)
     assert len(request.prompt) == 30 and request.frames == 130  # of 42 that 30 % allows, a multiple of 15
@@ -88,7 +91,7 @@ def test_epss_is_the_even_grid_with_steps_left_out():
 
 @pytest.fixture
 def trained(tiny_config, tmp_path) -> dict:
-    config = replace(tiny_config, max_steps=2, warmup_steps=1, vocoder="griffin_lim", nfe=2)
+    config = replace(tiny_config, max_steps=2, phase1_steps=1, vocoder="griffin_lim", nfe=2)
     train.train(config, MACHINE)
     lm.train(replace(SMALL, data_dir=config.data_dir, out_dir=str(tmp_path / "lm"), max_steps=2), MACHINE)
     return {"ckpt": f"{config.out_dir}/ckpt.pt", "lm": str(tmp_path / "lm" / "ckpt.pt"), "device": "cpu"}
@@ -112,7 +115,7 @@ def test_words_become_a_waveform(trained, tmp_path, capsys):
 
 def test_prepared_clips_are_made_again(trained, tmp_path):
     sample.main(SampleArgs(ckpt=trained["ckpt"], device="cpu", n=2, out_dir=str(tmp_path / "s")))
-    dataset = shards.Dataset(str(tmp_path / "data"), "held_out")
+    dataset = data.Dataset(str(tmp_path / "data"), "held_out")
     for path in (tmp_path / "s").glob("*.wav"):
         made = json.loads(path.with_suffix(".json").read_text())
         frames = dataset.index["frames"][int(Path(path).stem.split("_")[-1])]
@@ -136,13 +139,13 @@ def test_clips_made_again_replace_no_others(trained):
 def test_each_line_takes_the_reference_of_its_own_domain(trained, monkeypatch, tmp_path):
     """A file of a sound and a sentence: the sentence gets what it would get alone, though the sound comes first."""
 
-    def encode_file(path: str, domain: int, config) -> shards.Prepared:
+    def encode_file(path: str, domain: int, config) -> preparation.Prepared:
         mel, tokens, style = (
             np.full((60, 100), -3.0 - domain),
             np.full((32, 1), domain),
             np.full((16, 10), 5.0 + domain),
         )
-        return shards.Prepared(Clip(path, b"", "", domain, ""), mel, mel, mel, tokens=tokens, style=style)
+        return preparation.Prepared(Clip(path, b"", "", domain, ""), mel, mel, mel, tokens=tokens, style=style)
 
     def generate(net, prompts, domains, limits, styles, sampling) -> list[np.ndarray]:
         assert styles[:, 0, 0].tolist() == [5.0 + d for d in domains]
@@ -150,7 +153,7 @@ def test_each_line_takes_the_reference_of_its_own_domain(trained, monkeypatch, t
 
     monkeypatch.setattr(sample.data, "encode_file", encode_file)
     monkeypatch.setattr(sample.stage1, "generate", generate)
-    state, _ = checkpoint.load(trained["ckpt"])
+    state, _ = common.load(trained["ckpt"])
     (tmp_path / "b.txt").write_text("[dog] barks\nhello there\n")
     args = SampleArgs(**trained, batch=str(tmp_path / "b.txt"), reference="r.wav")
     requests, _ = sample.make_requests(args, sample.load_model(state), state, "cpu")
@@ -160,7 +163,7 @@ def test_each_line_takes_the_reference_of_its_own_domain(trained, monkeypatch, t
 
 
 def test_unlike_preparations_are_warned_of(trained, capsys):
-    state, _ = checkpoint.load(trained["ckpt"])
+    state, _ = common.load(trained["ckpt"])
     net = sample.load_model(state)
     sample.Stage1(trained["lm"], net, "cpu", state["data"])
     assert capsys.readouterr().err == ""
@@ -173,12 +176,12 @@ def test_what_does_not_fit_is_named(trained, tmp_path):
         sample.main(SampleArgs(ckpt=trained["ckpt"], text="hi", device="cpu"))
     with pytest.raises(ValueError, match="is one file and 4 clips are asked for"):
         sample.main(SampleArgs(ckpt=trained["ckpt"], n=2, out=str(tmp_path / "a.wav"), device="cpu"))
-    with pytest.raises(checkpoint.CheckpointError, match="is not a checkpoint of lm.py"):
+    with pytest.raises(common.CheckpointError, match="is not a checkpoint of lm.py"):
         sample.main(SampleArgs(ckpt=trained["ckpt"], lm=trained["ckpt"], text="hi", device="cpu"))
     with pytest.raises(ValueError, match="is not a checkpoint of train.py"):
         sample.main(SampleArgs(ckpt=trained["lm"], device="cpu"))
-    state, _ = checkpoint.load(trained["lm"])
+    state, _ = common.load(trained["lm"])
     state["vocabulary"]["codes"] = (16, 17)
-    checkpoint.save(tmp_path / "other.pt", state)
+    common.save(tmp_path / "other.pt", state)
     with pytest.raises(ValueError, match=r"writes codes of \(16, 17\), the model reads \(16, 16\)"):
         sample.main(SampleArgs(ckpt=trained["ckpt"], lm=str(tmp_path / "other.pt"), text="hi", device="cpu"))

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import audio
-import shards
-from configurator import Config
-from corpora import AUDIO, SPEECH, Clip, DataError
+import data
+from common import AUDIO, SPEECH, DataError
+from prepare import __main__ as preparation
+from prepare.corpora import Clip
+from train import Config
 
 RATES = [50, 25]
 
@@ -21,40 +23,40 @@ RATES = [50, 25]
 
 
 def test_token_count_and_crop_unit():
-    assert shards.crop_unit(RATES) == 15  # 15 frames are 160 ms: 8 and 4 tokens
+    assert data.crop_unit(RATES) == 15  # 15 frames are 160 ms: 8 and 4 tokens
     for seconds in (1, 2, 10):
         frames = round(seconds * 24000 / 256)
-        assert abs(shards.token_count(frames, 50) - 50 * seconds) <= 1
-        assert abs(shards.token_count(frames, 25) - 25 * seconds) <= 1
-    assert shards.token_count(1, 50) == shards.token_count(1, 25) == 1
+        assert abs(data.token_count(frames, 50) - 50 * seconds) <= 1
+        assert abs(data.token_count(frames, 25) - 25 * seconds) <= 1
+    assert data.token_count(1, 50) == data.token_count(1, 25) == 1
 
 
 def test_token_span():
-    assert shards.token_span(0, 100, 50, 53) == (0, 53)
-    assert shards.token_span(30, 30, 50, 53) == (16, 16)
-    assert shards.token_span(30, 30, 25, 27) == (8, 8)
-    assert shards.token_span(90, 10, 50, 53) == (48, 5)  # what is left
-    assert shards.token_span(90, 30, 50, 53) == (48, 5)  # never beyond the clip's last token
+    assert data.token_span(0, 100, 50, 53) == (0, 53)
+    assert data.token_span(30, 30, 50, 53) == (16, 16)
+    assert data.token_span(30, 30, 25, 27) == (8, 8)
+    assert data.token_span(90, 10, 50, 53) == (48, 5)  # what is left
+    assert data.token_span(90, 30, 50, 53) == (48, 5)  # never beyond the clip's last token
 
 
-def prepared(path: Path, frames: list[int], domains: list[int], tokens=None, mels=None, size=1000) -> shards.Dataset:
+def prepared(path: Path, frames: list[int], domains: list[int], tokens=None, mels=None, size=1000) -> data.Dataset:
     """A training split of clips of the given lengths, `size` clips a shard; the first clip has a waveform."""
     rng, clips = np.random.default_rng(0), []
     for i, (T, d) in enumerate(zip(frames, domains, strict=True)):
         mel = (rng.normal(-3, 2, (T, 100)) if mels is None else mels[i]).astype(np.float16)
         wav = np.linspace(-0.5, 0.5, 256)
-        codes = rng.integers(0, 16, shards.token_count(T, RATES[d])) if tokens is None else tokens[i]
+        codes = rng.integers(0, 16, data.token_count(T, RATES[d])) if tokens is None else tokens[i]
         codes = codes if codes.ndim == 2 else codes[:, None]
         clip = Clip(f"n{i}", b"", f"text of\nclip {i}", d, "")
         vectors = np.full((4, 6)[d], i + 0.5), np.full((16, 6), i)
-        clips.append(shards.Prepared(clip, mel, wav, wav, i == 0, codes, *vectors))
+        clips.append(preparation.Prepared(clip, mel, wav, wav, i == 0, codes, *vectors))
     path.mkdir()
     meta = {"teachers": [["whisper", 4], ["aisfx", 6]], "token_rates": RATES, "streams": clips[0].tokens.shape[1]}
     names = [f"train_{k:05d}" for k in range(-(-len(clips) // size))]
     for k, name in enumerate(names):
-        shards.write_shard(path / name, clips[k * size : (k + 1) * size], [4, 6], -11.5)
-    shards.join(path, names, meta)
-    return shards.Dataset(path, "train")
+        preparation.write_shard(path / name, clips[k * size : (k + 1) * size], [4, 6], -11.5)
+    preparation.join(path, names, meta)
+    return data.Dataset(path, "train")
 
 
 @pytest.mark.parametrize("domain", [SPEECH, AUDIO])
@@ -63,14 +65,14 @@ def test_an_impulse_stays_under_its_frames(tmp_path, rng, domain):
     from model import stretch
 
     T = 600
-    N, rate = shards.token_count(T, RATES[domain]), RATES[domain]
+    N, rate = data.token_count(T, RATES[domain]), RATES[domain]
     k = int(rng.integers(N // 3, N // 2))
     centre = (k + 0.5) / rate * audio.FRAME_RATE - 0.5  # in frames
     mel = -((np.arange(T) - centre) ** 2)[:, None].clip(None, 1000) * np.ones(100)
     codes = np.zeros(N, np.int64)
     codes[k] = 1
     dataset = prepared(tmp_path / "p", [T, 9], [domain, 1 - domain], [codes, codes[:1]], [mel, mel[:9]])
-    unit = shards.crop_unit(RATES)
+    unit = data.crop_unit(RATES)
     for _ in range(30):
         length = int(rng.integers(40, 300))
         low, high = max(0, int(centre) - length + 20), min(T - length, int(centre) - 20)
@@ -83,7 +85,7 @@ def test_an_impulse_stays_under_its_frames(tmp_path, rng, domain):
         seen = (x * torch.arange(length)).sum().item() / x.sum().item()  # centre of mass of the stretched impulse
         # a token count is rounded, so the stretch is off by up to half a token at the clip's far end
         assert abs(seen - heard) <= 0.5 + 0.5 / rate * audio.FRAME_RATE + 0.1, (first, length)
-        assert batch.token_len.tolist() == [shards.token_span(first, length, rate, N)[1]]
+        assert batch.token_len.tolist() == [data.token_span(first, length, rate, N)[1]]
     with_first = dataset.batch(np.array([0]), np.array([[unit, 300]])).tokens[0].tolist()
     assert with_first == codes[unit * rate * 256 // 24000 :][: len(with_first)].tolist()
 
@@ -91,7 +93,7 @@ def test_an_impulse_stays_under_its_frames(tmp_path, rng, domain):
 def test_dataset_gives_back_what_was_written(tmp_path, rng):
     frames, domains = [50, 80, 33, 61], [0, 1, 0, 1]
     mels = [rng.normal(-3, 2, (T, 100)).astype(np.float16) for T in frames]
-    tokens = [rng.integers(0, 99, shards.token_count(T, RATES[d])) for T, d in zip(frames, domains, strict=True)]
+    tokens = [rng.integers(0, 99, data.token_count(T, RATES[d])) for T, d in zip(frames, domains, strict=True)]
     dataset = prepared(tmp_path / "p", frames, domains, tokens, mels, size=3)
     assert len(dataset) == 4 and dataset.meta["train"]["clips"] == [2, 2]
     assert dataset.meta["train"]["seconds"] == pytest.approx([83 * 256 / 24000, 141 * 256 / 24000])
@@ -129,7 +131,7 @@ def test_a_split_may_lack_a_domain(tmp_path):
 
 
 def test_few_files_stay_open_whatever_the_number_of_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 3)
+    monkeypatch.setattr(data, "OPEN_SHARDS", 3)
     dataset = prepared(tmp_path / "p", [9 + i for i in range(20)], [i % 2 for i in range(20)], size=1)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
@@ -141,7 +143,7 @@ def test_few_files_stay_open_whatever_the_number_of_shards(tmp_path, monkeypatch
 
 
 @pytest.fixture
-def many(tmp_path, rng) -> shards.Dataset:
+def many(tmp_path, rng) -> data.Dataset:
     frames = (np.exp(rng.normal(4.6, 0.6, 300)).clip(20, 400)).astype(int).tolist()
     return prepared(tmp_path / "many", frames, rng.integers(0, 2, 300).tolist(), size=128)
 
@@ -150,7 +152,7 @@ BATCHES = Config(batch_frames=1500, batch_size=16, seed=4, trim=0.0)
 
 
 def test_every_clip_once_an_epoch(many):
-    batches = shards.Batches(many, BATCHES)
+    batches = data.TrainingBatches(many, BATCHES)
     n, seen = batches.steps_per_epoch, []
     for epoch in range(3):
         ids = [batches.ids(s).tolist() for s in range(epoch * n, (epoch + 1) * n)]
@@ -161,18 +163,18 @@ def test_every_clip_once_an_epoch(many):
 
 
 def test_batches_are_a_function_of_seed_step_and_rank(many):
-    a, b = shards.Batches(many, BATCHES), shards.Batches(many, copy.copy(BATCHES))
+    a, b = data.TrainingBatches(many, BATCHES), data.TrainingBatches(many, copy.copy(BATCHES))
     steps = [7, 3, 40, 0, 7]
     for step in steps:  # in any order, from any object
         x, y = a(step), b(step)
         assert torch.equal(x.ids, y.ids) and torch.equal(x.mel, y.mel) and torch.equal(x.prompt, y.prompt)
-    other = shards.Batches(many, replace(BATCHES, seed=5))
+    other = data.TrainingBatches(many, replace(BATCHES, seed=5))
     assert any(a.ids(s).tolist() != other.ids(s).tolist() for s in range(5))
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_an_epoch_without_overlap(many, world):
-    ranks = [shards.Batches(many, BATCHES, r, world) for r in range(world)]
+    ranks = [data.TrainingBatches(many, BATCHES, r, world) for r in range(world)]
     n = ranks[0].steps_per_epoch
     ids = [i for step in range(n, 2 * n) for r in ranks for i in r.ids(step).tolist()]
     assert len(ids) == len(set(ids)) and len(ids) >= 300 - (world - 1) * BATCHES.batch_size
@@ -180,7 +182,7 @@ def test_ranks_share_an_epoch_without_overlap(many, world):
 
 
 def test_the_frame_budget_is_kept_and_padding_is_low(many):
-    batches = shards.Batches(many, BATCHES)
+    batches = data.TrainingBatches(many, BATCHES)
     padding, real = 0, 0
     for step in range(2 * batches.steps_per_epoch):
         lengths = batches.lengths[batches.ids(step)]
@@ -198,14 +200,14 @@ def test_the_frame_budget_is_kept_and_padding_is_low(many):
 def test_a_budget_below_the_longest_clip(many):
     longest = int(many.index["frames"].max())
     with pytest.raises(DataError, match=f"batch_frames={longest - 1} is below the longest clip \\({longest}\\)"):
-        shards.Batches(many, replace(BATCHES, batch_frames=longest - 1))
-    shards.Batches(many, replace(BATCHES, batch_frames=longest))
-    shards.Batches(many, replace(BATCHES, batch_frames=200, crop_frames=200))  # cropped, they fit
+        data.TrainingBatches(many, replace(BATCHES, batch_frames=longest - 1))
+    data.TrainingBatches(many, replace(BATCHES, batch_frames=longest))
+    data.TrainingBatches(many, replace(BATCHES, batch_frames=200, crop_frames=200))  # cropped, they fit
 
 
 def test_crops_and_prompts(many):
     config = replace(BATCHES, crop_frames=60, prompt_max=0.3, prompt_drop=0.4, batch_size=32)
-    batches = shards.Batches(many, config)
+    batches = data.TrainingBatches(many, config)
     frames, firsts, prompts = many.index["frames"], set(), []
     for step in range(3 * batches.steps_per_epoch):
         batch = batches(step)
@@ -216,7 +218,7 @@ def test_crops_and_prompts(many):
             if frames[i] >= 150:  # where in the clip is this crop?
                 whole = many.mel(i)[:, 0].astype(np.float32)
                 starts = [s for s in range(frames[i] - 59) if (whole[s : s + 60] == batch.mel[b, :60, 0].numpy()).all()]
-                assert len(starts) == 1 and starts[0] % shards.crop_unit(RATES) == 0
+                assert len(starts) == 1 and starts[0] % data.crop_unit(RATES) == 0
                 firsts.add(starts[0])
     assert len(firsts) > 5
     dropped = np.mean(np.array(prompts) == 0)
@@ -225,7 +227,7 @@ def test_crops_and_prompts(many):
 
 def test_clips_are_trimmed_to_the_shortest_of_like_length(many):
     """No frame of padding where no clip loses more than the share asked; there clips stay whole."""
-    batches, frames, cuts = shards.Batches(many, replace(BATCHES, trim=0.05)), many.index["frames"], set()
+    batches, frames, cuts = data.TrainingBatches(many, replace(BATCHES, trim=0.05)), many.index["frames"], set()
     lost = 0
     for step in range(batches.steps_per_epoch):
         batch = batches(step)
@@ -237,18 +239,18 @@ def test_clips_are_trimmed_to_the_shortest_of_like_length(many):
         cuts.add(like)
         lost += whole.sum() - taken.sum()
     assert cuts == {False, True} and batches.left_out() == pytest.approx(lost / frames.sum())
-    assert shards.Batches(many, BATCHES).left_out() == 0
-    assert batches.padding() < shards.Batches(many, BATCHES).padding()
+    assert data.TrainingBatches(many, BATCHES).left_out() == 0
+    assert batches.padding() < data.TrainingBatches(many, BATCHES).padding()
 
 
 def test_fixed_batch(many):
-    a, b = shards.fixed_batch(many, 5, 1, 90), shards.fixed_batch(many, 5, 1, 90)
+    a, b = data.fixed_batch(many, 5, 1, 90), data.fixed_batch(many, 5, 1, 90)
     assert torch.equal(a.ids, b.ids) and torch.equal(a.mel, b.mel)
     assert a.domain.tolist() == [0] * 5 + [1] * 5 and len(set(a.ids.tolist())) == 10
     assert a.frames.tolist() == [min(90, many.index["frames"][i]) for i in a.ids.tolist()]
     np.testing.assert_array_equal(a.mel[0, 0].numpy(), many.mel(a.ids[0].item())[0].astype(np.float32))
     assert not a.prompt.any()
-    assert a.ids.tolist() != shards.fixed_batch(many, 5, 2, 90).ids.tolist()
+    assert a.ids.tolist() != data.fixed_batch(many, 5, 2, 90).ids.tolist()
 
 
 # ---- checksums
@@ -256,23 +258,23 @@ def test_fixed_batch(many):
 
 def test_verify_names_what_is_missing_or_changed(tmp_path):
     dataset = prepared(tmp_path / "p", [50, 80, 60], [0, 1, 0], size=2)
-    assert shards.verify(str(dataset.root)) == []
+    assert preparation.verify(str(dataset.root)) == []
     with open(dataset.path(1) / "mel.bin", "r+b") as file:
         file.seek(100)
         byte = file.read(1)[0]
         file.seek(100)
         file.write(bytes([byte ^ 1]))
     (dataset.path(0) / "wav" / "00000.wav").unlink()
-    found = shards.verify(str(dataset.root))
+    found = preparation.verify(str(dataset.root))
     assert len(found) == 2 and "wav/00000.wav: missing" in found[0] and "train_00001/mel.bin: not as" in found[1]
     (dataset.path(1) / "shard.json").unlink()
     (dataset.root / "train.npy").write_bytes(b"")
-    assert sum("shard.json: missing" in line for line in shards.verify(str(dataset.root))) == 1
+    assert sum("shard.json: missing" in line for line in preparation.verify(str(dataset.root))) == 1
     (dataset.path(0) / "shard.json").write_text("{}")
-    assert any("train_00000/shard.json: not as" in line for line in shards.verify(str(dataset.root)))
+    assert any("train_00000/shard.json: not as" in line for line in preparation.verify(str(dataset.root)))
     (dataset.root / "meta.json").write_text("{")
     with pytest.raises(DataError, match=r"meta\.json is damaged .*delete it"):
-        shards.verify(str(dataset.root))
+        preparation.verify(str(dataset.root))
 
 
 def test_the_identity_covers_the_tokens(tmp_path):
@@ -280,7 +282,7 @@ def test_the_identity_covers_the_tokens(tmp_path):
     first = prepared(tmp_path / "a", [50, 80], [0, 1], codes).meta
     same = prepared(tmp_path / "b", [50, 80], [0, 1], codes).meta
     other = prepared(tmp_path / "c", [50, 80], [0, 1], [codes[0], codes[1][::-1]]).meta
-    assert shards.identity(first) == shards.identity(same) != shards.identity(other)
+    assert data.fingerprint(first) == data.fingerprint(same) != data.fingerprint(other)
 
 
 def test_two_streams(tmp_path):
@@ -295,10 +297,10 @@ def test_padding_on_librispeech_like_lengths_is_under_5_percent(tmp_path, rng):
     seconds = np.concatenate([rng.normal(14, 1.5, 4500), rng.uniform(2, 16, 2500)]).clip(1.5, 17)
 
     class Lengths:
-        index, rates = np.zeros(7000, shards.INDEX), [50, 50]
+        index, rates = np.zeros(7000, data.INDEX), [50, 50]
 
     Lengths.index["frames"] = seconds * audio.FRAME_RATE
-    assert shards.Batches(Lengths(), Config()).padding() < 0.05
+    assert data.TrainingBatches(Lengths(), Config()).padding() < 0.05
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -306,7 +308,10 @@ def test_batches_prepared_ahead_are_the_same(tmp_path, threads):
     frames = [40 + 5 * i for i in range(30)]
     dataset = prepared(tmp_path / "d", frames, [i % 2 for i in range(30)])
     config = Config(batch_frames=400, batch_size=4, seed=1)
-    plain, ahead = shards.Batches(dataset, config), shards.Ahead(shards.Batches(dataset, config), threads)
+    plain, ahead = (
+        data.TrainingBatches(dataset, config),
+        data.Prefetcher(data.TrainingBatches(dataset, config), threads),
+    )
     for step in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 40, 41):  # several epochs
         a, b = plain(step), ahead(step)
         assert torch.equal(a.ids, b.ids) and torch.equal(a.mel, b.mel) and torch.equal(a.prompt, b.prompt)

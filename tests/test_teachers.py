@@ -18,13 +18,14 @@ from conftest import BEATS_CFG
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import teachers
+from prepare import demo
 
 ROLES = {"whisper": "whisper_tiny", "aisfx": "aisfx"}
 
 
 @pytest.fixture(scope="module")
 def load(package) -> Callable[[str], teachers.Teacher]:
-    return cache(lambda name: teachers.load_teacher(name, package(ROLES[name])))
+    return cache(lambda name: demo.load_teacher(name, package(ROLES[name])))
 
 
 def noise(seconds: float, rate: int, seed: int = 0) -> np.ndarray:
@@ -243,7 +244,7 @@ def test_sound_checkpoint_runs_no_code(tmp_path):
     with zipfile.ZipFile(tmp_path / "aisfx.whl", "w") as wheel:
         wheel.writestr("aisfx/models/checkpoint.pth", buffer.getvalue())
     with pytest.raises(pickle.UnpicklingError):
-        teachers.SoundCNN.load(tmp_path / "aisfx.whl")
+        demo.SoundCNN.load(tmp_path / "aisfx.whl")
     assert not (tmp_path / "ran").exists()
 
 
@@ -328,7 +329,7 @@ def beats_by_hand(path: Path, wav: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def test_beats_equals_the_equations_alone_and_padded(beats_file):
     """In one batch of three lengths, so whatever padding leaks shows as a difference from the clip alone."""
-    beats = teachers.load_teacher("beats", beats_file)
+    beats = demo.load_teacher("beats", beats_file)
     wavs = [noise(0.6, 16000), noise(1.01, 16000, 1), noise(0.4, 16000, 2)]
     for wav, got, codes in zip(wavs, beats.encode(wavs), beats.codes(wavs), strict=True):
         expected, expected_codes = beats_by_hand(beats_file, wav)
@@ -338,7 +339,7 @@ def test_beats_equals_the_equations_alone_and_padded(beats_file):
 
 
 def test_beats_features_are_the_same_alone_and_in_a_batch(beats_file):
-    beats = teachers.load_teacher("beats", beats_file)
+    beats = demo.load_teacher("beats", beats_file)
     wavs = [noise(0.6, 16000), noise(2.01, 16000, 1), noise(0.4, 16000, 2)]
     for wav, got in zip(wavs, beats.encode(wavs), strict=True):
         np.testing.assert_allclose(got, beats.encode([wav])[0], atol=1e-5)
@@ -346,12 +347,12 @@ def test_beats_features_are_the_same_alone_and_in_a_batch(beats_file):
 
 def test_beats_fbank_is_kaldis(beats_file):
     wav = noise(0.7, 16000)
-    got = teachers.load_teacher("beats", beats_file).fbank(wav) * 2 * 6.55582 + 15.41663
+    got = demo.load_teacher("beats", beats_file).fbank(wav) * 2 * 6.55582 + 15.41663
     np.testing.assert_allclose(got, kaldi_fbank(wav), atol=2e-3)
 
 
 def test_beats_takes_a_clip_below_one_patch(beats_file):
-    assert teachers.load_teacher("beats", beats_file).encode([noise(0.05, 16000)])[0].shape == (8, 32)
+    assert demo.load_teacher("beats", beats_file).encode([noise(0.05, 16000)])[0].shape == (8, 32)
 
 
 def test_beats_without_a_codebook_has_no_codes(beats_file, tmp_path):
@@ -359,7 +360,7 @@ def test_beats_without_a_codebook_has_no_codes(beats_file, tmp_path):
     del stored["model"]["quantize.embedding.weight"]
     torch.save(stored, tmp_path / "encoder.pt")
     with pytest.raises(ValueError, match="no codebook"):
-        teachers.load_teacher("beats", tmp_path / "encoder.pt").codes([noise(1, 16000)])
+        demo.load_teacher("beats", tmp_path / "encoder.pt").codes([noise(1, 16000)])
 
 
 def test_other_files_are_not_beats(tmp_path):
@@ -370,7 +371,7 @@ def test_other_files_are_not_beats(tmp_path):
     for name, match in (("none", "pass the path"), ("text", "pass the path"), ("empty", "pass the path"),
                         ("no_cfg", "KeyError"), ("pre_norm", "post-norm")):  # fmt: skip
         with pytest.raises(ValueError, match=match) as error:
-            teachers.load_teacher("beats", tmp_path / f"{name}.pt")
+            demo.load_teacher("beats", tmp_path / f"{name}.pt")
         assert "\n" not in str(error.value)
 
 
@@ -381,13 +382,13 @@ def test_other_files_are_not_beats(tmp_path):
 def test_missing_weights_are_one_clear_line(name, tmp_path):
     for source in (tmp_path / "none.whl", tmp_path):
         with pytest.raises(ValueError, match="pass ") as error:
-            teachers.load_teacher(name, source)
+            demo.load_teacher(name, source)
         assert "\n" not in str(error.value) and str(source) in str(error.value)
 
 
 def test_unknown_teacher():
     with pytest.raises(ValueError, match="whisper, beats, aisfx"):
-        teachers.load_teacher("beast", "x.whl")
+        demo.load_teacher("beast", "x.whl")
 
 
 def test_weights_are_frozen(load):

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import corpora
-import tokenizer
-from tokenizer import Tokenizer, TokenizerShape
+import common
+import lm
+from prepare import corpora, tokenizer
+from prepare.tokenizer import Tokenizer, TokenizerConfig
 
 ROOT = Path(__file__).parent.parent
 
 
 def small(seed: int = 0, **changes) -> Tokenizer:
     torch.manual_seed(seed)
-    model = Tokenizer(TokenizerShape(**{"dim": 6, "codes": 9, "rate": 50, "width": 16, **changes}))
+    model = Tokenizer(TokenizerConfig(**{"dim": 6, "codes": 9, "rate": 50, "width": 16, **changes}))
     model.codebook.normal_()
     return model
 
@@ -332,7 +332,7 @@ def test_at_token_times_covers_the_middle_of_each_token(rng):
 
 def test_a_fitting_goes_on_where_it_stopped(rng):
     features = clips(rng, 120, 40, 200, 97)
-    shape = TokenizerShape(6, 8, 50, 16)
+    shape = TokenizerConfig(6, 8, 50, 16)
     whole, first, second = (tokenizer.Fitting(features, shape, 12, batch=3, seed=5) for _ in range(3))
     a = [whole.step() for _ in range(12)]
     b = [first.step() for _ in range(5)]
@@ -376,19 +376,19 @@ def test_long_clips_are_encoded_in_pieces(rng):
 
 
 def test_the_momentum_stays_what_it_is(rng):
-    fitting = tokenizer.Fitting(clips(rng, 120), TokenizerShape(6, 8, 50, 16), 12, batch=2)
+    fitting = tokenizer.Fitting(clips(rng, 120), TokenizerConfig(6, 8, 50, 16), 12, batch=2)
     fitting.step()
-    assert fitting.optimiser.param_groups[0]["betas"] == (0.5, 0.9)
+    assert fitting.optimizer.param_groups[0]["betas"] == (0.5, 0.9)
 
 
 def test_nonsense_is_no_tokenizer_and_no_folder_of_sounds(tmp_path):
-    checkpoint.save(tmp_path / "model.pt", {"shape": {"n_layer": 4, "codes": (16, 16)}, "model": {}})
+    common.save(tmp_path / "model.pt", {"shape": {"n_layer": 4, "codes": (16, 16)}, "model": {}})
     with pytest.raises(ValueError, match="model.pt is not a checkpoint of tokenizer.py"):
         tokenizer.load(tmp_path / "model.pt")
     for source in ("", str(tmp_path / "none")):
         with pytest.raises(ValueError, match=f"features_from='{source}' is no folder"):
             tokenizer.sounds(source)
-    with pytest.raises(corpora.DataError, match=f"^features_from={tmp_path}: no audio files"):
+    with pytest.raises(common.DataError, match=f"^features_from={tmp_path}: no audio files"):
         tokenizer.sounds(str(tmp_path))
 
 
@@ -418,7 +418,7 @@ def stopped(tmp_path, rng, monkeypatch) -> tokenizer.TokenizerArgs:
         out_dir=str(tmp_path / "ast"), features_from=str(tmp_path), audio_teacher="demo", codes=8, width=8, units=1,
         max_steps=4, batch_size=2, save_every=2, device="cpu",
     )  # fmt: skip
-    found = [corpora.Clip(str(i), b"", "", corpora.AUDIO, "") for i in range(3)]
+    found = [corpora.Clip(str(i), b"", "", common.AUDIO, "") for i in range(3)]
     monkeypatch.setattr(tokenizer, "sounds", lambda source: found)
     monkeypatch.setattr(tokenizer.fetch, "fetch", lambda role: role)
     monkeypatch.setattr(tokenizer.teachers, "load_teacher", lambda *_: Loud())
@@ -439,19 +439,19 @@ def stopped(tmp_path, rng, monkeypatch) -> tokenizer.TokenizerArgs:
 )
 def test_a_training_begun_with_other_arguments_is_refused(stopped, change, file):
     [key] = change
-    with pytest.raises(checkpoint.CheckpointError, match=f"{file} was made with other settings .{key}: "):
+    with pytest.raises(common.CheckpointError, match=f"{file} was made with other settings .{key}: "):
         tokenizer.main(replace(stopped, **change))
     assert tokenizer.main(replace(stopped, log_every=1)) == 0
 
 
 def test_a_damaged_checkpoint_does_not_replace_the_good_one(stopped, capsys):
     path = Path(stopped.out_dir) / "ckpt.pt"
-    good = checkpoint.previous(path).read_bytes()
+    good = common.previous(path).read_bytes()
     path.write_bytes(path.read_bytes()[:-100])
     fitting = tokenizer.open_fitting(stopped, tokenizer.read_features(path.parent), 25.0, 0, "cpu")
     assert fitting.done == 2 and "damaged" in capsys.readouterr().err
-    checkpoint.save(path, fitting.state())
-    assert checkpoint.previous(path).read_bytes() == good
+    common.save(path, fitting.state())
+    assert common.previous(path).read_bytes() == good
 
 
 @pytest.mark.ddp
@@ -463,7 +463,7 @@ def test_two_ranks_train_one_ast(tmp_path, audio_dir):
         "import os, torch, torch.distributed as dist, numpy as np, tokenizer\n"
         "dist.init_process_group('gloo'); rank = dist.get_rank(); rng = np.random.default_rng(0)\n"
         "features = [rng.normal(size=(n, 6)).astype('f4') for n in (120, 40, 200)]\n"
-        "fit = tokenizer.Fitting(features, tokenizer.TokenizerShape(6, 8, 50, 16), 20, batch=3, rank=rank)\n"
+        "fit = tokenizer.Fitting(features, tokenizer.TokenizerConfig(6, 8, 50, 16), 20, batch=3, rank=rank)\n"
         "for _ in range(20): fit.step()\n"
         f"torch.save(fit.model.state_dict(), {str(tmp_path)!r} + f'/{{rank}}.pt')\n"
         "dist.destroy_process_group()\n"
@@ -482,7 +482,7 @@ def test_two_ranks_train_one_ast(tmp_path, audio_dir):
 
 
 def test_text_as_bytes():
-    encoding, text = tokenizer.load_text_tokenizer(), "Héllo,\n  日本 \U0001f600 <|endoftext|>"
+    encoding, text = lm.load_text_tokenizer(), "Héllo,\n  日本 \U0001f600 <|endoftext|>"
     ids = encoding.encode(text, disallowed_special=())
     assert ids == list(text.encode()) and encoding.decode(ids) == text and encoding.n_vocab == 256
 
@@ -495,6 +495,6 @@ def test_a_text_tokenizer_by_folder(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=Words(WordLevel({"a": 0, "?": 1}, unk_token="?"))).save_pretrained(
         tmp_path
     )
-    assert tokenizer.load_text_tokenizer(str(tmp_path)).encode("a") == [0]
+    assert lm.load_text_tokenizer(str(tmp_path)).encode("a") == [0]
     with pytest.raises(ValueError, match="pass a folder, or bytes"):
-        tokenizer.load_text_tokenizer(str(tmp_path / "none"))
+        lm.load_text_tokenizer(str(tmp_path / "none"))

@@ -8,24 +8,17 @@ Nothing is decoded here. Licences and paths stay the user's.
 
 import collections
 import csv
-import gzip
 import hashlib
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import audio
-import fetch
-from configurator import DOMAINS, Config
+from common import AUDIO, DOMAINS, SPEECH, DataError
+from prepare import demo
 
-SPEECH, AUDIO = 0, 1
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".opus", *audio.PYAV_SUFFIXES}
-
-
-class DataError(RuntimeError):
-    """A corpus or a prepared folder that cannot be used; one line that says what to do."""
 
 
 @dataclass
@@ -42,7 +35,7 @@ class Clip:
     end: float | None = None
 
 
-def read(config: Config) -> tuple[list[Clip], list[str]]:
+def read(config) -> tuple[list[Clip], list[str]]:
     """All clips of the config's corpora in a fixed order, and a line for each thing that was left out. Raises DataError
     for a corpus that is not there or a domain without clips."""
     clips: list[Clip] = []
@@ -50,7 +43,7 @@ def read(config: Config) -> tuple[list[Clip], list[str]]:
     for d, name in enumerate(DOMAINS):
         value = getattr(config, f"{name}_dir")
         if value == "demo":
-            clips += (demo_speech, demo_audio)[d]()
+            clips += of_demo(d)
         elif value:
             clips += folder(value, d)
     for reader, value in ((librispeech, config.librispeech_dir), (audioset, config.audioset_dir)):
@@ -188,37 +181,11 @@ def manifest(path: str) -> list[Clip]:
     return clips
 
 
-def demo_speech() -> list[Clip]:
-    """The Asterisk prompts, one voice; prompts whose transcript is only a [stage direction] carry no words."""
-    text_file = fetch.open_deb(fetch.fetch("asterisk_text"))
-    listing = gzip.decompress(next(v for k, v in text_file.items() if k.endswith("core-sounds-en.txt.gz"))).decode()
-    texts = dict(line.split(": ", 1) for line in listing.splitlines() if ": " in line and not line.startswith(";"))
-    clips = []
-    for path, content in sorted(fetch.open_deb(fetch.fetch("asterisk")).items()):
-        if path.endswith(".g722"):
-            name = path.split("en_US_f_Allison/")[1]
-            words = " ".join(re.sub(r"\[[^]]*\]", "", texts.get(name.removesuffix(".g722"), "")).split())
-            clips.append(Clip(name, content, words, SPEECH, normal(words)))
-    return clips
-
-
-def demo_audio() -> list[Clip]:
-    """Sonic Pi's samples (the file name is the caption) and OpenSFX's effects (captioned in their container)."""
-    clips = []
-    for path, content in sorted(fetch.open_deb(fetch.fetch("sonic_pi")).items()):
-        if path.endswith(".flac"):
-            stem = Path(path).stem
-            clips.append(Clip(f"sonic_pi/{stem}.flac", content, stem.replace("_", " "), AUDIO, stem))
-    files = fetch.open_deb(fetch.fetch("opensfx"))
-    cat = next(v for k, v in files.items() if k.endswith("opensfx.cat"))
-    first = int.from_bytes(cat[:4], "little") & 0x7FFFFFFF
-    for i in range(first // 8):  # a table of (offset, length), then at each offset a name and a wav
-        offset = int.from_bytes(cat[8 * i : 8 * i + 4], "little") & 0x7FFFFFFF
-        length = int.from_bytes(cat[8 * i + 4 : 8 * i + 8], "little")
-        caption = cat[offset + 1 : offset + 1 + cat[offset]].split(b'".')[0].split(b"\0")[0].decode("latin-1").strip()
-        start = offset + 1 + cat[offset]
-        clips.append(Clip(f"opensfx/{i:02d}.wav", cat[start : start + length], caption, AUDIO, caption))
-    return clips
+def of_demo(domain: int) -> list[Clip]:
+    """The clips of the embedded default, grouped by text or by name."""
+    if domain == SPEECH:
+        return [Clip(name, content, text, SPEECH, normal(text)) for name, content, text in demo.speech()]
+    return [Clip(name, content, text, AUDIO, group) for name, content, text, group in demo.sounds()]
 
 
 def normal(text: str) -> str:
