@@ -46,11 +46,9 @@ def resample(wav: np.ndarray, rate: int, to: int) -> np.ndarray:
 
 
 def decode(source: str | Path | bytes, name: str = "") -> tuple[np.ndarray, int]:
-    """Decodes a file (or its bytes, `name` giving the suffix) to mono float32 (L,) and its own sample rate.
-
-    libsndfile reads wav, flac, ogg, opus and mp3; PyAV reads G.722 and what AudioSet is stored in. Raises AudioError
-    for anything undecodable, empty, silent or not finite.
-    """
+    """Decodes a file (or its bytes, `name` giving the suffix) to mono float32 (L,) and its own sample rate: libsndfile
+    wav, flac, ogg, opus and mp3, PyAV G.722 and what AudioSet is stored in. Raises AudioError for anything undecodable,
+    empty, silent or not finite."""
     suffix = Path(name or (source if not isinstance(source, bytes) else "")).suffix.lower()
     data = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     try:
@@ -96,11 +94,8 @@ def write(target: str | Path | BinaryIO, wav: np.ndarray, sample_rate: int = SAM
 
 @cache
 def torchaudio() -> types.ModuleType:
-    """Imports torchaudio, also where its compiled extension does not fit this torch (a CPU torch, PyPI's torchaudio).
-
-    Only its pure-Python transforms are used here and by vocos, so after a real failure the extension is replaced by an
-    empty module. Call this before importing vocos or transformers' Whisper.
-    """
+    """Imports torchaudio, also where its compiled extension does not fit this torch: the pure-Python transforms, which
+    alone are used here and by vocos, do without. Call this before importing vocos or transformers' Whisper."""
     try:
         return importlib.import_module("torchaudio")
     except (OSError, ImportError, RuntimeError):
@@ -119,10 +114,8 @@ def _mel_transform() -> torch.nn.Module:
 
 
 def log_mel(wav: torch.Tensor) -> torch.Tensor:
-    """Waveform (L,) or (B, L) at 24 kHz -> natural-log magnitude mel (T, 100) or (B, T, 100), T = L // HOP + 1.
-
-    The features of Vocos (`vocos.feature_extractors.MelSpectrogramFeatures`). Raises AudioError below one STFT half.
-    """
+    """Waveform (L,) or (B, L) at 24 kHz -> natural-log magnitude mel (T, 100) or (B, T, 100), T = L // HOP + 1, the
+    features of Vocos. Raises AudioError below one STFT half."""
     if wav.shape[-1] <= N_FFT // 2:  # reflection at the edges needs more samples than it mirrors
         raise AudioError("too short", f"{wav.shape[-1]} samples")
     mel = _mel_transform().to(wav.device)(wav.float())
@@ -135,10 +128,8 @@ def _mel_inverse() -> torch.Tensor:
 
 
 def mel_to_magnitude(mel: torch.Tensor, iterations: int = 50) -> torch.Tensor:
-    """Log-mel (T, 100) -> non-negative STFT magnitudes (513, T) whose mel is as near as possible.
-
-    Non-negative least squares by multiplicative updates, started at the clamped pseudo-inverse.
-    """
+    """Log-mel (T, 100) -> non-negative STFT magnitudes (513, T) whose mel is as near as possible: least squares by
+    multiplicative updates, started at the clamped pseudo-inverse."""
     filters = _mel_transform().mel_scale.fb.to(mel.device)  # (513, 100)
     target = mel.float().exp()
     magnitude = (target @ _mel_inverse().to(mel.device)).clamp_min(1e-6)  # (T, 513)
@@ -169,47 +160,35 @@ VOCOS_CLASSES = {
 }
 
 
-class ForeignClass(ValueError):
-    """A config.yaml that asks for other code than Vocos' own."""
-
-
-def _vocos(name: str) -> torch.nn.Module:
-    """A Vocos by folder or hub name. Raises ForeignClass for a config.yaml that names anything but Vocos' own."""
+def load_vocoder(name: str, device: str = "cpu") -> Callable[[torch.Tensor], np.ndarray]:
+    """Returns mel (T, 100) -> waveform (L,). `name`: griffin_lim, a Vocos hub name or a folder with its two files.
+    Raises ValueError when Vocos' weights cannot be found, or its config.yaml asks for other code."""
+    if name == "griffin_lim":
+        return griffin_lim
     torchaudio()
     import yaml
     from huggingface_hub import hf_hub_download
     from vocos import Vocos
 
-    files = ("config.yaml", "pytorch_model.bin")
-    local = Path(name).is_dir()
-    config, weights = (Path(name) / file if local else hf_hub_download(name, file) for file in files)
-    parts = yaml.safe_load(Path(config).read_text())
-    for part, allowed in VOCOS_CLASSES.items():
-        if parts[part]["class_path"] not in allowed:
-            raise ForeignClass(
-                f"{part} in config.yaml is {parts[part]['class_path']}, not one of {', '.join(sorted(allowed))}"
-            )
-    vocos = Vocos.from_hparams(str(config))
-    vocos.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return vocos
-
-
-def load_vocoder(name: str, device: str = "cpu") -> Callable[[torch.Tensor], np.ndarray]:
-    """Returns mel (T, 100) -> waveform (L,). `name`: griffin_lim, a Vocos hub name or a folder with its two files.
-
-    Raises ValueError in one line when Vocos' weights cannot be found, or its config.yaml asks for other code.
-    """
-    if name == "griffin_lim":
-        return griffin_lim
     try:
-        vocos = _vocos(name)
-    except ForeignClass as error:
-        raise ValueError(f"vocoder {name!r}: {error}; no other code is run") from None
+        files = ("config.yaml", "pytorch_model.bin")
+        config, weights = (Path(name) / f if Path(name).is_dir() else hf_hub_download(name, f) for f in files)
+        parts = yaml.safe_load(Path(config).read_text())
+        classes = {part: parts[part]["class_path"] for part in VOCOS_CLASSES}
+        foreign = [part for part, allowed in VOCOS_CLASSES.items() if classes[part] not in allowed]
+        vocos = None if foreign else Vocos.from_hparams(str(config))
+        if vocos:
+            vocos.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except Exception as error:
         raise ValueError(
             f"vocoder {name!r}: neither a folder with config.yaml and pytorch_model.bin nor a reachable hub name "
             f"({type(error).__name__}); --vocoder=griffin_lim needs no weights"
         ) from error
+    for part in foreign:
+        allowed = ", ".join(sorted(VOCOS_CLASSES[part]))
+        raise ValueError(
+            f"vocoder {name!r}: {part} in config.yaml is {classes[part]}, not one of {allowed}; no other code is run"
+        )
     vocos = vocos.to(device).eval()
 
     @torch.inference_mode()

@@ -6,8 +6,8 @@
     numbers = clip_and_step(module, optimizer, step, config)    # after backward
     command(main, ARGS)                            # a script's last line: what a user can mend is one line on stderr
 
-A checkpoint holds tensors, numbers, strings and plain containers only, so reading one runs no code (weights_only).
-torch.save writes a zip with a CRC-32 for every tensor, which torch.load does not check and load() does.
+A checkpoint holds tensors and plain values only, so reading one runs no code (weights_only); torch.save writes a CRC-32
+for every tensor, which torch.load does not check and load() does.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from configurator import changed_settings
+from configurator import script_name
 
 DOMAINS = ("speech", "audio")  # a clip's domain is an index into this
 SPEECH, AUDIO = 0, 1
@@ -55,7 +55,7 @@ def command(main: Callable[[Any], int | None], args: Any) -> None:
     try:
         sys.exit(main(args))
     except (DataError, CheckpointError, FloatingPointError, OSError, ValueError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(f"{script_name()}: {error}")
 
 
 def run_script(name: str, *words: str) -> int:
@@ -71,9 +71,6 @@ def is_absent(name: str) -> bool:
     return (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not Path(name).exists()
 
 
-# ---- where a process runs
-
-
 def pick_device(device: str) -> str:
     """ "auto" is cuda where there is one, else the CPU; anything else is itself."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -85,7 +82,7 @@ def takes_bfloat16(device: str, dtype: str) -> bool:
         return dtype == "bfloat16"
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.startswith("cpu") and torch.cpu._is_avx512_bf16_supported()
+    return device.startswith("cpu") and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def precision(device: str, dtype: str) -> torch.autocast:
@@ -144,9 +141,6 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-# ---- files
-
-
 @contextlib.contextmanager
 def whole_file(path: str | Path, mode: str = "w", keep: Path | None = None) -> Iterator[Any]:
     """A file that appears whole or not at all: written beside `path`, flushed to disk, then renamed into place. What
@@ -164,10 +158,8 @@ def whole_file(path: str | Path, mode: str = "w", keep: Path | None = None) -> I
     finally:
         part.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the renames themselves
-    finally:
-        os.close(folder)
+    os.fsync(folder)  # the renames themselves
+    os.close(folder)
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -224,41 +216,40 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
         yield True
 
 
-# ---- checkpoints
+def changed_settings(now: dict, before: dict) -> str:
+    """The settings of `now` that differ in `before`, in words."""
+    return "; ".join(f"{k}: {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v)
 
 
-def previous(path: Path) -> Path:
+def previous(path: str | Path) -> Path:
     """Where the checkpoint goes that `path` held before."""
-    return path.with_name(f"{path.stem}.prev{path.suffix}")
+    return Path(path).with_stem(f"{Path(path).stem}.prev")
 
 
 def save(path: str | Path, state: dict[str, Any], keep_previous: bool = True) -> None:
-    """Writes `state`; the file that was there becomes NAME.prev.pt. Whatever fails or is killed, one good file is left."""
-    with whole_file(path, "wb", previous(Path(path)) if keep_previous else None) as file:
+    """Writes `state`; the file that was there becomes NAME.prev.pt. Whatever fails, one good file remains."""
+    with whole_file(path, "wb", previous(path) if keep_previous else None) as file:
         torch.save(state, file)
 
 
 def exists(path: str | Path) -> bool:
     """Whether load(path) would find a file."""
-    return Path(path).exists() or previous(Path(path)).exists()
+    return Path(path).exists() or previous(path).exists()
 
 
 def read_checked(path: Path) -> dict[str, Any]:
     """What save() wrote; of another content it raises one of many errors."""
     with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged:
-        raise zipfile.BadZipFile(f"checksum of {damaged} does not match")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"checksum of {damaged} does not match")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load(path: str | Path, set_aside: bool = False) -> tuple[dict[str, Any], Path]:
-    """Returns the state and the file it came from: `path`, or the previous one with a warning when `path` is damaged.
-
-    `set_aside`, for those who will save to `path` again, renames a damaged file to NAME.damaged.pt, so that it cannot
-    take the previous good one's place. Raises CheckpointError when neither holds a checkpoint, and when a file is
-    there but the machine cannot read it, which is no reason to go back to an older one.
-    """
+    """The state and the file it came from: `path`, or the previous one with a warning when `path` is damaged, which
+    `set_aside`, for those who will save there again, renames to NAME.damaged.pt, so that it cannot take the previous
+    good one's place. Raises CheckpointError when neither holds a checkpoint, and when a file is there but the machine
+    cannot read it, which is no reason to go back to an older one."""
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; pass the file in it: {path / 'ckpt.pt'}")
@@ -278,7 +269,7 @@ def load(path: str | Path, set_aside: bool = False) -> tuple[dict[str, Any], Pat
                 print(f"warning: {problems[0]}; using {file}", file=sys.stderr)
                 if set_aside:
                     with contextlib.suppress(FileNotFoundError):  # it is missing, or another rank was first
-                        os.replace(path, path.with_name(f"{path.stem}.damaged{path.suffix}"))
+                        os.replace(path, path.with_stem(f"{path.stem}.damaged"))
             return state, file
     damaged = any(": damaged (" in p for p in problems)
     todo = "delete what is damaged to start anew, or pass another file" if damaged else "pass the path of a checkpoint"
@@ -296,16 +287,11 @@ def machine_failed(error: Exception) -> bool:
 def same_run(config, fingerprint: str, state: dict, may_differ: Sequence[str], used: Path) -> None:
     """Raises CheckpointError when `used`, which holds `state`, was made with other settings than those of `config`, or
     on another preparation than `fingerprint` names."""
-    changed = changed_settings({k: v for k, v in asdict(config).items() if k not in may_differ}, state["config"])
-    if changed:
-        raise CheckpointError(
-            f"{used} was made with other settings ({changed}); pass --out_dir=ANOTHER_FOLDER or undo them"
-        )
+    if changed := changed_settings({k: v for k, v in asdict(config).items() if k not in may_differ}, state["config"]):
+        raise CheckpointError(f"{used} was made with other settings ({changed}); undo them or pass another --out_dir")
     if state.get("data") != fingerprint:
-        raise CheckpointError(
-            f"{used} was trained on another preparation than {config.data_dir} holds now; pass its --data_dir, or "
-            f"--out_dir=ANOTHER_FOLDER to start anew"
-        )
+        what = f"{used} was trained on another preparation than {config.data_dir} holds now"
+        raise CheckpointError(f"{what}; pass its --data_dir, or another --out_dir to start anew")
 
 
 def export(path: str | Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
@@ -333,9 +319,6 @@ def read_export(path: Path) -> dict[str, Any]:
         raise ValueError("checksum does not match")
     about = json.loads(header["about"], object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()})
     return about | {"ema": tensors}
-
-
-# ---- one update of the weights
 
 
 class MuonAdamW:
@@ -425,9 +408,6 @@ class Finite:
             raise FloatingPointError(f"{self.bad} non-finite steps in a row; the last good state is saved")
 
 
-# ---- stopping and reporting
-
-
 class StopRequest:
     """Turns SIGTERM and the first Ctrl-C into a stop after the step in progress; a second Ctrl-C stops at once."""
 
@@ -476,5 +456,5 @@ def table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
         lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
         return "\n".join([lines[0], "| " + " | ".join("-" * w for w in widths) + " |", *lines[1:]])
     sides = [str.ljust, *[str.rjust] * (len(widths) - 1)]
-    cells = [[side(c, w) for side, c, w in zip(sides, row, widths, strict=False)] for row in rows]
-    return "\n".join("  ".join(line).rstrip() for line in cells)
+    lines = ([side(c, w) for side, c, w in zip(sides, row, widths, strict=False)] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -8,16 +8,15 @@
 
 Every number stands beside the same number for the original recordings, and for the originals through the same mel and
 vocoder: the floor that no model behind this vocoder can pass. Generated clips come from held-out tokens alone. WER:
-Whisper transcribes, Whisper's English normaliser and jiwer score, over clips of at least MIN_WORDS words. FAD: against
-the original training recordings, under a network that taught nobody; FAD-inf is its extrapolation to infinitely many
-of the judge's patches, because the FAD of few is biased upwards. Every evaluation adds a row to evals.csv; eval.json,
-samples/ and index.html are those of the run's latest step.
+Whisper transcribes, its English normaliser and jiwer score clips of at least MIN_WORDS words. FAD: against the original
+training recordings, under a network that taught nobody; that of few clips is biased upwards. Every evaluation adds a
+row to evals.csv; eval.json, samples/ and index.html are the latest's.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from configurator import configure
+from configurator import Count, configure
 
 
 @dataclass
@@ -27,7 +26,7 @@ class EvalArgs:
     ckpt: str = "out/demo/ckpt.pt"  # a checkpoint of train.py
     data_dir: str = ""  # prepared data; empty: the one the checkpoint was trained on
     lm: str = ""  # a checkpoint of lm.py: also evaluate text -> tokens -> waveform
-    nfe: int | None = None  # velocity evaluations per clip
+    nfe: Count | None = None  # velocity evaluations per clip
     cfg_scale: float | None = None  # guidance scale; 1 is none
     sway: float | None = None  # sway sampling coefficient
     epss: bool = False  # F5-TTS's schedule for few steps, for nfe 5, 6, 7, 10, 12 or 16
@@ -36,54 +35,45 @@ class EvalArgs:
     asr: str = ""  # recogniser: hub name or folder of a Whisper; "demo": tiny.en; pocketsphinx, where installed
     fad_model: Literal["", "yamnet", "vggish", "aisfx", "whisper", "none"] = ""  # network under FAD
     fad_weights: str = ""  # its weights, a path; empty: the demo's packages, for vggish a download
-    seed: int = 0  # seeds the noise
-    max_clips: int = 200  # most held-out clips per domain
+    seed: int = 0  # seeds tokens and noise
+    max_clips: Count = 200  # most held-out clips per domain
     worst: int = 0  # list this many of the worst transcriptions
     compare: tuple[str, ...] = ()  # run directories NAME_sSEED to compare; nothing is evaluated anew
     fad_target: float | None = None  # speech FAD whose first reaching is compared; None: that of the run named none
     listening_test: tuple[str, ...] = ()  # evaluated run directories to hear side by side
-    listening_clips: int = 10  # clips per domain of a listening test
+    listening_clips: Count = 10  # clips per domain of a listening test
     mos: tuple[str, ...] = ()  # the listeners' CSV files
     mos_key: str = "out/listening/key.json"  # the key.json written with their listening test
     out: str = ""  # where a comparison or a listening test goes; empty: beside the runs, and out/listening
-    device: str = "auto"  # auto | cpu | cuda
+    device: str = "auto"  # auto | cpu | cuda | mps
 
-    ranges: ClassVar[dict] = dict.fromkeys(("nfe", "max_clips", "listening_clips"), (1, None))
+    renamed: ClassVar[dict] = {"cfg": "cfg_scale"}
 
 
 if __name__ == "__main__":
     ARGS = configure(EvalArgs, __doc__)  # a typo is answered before torch is imported
 
-import csv
-import itertools
 import json
 import math
-import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import soxr
 import torch
 
 import audio
 import common
 import report
 from backbones import load_model
-from common import DOMAINS, SPEECH, command, pick_device, write_json
+from common import DOMAINS, SPEECH, command, pick_device, read_csv, write_csv, write_json
 from data import Dataset, fingerprint, first_of_each_domain
-from lm import Sampling
 from prepare import demo
-from report import read_csv
 from sample import Stage1, from_dataset, settings, synthesise
 from teachers import Teacher, checked
 
 MIN_WORDS = 4  # a WER over single words says little
-SHOWN = 6  # clips per domain on a run's page
-SYSTEMS = ("original", "vocoded", "generated", "from text")  # the last with --lm only
-MAX_SECONDS = 12.0  # longest clip made from text
-CURVE = ("step", "seconds", "speech_wer", *(f"{name}_fad" for name in DOMAINS))  # columns of evals.csv
 
 
 def word_errors(references: list[str], hypotheses: list[str]) -> tuple[float, list[float]]:
@@ -99,11 +89,9 @@ def word_errors(references: list[str], hypotheses: list[str]) -> tuple[float, li
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Squared Frechet distance between Gaussians fitted to embeddings (n, E) and (m, E), in float64; never negative.
-
-    |mu_a - mu_b|^2 + Tr(A + B - 2 (A B)^(1/2)), where the last trace is the sum of the singular values of
-    X_a X_b^T for centred, scaled X with A = X_a^T X_a: no matrix square root, nothing complex, any rank. NaN where one
-    side has fewer than two embeddings or one that is not finite.
-    """
+    |mu_a - mu_b|^2 + Tr(A + B - 2 (A B)^(1/2)), where the last trace is the sum of the singular values of X_a X_b^T
+    for centred, scaled X with A = X_a^T X_a: no matrix square root, nothing complex, any rank. NaN where one side has
+    fewer than two embeddings or one that is not finite."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if min(len(a), len(b)) < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return float("nan")
@@ -115,195 +103,30 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return max(0.0, float(distance - 2 * np.linalg.svd(xa @ xb.T, compute_uv=False).sum()))
 
 
-def embeddings(judge: Teacher, waves: list[np.ndarray]) -> np.ndarray:
-    """The judge's features of all waves (24 kHz), one row a patch."""
-    rows = judge.encode([soxr.resample(w, audio.SAMPLE_RATE, judge.sample_rate) for w in waves])
-    return np.concatenate(rows) if rows else np.zeros((0, judge.dim))
-
-
-def read_waves(dataset: Dataset, ids: np.ndarray) -> list[np.ndarray]:
-    """The kept waveforms (L,) of prepared clips, at 24 kHz."""
-    return [audio.read(dataset.wav_path(i), audio.SAMPLE_RATE) for i in ids.tolist()]
-
-
-def vocoded(dataset: Dataset, ids: np.ndarray, vocoder, mel_floor: float) -> list[np.ndarray]:
-    """The clips' own mels through the vocoder: what a perfect model would sound like."""
-    mels = [torch.from_numpy(dataset.mel(i).astype(np.float32)) for i in ids.tolist()]
-    return [vocoder(mel.clamp_min(mel_floor)) for mel in mels]
-
-
-def fad_infinity(own: np.ndarray, reference: np.ndarray, seed: int = 0, sizes: int = 10) -> float:
-    """FAD extrapolated to n = infinity: the intercept of a line through FAD against 1 / n over random subsets of `own`
-    (Chong & Forsyth 2020; Gui et al. 2024). NaN below 20 rows."""
-    if len(own) < 20:
-        return float("nan")
-    rng = np.random.default_rng(seed)
-    counts = np.linspace(len(own) // 2, len(own), sizes).astype(int)
-    scores = [frechet_distance(own[rng.permutation(len(own))[:n]], reference) for n in counts]
-    return float(np.polyfit(1 / counts, scores, 1)[1])
-
-
-def score_wer(waves: dict[str, list], texts: list[str], ids: list[int], recogniser) -> dict:
-    """WER of each system's clips of at least MIN_WORDS words, and what was heard in each."""
-    rows = [k for k, text in enumerate(texts) if len(text.split()) >= MIN_WORDS]
-    result = {"clips": len(rows), "words": sum(len(texts[k].split()) for k in rows), "utterances": {}}
-    for name in waves:
-        speech = [soxr.resample(waves[name][k], audio.SAMPLE_RATE, recogniser.sample_rate) for k in rows]
+def score_wer(waves: dict[str, dict], texts: dict[int, str], recogniser) -> dict:
+    """WER of each system's clips of at least MIN_WORDS words, and what was heard in each. `waves`: {system: {a clip's
+    row in its split: waveform (L,) at 24 kHz}}; `texts`: {row: what the clip says}."""
+    texts = {i: text for i, text in texts.items() if len(text.split()) >= MIN_WORDS}
+    result = {"clips": len(texts), "words": sum(len(text.split()) for text in texts.values()), "utterances": {}}
+    for system, clips in waves.items():
+        speech = [audio.resample(clips[i], audio.SAMPLE_RATE, recogniser.sample_rate) for i in texts]
         heard = recogniser.transcribe(speech)
-        result[name], each = word_errors([texts[k] for k in rows], heard)
-        spoken = zip(rows, heard, each, strict=True)
-        result["utterances"][name] = [{"id": ids[k], "text": texts[k], "heard": h, "wer": w} for k, h, w in spoken]
+        result[system], errors = word_errors(list(texts.values()), heard)
+        utterances = zip(texts.items(), heard, errors, strict=True)
+        result["utterances"][system] = [{"id": i, "text": t, "heard": h, "wer": e} for (i, t), h, e in utterances]
     return result
 
 
-def score_fad(waves: dict[str, list], reference_waves: list, judge: Teacher) -> dict:
-    """FAD of each system's clips against the reference recordings, FAD-inf of the generated ones, and the counts."""
-    reference = embeddings(judge, reference_waves)
-    own = {name: embeddings(judge, own_waves) for name, own_waves in waves.items()}
-    result = {name: frechet_distance(e, reference) for name, e in own.items()}
-    if "generated" in own:
-        result["generated_infinity"] = fad_infinity(own["generated"], reference)
-    name = next(iter(waves))
-    return result | {"clips": len(waves[name]), "patches": len(own[name]), "reference_patches": len(reference)}
-
-
-def score(
-    waves: dict[str, list], held: Dataset, ids: np.ndarray, train: Dataset, recogniser, judge: Teacher | None
-) -> tuple[dict, dict]:
-    """score_wer of the speech clips and, with a judge, score_fad of each domain, for every system's waves of held-out
-    clips `ids`; FAD is against the training recordings that were kept."""
-    domain = held.index["domain"][ids]
-
-    def of_domain(d: int) -> dict[str, list]:
-        return {name: [w for w, e in zip(own, domain, strict=True) if e == d] for name, own in waves.items()}
-
-    speech = ids[domain == SPEECH].tolist()
-    wer = score_wer(of_domain(SPEECH), [held.name_and_text(i)[1] for i in speech], speech, recogniser)
-    fad = {}
-    for d, name in enumerate(DOMAINS) if judge else ():
-        kept = np.array([i for i in np.flatnonzero(train.index["domain"] == d) if train.wav_path(i).exists()])
-        fad[name] = score_fad(of_domain(d), read_waves(train, kept), judge)
-    return wer, fad
-
-
-def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
-    """All numbers of one checkpoint of the run in `out_dir`, as a dict for eval.json, and of every clip
-    {"speech_0012": (text, original, generated)}."""
-    run, device = state["config"], pick_device(args.device)
-    model = load_model(state, device=device)
-    data_dir = args.data_dir or run["data_dir"]
-    held, train = Dataset(data_dir, "held_out"), Dataset(data_dir, "train")
-    vocoder = audio.load_vocoder(args.vocoder or run["vocoder"], device)
-    ids, options = first_of_each_domain(held, args.max_clips), settings(args, run)
-    domain, start = held.index["domain"][ids], time.time()
-    generated = synthesise(model, from_dataset(held, ids), vocoder, options, run["dtype"])
-    spent = time.time() - start
-    waves = {"original": read_waves(held, ids), "vocoded": vocoded(held, ids, vocoder, run["mel_floor"])}
-    waves["generated"] = generated
-    stage = Stage1(args.lm, model, device, state.get("data", "")) if args.lm else None
-    if stage:
-        waves["from text"] = from_text(stage, model, held, ids, vocoder, options, run["dtype"])
-    result = {"step": state["step"], "seconds": state["seconds"], "sampler": options, "data_dir": data_dir}
-    result["data"], result["asr"] = fingerprint(held.meta), args.asr or run["asr"]
-    result["vocoder"] = args.vocoder or run["vocoder"]
-    result["real_time_factor"] = spent / (sum(map(len, generated)) / audio.SAMPLE_RATE)
-    result["held_out_fm"] = held_out_at(out_dir, state["step"])
-    recogniser, judge_name = load_recogniser(result["asr"], device), args.fad_model or run["fad_model"]
-    judge = None if judge_name == "none" else demo.load_judge(judge_name, args.fad_weights, device)
-    result["wer"], fad = score(waves, held, ids, train, recogniser, judge)
-    if judge:
-        is_teacher = judge_name in dict(state["model_config"]["teachers"])
-        result["fad"] = {"model": judge_name, "is_teacher": is_teacher} | fad
-    if stage:
-        result["lm"] = {"ckpt": args.lm, "step": stage.state["step"]}
-        known = with_words(train, result["wer"]["clips"])
-        spoken = from_text(stage, model, train, known, vocoder, options, run["dtype"])
-        own = [train.name_and_text(i)[1] for i in known.tolist()]
-        result["wer_training_texts"] = score_wer({"from text": spoken}, own, known.tolist(), recogniser)
-    names = [f"{DOMAINS[d]}_{i:04d}" for i, d in zip(ids.tolist(), domain, strict=True)]
-    texts = [held.name_and_text(i)[1] for i in ids.tolist()]
-    return result, dict(zip(names, zip(texts, waves["original"], generated, strict=True), strict=True))
-
-
-def from_text(stage: Stage1, model, dataset: Dataset, ids: np.ndarray, vocoder, options: dict, dtype: str) -> list:
-    """Waveforms made from the clips' texts alone, without reference, by both stages."""
-    texts = [(int(dataset.index["domain"][i]), dataset.name_and_text(i)[1]) for i in ids.tolist()]
-    requests = stage.requests(texts, Sampling(seed=options["seed"]), MAX_SECONDS)
-    return synthesise(model, requests, vocoder, options, dtype)
-
-
-def with_words(dataset: Dataset, n: int) -> np.ndarray:
-    """The first n speech clips of at least MIN_WORDS words."""
-    speech = np.flatnonzero(dataset.index["domain"] == SPEECH).tolist()
-    found = (i for i in speech if len(dataset.name_and_text(i)[1].split()) >= MIN_WORDS)
-    return np.array(list(itertools.islice(found, n)), np.int64)
-
-
-def held_out_at(out_dir: Path, step: int) -> dict[str, float]:
-    """The held-out losses in log.csv at `step`, or the last before it, of the domains that have any."""
-    found = {}
-    for row in read_csv(out_dir / "log.csv"):
-        if int(row["step"]) <= step:
-            found |= {name: float(row[f"held_out_{name}"]) for name in DOMAINS if row.get(f"held_out_{name}")}
-    return found
-
-
-def other_rows(out_dir: Path, step: int) -> list[dict]:
-    """The rows of evals.csv but that of `step`. Rows past the end of log.csv are left out: training went back behind
-    them or began anew."""
-    log = read_csv(out_dir / "log.csv")
-    last = max(step, int(log[-1]["step"])) if log else math.inf
-    return [r for r in read_csv(out_dir / "evals.csv") if int(r["step"]) != step and int(r["step"]) <= last]
-
-
-def is_latest(out_dir: Path, step: int) -> bool:
-    """Whether no later step of the run was evaluated: only then may eval.json, samples/ and index.html be replaced."""
-    return all(int(r["step"]) < step for r in other_rows(out_dir, step))
-
-
-def record(out_dir: Path, result: dict) -> None:
-    """Writes this step's row of evals.csv, the convergence curve of a run, and for the latest step eval.json."""
-    row = {"step": result["step"], "seconds": result["seconds"], "speech_wer": result["wer"]["generated"]}
-    row |= {f"{name}_fad": result["fad"][name]["generated"] for name in DOMAINS if "fad" in result}
-    rows = sorted([*other_rows(out_dir, row["step"]), row], key=lambda r: int(r["step"]))
-    if is_latest(out_dir, row["step"]):
-        write_json(out_dir / "eval.json", result)
-    part = out_dir / ".evals.csv.part"
-    with open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, CURVE, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(out_dir / "evals.csv")
-
-
-def table(result: dict) -> str:
-    """The numbers as text, a column a system."""
-    wer, systems = result["wer"], [s for s in SYSTEMS if s in result["wer"]]
-    lines = [f"{'':34s}" + "".join(f"{s:>11s}" for s in systems)]
-    lines.append(f"{'speech WER %, n ' + str(wer['clips']) + ' (' + str(wer['words']) + ' words)':34s}")
-    lines[-1] += "".join(f"{100 * wer[s]:11.1f}" for s in systems)
-    if "wer_training_texts" in result:
-        known = result["wer_training_texts"]
-        lines.append(
-            f"{'same of training texts, n ' + str(known['clips']):34s}{'':33s}{100 * known['from text']:11.1f}"
-        )
-    for name in DOMAINS if "fad" in result else ():
-        f = result["fad"][name]
-        lines.append(
-            f"{name + ' ' + result['fad']['model'] + '-FAD, n ' + str(f['clips']):34s}"
-            + "".join(f"{f[s]:11.2f}" for s in systems)
-            + f"   FAD-inf {f['generated_infinity']:.2f}"
-        )
-    for name, value in result["held_out_fm"].items():
-        lines.append(f"{'held-out FM loss, ' + name:34s}{'':22s}{value:11.4f}")
-    lines.append(
-        f"real-time factor {result['real_time_factor']:.2f} at nfe {result['sampler']['nfe']}, "
-        f"vocoder {result['vocoder']}, recogniser {result['asr']}"
-    )
-    if result.get("fad", {}).get("is_teacher"):
-        judge = result["fad"]["model"]
-        lines.append(f"warning: {judge} taught this run, so FAD under it flatters; --fad_model=yamnet was no teacher")
-    return "\n".join(lines)
+def score_fad(waves: dict[str, list], judge: Teacher) -> dict:
+    """FAD of each system's clips against those of the system "reference", and the counts."""
+    patches = {}  # (n, E) of each system, a row a patch
+    for system, clips in waves.items():
+        found = judge.encode([audio.resample(w, audio.SAMPLE_RATE, judge.sample_rate) for w in clips])
+        patches[system] = np.concatenate(found) if found else np.zeros((0, judge.dim))
+    reference = patches.pop("reference")
+    result = {system: frechet_distance(rows, reference) for system, rows in patches.items()}
+    result |= {"clips": len(waves["original"]), "patches": len(patches["original"])}
+    return result | {"reference_patches": len(reference)}
 
 
 class Sphinx:
@@ -313,10 +136,10 @@ class Sphinx:
 
     def __init__(self):
         try:
-            import pocketsphinx
+            from pocketsphinx import Decoder
         except ImportError:
             raise ValueError("--asr=pocketsphinx needs that package: pip install pocketsphinx") from None
-        self.decoder = pocketsphinx.Decoder(samprate=self.sample_rate, loglevel="FATAL")
+        self.decoder = Decoder(samprate=self.sample_rate, loglevel="FATAL")
 
     def transcribe(self, wavs: list[np.ndarray]) -> list[str]:
         """Text of every clip."""
@@ -325,96 +148,141 @@ class Sphinx:
             self.decoder.start_utt()
             self.decoder.process_raw((wav.clip(-1, 1) * 32767).astype("<i2").tobytes(), full_utt=True)
             self.decoder.end_utt()
-            heard = self.decoder.hyp()
-            texts.append(heard.hypstr if heard else "")
+            texts.append(getattr(self.decoder.hyp(), "hypstr", ""))
         return texts
 
 
 def load_recogniser(asr: str, device: str) -> Teacher | Sphinx:
     """What turns speech into words: "demo", a Whisper by hub name or folder, or pocketsphinx."""
-    if asr == "pocketsphinx":
-        return Sphinx()
-    return demo.load_teacher("whisper", demo.fetch("whisper_tiny") if asr == "demo" else asr, device)
+    weights = demo.fetch("whisper_tiny") if asr == "demo" else asr
+    return Sphinx() if asr == "pocketsphinx" else demo.load_teacher("whisper", weights, device)
 
 
-# ---- several runs
+def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
+    """All numbers of one checkpoint of the run in `out_dir`, as a dict for eval.json, and of every clip
+    {"speech_0012": (text, original, generated)}."""
+    run, device = state["config"], pick_device(args.device)
+    used = {k: getattr(args, k) or run[k] for k in ("data_dir", "vocoder", "asr")}
+    held, train = Dataset(used["data_dir"], "held_out"), Dataset(used["data_dir"], "train")
+    model, vocoder = load_model(state, device=device), audio.load_vocoder(used["vocoder"], device)
+    options = settings(args, run)
+    make = partial(synthesise, model, vocoder=vocoder, options=options, dtype=run["dtype"])
+    ids = first_of_each_domain(held, args.max_clips)
+    domain = {i: int(held.index["domain"][i]) for i in ids.tolist()}  # by the clip's row, as the texts and waves below
+    texts = {i: held.name_and_text(i)[1] for i in domain}
+    start = time.time()
+    generated = make(from_dataset(held, ids))
+    spent = time.time() - start
+    original = [audio.read(held.wav_path(i), audio.SAMPLE_RATE) for i in domain]
+    mels = [torch.from_numpy(held.mel(i).astype(np.float32)).clamp_min(run["mel_floor"]) for i in domain]
+    made = {"original": original, "vocoded": [vocoder(mel) for mel in mels], "generated": generated}
+    if args.lm:
+        stage = Stage1(args.lm, model, device, state["data"])
+        made["from text"] = make(stage.requests([(d, texts[i]) for i, d in domain.items()], seed=args.seed))
+    waves = {system: dict(zip(domain, clips, strict=True)) for system, clips in made.items()}
+
+    result = used | {"step": state["step"], "seconds": state["seconds"], "sampler": options}
+    result["data"], result["held_out_fm"] = fingerprint(held.meta), held_out_at(out_dir, state["step"])
+    result["real_time_factor"] = spent / (sum(map(len, generated)) / audio.SAMPLE_RATE)
+    recogniser, judge_name = load_recogniser(used["asr"], device), args.fad_model or run["fad_model"]
+    result["wer"] = score_wer(waves, {i: texts[i] for i, d in domain.items() if d == SPEECH}, recogniser)
+    if judge_name != "none":
+        judge = demo.load_judge(judge_name, args.fad_weights, device)
+        result["fad"] = {"model": judge_name, "is_teacher": judge_name in dict(state["model_config"]["teachers"])}
+        for d, name in enumerate(DOMAINS):
+            paths = map(train.wav_path, np.flatnonzero(train.index["domain"] == d).tolist())
+            scored = {system: [clips[i] for i in clips if domain[i] == d] for system, clips in waves.items()}
+            scored["reference"] = [audio.read(p, audio.SAMPLE_RATE) for p in paths if p.exists()]
+            result["fad"][name] = score_fad(scored, judge)
+    if args.lm:
+        result["lm"] = {"ckpt": args.lm, "step": stage.state["step"]}
+    names = [f"{DOMAINS[d]}_{i:04d}" for i, d in domain.items()]
+    return result, dict(zip(names, zip(texts.values(), original, generated, strict=True), strict=True))
 
 
-def main_compare(args: EvalArgs) -> None:
+def held_out_at(out_dir: Path, step: int) -> dict[str, float]:
+    """The held-out losses in log.csv at `step`, or the last before it, of the domains that have any."""
+    rows = [r for r in read_csv(out_dir / "log.csv") if int(r["step"]) <= step]
+    return {name: float(r[f"held_out_{name}"]) for r in rows for name in DOMAINS if r.get(f"held_out_{name}")}
+
+
+def record(out_dir: Path, result: dict, clips: dict[str, tuple]) -> bool:
+    """Writes this step's row of evals.csv, the convergence curve of a run, and for its latest step samples/ and
+    eval.json; returns whether it is the latest. Rows past the end of log.csv go: training went back behind them."""
+    step, log = result["step"], read_csv(out_dir / "log.csv")
+    last = max(step, int(log[-1]["step"])) if log else math.inf
+    others = [r for r in read_csv(out_dir / "evals.csv") if int(r["step"]) != step and int(r["step"]) <= last]
+    latest = all(int(r["step"]) < step for r in others)
+    if latest:
+        (out_dir / "samples").mkdir(exist_ok=True)
+        for name, (_, _, generated) in clips.items():
+            audio.write(out_dir / "samples" / f"{name}.wav", generated)
+        write_json(out_dir / "eval.json", result)  # after the samples: runs/*.sh take a run that has it for evaluated
+    row = {"step": step, "seconds": result["seconds"], "speech_wer": result["wer"]["generated"]}
+    row |= {f"{name}_fad": result["fad"][name]["generated"] if "fad" in result else "" for name in DOMAINS}
+    write_csv(out_dir / "evals.csv", list(row), sorted([*others, row], key=lambda r: int(r["step"])))
+    return latest
+
+
+def main_evaluate(args: EvalArgs) -> None:
+    """Scores --ckpt, writes what `record` writes and, for the latest step, the run's page; prints the table."""
+    state, used = common.load(args.ckpt)
+    run = used.parent
+    result, clips = evaluate(state, args, run)
+    wrote = "eval.json, samples and index.html stay those of a later step"
+    if record(run, result, clips):
+        report.index_page(run, result, clips)
+        wrote = f"wrote {run / 'eval.json'}, {run / 'samples'} and {run / 'index.html'}"
+    for system in ("generated", "from text"):
+        utterances = result["wer"]["utterances"].get(system, [])
+        for u in sorted(utterances, key=lambda u: -u["wer"])[: args.worst]:
+            print(f"{100 * u['wer']:5.0f} %  {system}; said: {u['text']}\n         heard: {u['heard']}")
+    print(f"{report.score_table(result)}\n{wrote}")
+
+
+def main_compare(args: EvalArgs, ratings: list[dict]) -> None:
     """Prints the table over the runs of --compare and writes table.md, table.json and table.png."""
-    paths = [Path(p) for p in args.compare]
-    unfinished = [str(p) for p in paths if not (p / "eval.json").exists()]
-    if unfinished:
-        print(f"not evaluated yet, left out: {', '.join(unfinished)}", file=sys.stderr)
-    paths = [p for p in paths if str(p) not in unfinished]
+    runs = [Path(p) for p in args.compare]
+    paths = [p for p in runs if (p / "eval.json").exists()]
+    if paths != runs:
+        print("not evaluated yet, left out:", *(p for p in runs if p not in paths), file=sys.stderr)
     if not paths:
         raise ValueError("no evaluated run among --compare; run evaluate.py --ckpt RUN/ckpt.pt first")
-    out = Path(args.out or paths[0].parent)
-    rows = report.compare(paths, args.fad_target, report.mean_scores(read_ratings(args)))
-    text = report.comparison_table(rows)
+    rows = report.compare(paths, args.fad_target, report.mean_scores(ratings))
+    out, text = Path(args.out or paths[0].parent), report.comparison_table(rows)
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text + "\n")
-    (out / "table.json").write_text(json.dumps(rows, indent=1))
-    report.convergence_figure(paths, out / "table.png")
-    print(text)
-    print(f"wrote {out / 'table.md'}, table.json and table.png")
+    write_json(out / "table.json", rows)
+    losses = [(p.name, p / "log.csv", "held_out_speech") for p in paths]
+    scores = [(p.name, p / "evals.csv", "speech_fad") for p in paths]
+    report.plot(out / "table.png", {"held-out FM loss, speech": losses, "speech FAD": scores})
+    print(f"{text}\nwrote {out / 'table.md'}, table.json and table.png")
 
 
 def main_listening_test(args: EvalArgs) -> None:
     """A page with the same held-out clips of every run, and the recordings themselves as one more system."""
     systems: dict[str, dict] = {}
     for run in map(Path, args.listening_test):
-        found = sorted(p for p in (run / "samples").glob("*.wav") if re.fullmatch(r"[a-z]+_\d+", p.stem))
-        chosen = [p for d in DOMAINS for p in [p for p in found if p.stem.startswith(d)][: args.listening_clips]]
-        systems[run.name] = {p.stem: audio.read(p, audio.SAMPLE_RATE) for p in chosen}
+        paths = [p for name in DOMAINS for p in sorted(run.glob(f"samples/{name}_*[0-9].wav"))[: args.listening_clips]]
+        systems[run.name] = {path.stem: audio.read(path, audio.SAMPLE_RATE) for path in paths}
     if not any(systems.values()):
         raise ValueError(f"no samples in {args.listening_test[0]}/samples: run evaluate.py --ckpt RUN/ckpt.pt first")
     held = Dataset(args.data_dir or report.read_eval(Path(args.listening_test[0]))["data_dir"], "held_out")
-    first = next(iter(systems.values()))
-    rows = {clip: int(clip.split("_")[1]) for clip in first}
+    rows = {clip: int(clip.split("_")[1]) for clip in next(iter(systems.values()))}
     systems["original"] = {clip: audio.read(held.wav_path(i), audio.SAMPLE_RATE) for clip, i in rows.items()}
     out = Path(args.out or "out/listening")
     key = report.listening_test(systems, out, args.seed)
-    print(
-        f"{len(key)} clips of {', '.join(systems)}; send {out / 'listening.html'} to listeners, keep {out / 'key.json'}"
-    )
-
-
-def read_ratings(args: EvalArgs) -> list[dict]:
-    """The ratings in --mos under --mos_key; none without --mos."""
-    return (
-        report.read_ratings([Path(p) for p in args.mos], json.loads(Path(args.mos_key).read_text())) if args.mos else []
-    )
-
-
-def main_evaluate(args: EvalArgs) -> None:
-    state, used = common.load(args.ckpt)
-    out_dir = used.parent
-    result, clips = evaluate(state, args, out_dir)
-    latest, samples = is_latest(out_dir, result["step"]), out_dir / "samples"
-    for name, (_, _, generated) in clips.items() if latest else ():
-        samples.mkdir(exist_ok=True)
-        audio.write(samples / f"{name}.wav", generated)
-    record(out_dir, result)
-    if latest:
-        shown = [name for d in DOMAINS for name in [n for n in clips if n.startswith(d)][:SHOWN]]
-        report.index_page(out_dir, table(result), {name: clips[name] for name in shown})
-    for name in ("generated", "from text"):
-        utterances = result["wer"]["utterances"].get(name, [])
-        for u in sorted(utterances, key=lambda u: -u["wer"])[: args.worst]:
-            print(f"{100 * u['wer']:5.0f} %  {name}; said: {u['text']}\n         heard: {u['heard']}")
-    print(table(result))
-    kept = "eval.json, samples and index.html stay those of a later step"
-    print(f"wrote {out_dir / 'eval.json'}, {samples} and {out_dir / 'index.html'}" if latest else kept)
+    print(f"{len(key)} clips of {', '.join(systems)}; send {out}/listening.html to listeners, keep {out}/key.json")
 
 
 def main(args: EvalArgs) -> None:
+    ratings = report.read_ratings(args.mos, json.loads(Path(args.mos_key).read_text())) if args.mos else []
     if args.compare:
-        main_compare(args)
+        main_compare(args, ratings)
     elif args.listening_test:
         main_listening_test(args)
     elif args.mos:
-        print(report.mos_table(read_ratings(args)))
+        print(report.mos_table(ratings))
     else:
         main_evaluate(args)
 

@@ -12,9 +12,9 @@ B clips, T frames, N tokens, M mel bins.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from configurator import configure, from_dict
+from configurator import Amount, Count, configure, from_dict
 
 
 @dataclass
@@ -31,69 +31,64 @@ class SampleArgs:
     tokens_from: str = ""  # a recording to make again from its tokens
     domain: Literal["speech", "audio"] = "speech"  # of tokens_from
     split: Literal["train", "held_out"] = "held_out"  # prepared clips to make again, when nothing else is asked for
-    n: int = 4  # of those, per domain
+    n: Count = 4  # of those, per domain
     # stage 1: text to tokens
     lm: str = ""  # a checkpoint of lm.py
     reference: str = ""  # a recording whose style is taken on
-    temperature: float = 0.6  # of the tokens; 0 takes the likeliest
-    top_p: float = 0.95  # draw from the likeliest tokens that together have this probability
-    guidance: float = 1.0  # towards the reference's style; 1 is none
-    repetition: float = 1.1  # divides the probability of the last 20 tokens
-    max_seconds: float = 12.0  # longest clip
+    temperature: Amount = 0.6  # of the tokens; 0 takes the likeliest
+    top_p: Annotated[float, (1e-6, 1)] = 0.95  # draw from the likeliest tokens that together have this probability
+    guidance: Amount = 1.0  # towards the reference's style; 1 is none
+    repetition: Annotated[float, (1, None)] = 1.1  # divides the probability of the last 20 tokens
+    max_seconds: Annotated[float, (0.1, None)] = 12.0  # longest clip
     # stage 2: tokens to waveform
-    nfe: int | None = None  # velocity evaluations per clip
+    nfe: Count | None = None  # velocity evaluations per clip
     cfg_scale: float | None = None  # guidance scale; 1 is none
     sway: float | None = None  # sway sampling coefficient
     epss: bool = False  # F5-TTS's schedule for few steps, for nfe 5, 6, 7, 10, 12 or 16
     method: Literal["euler", "midpoint"] = "euler"  # integrator; midpoint spends two evaluations a step
-    vocoder: str = ""  # griffin_lim, a folder of vocoder.py, a hub name or folder of a Vocos
+    vocoder: str = ""  # hub name or folder of a Vocos, or griffin_lim
     # run
     seed: int = 0  # seeds tokens and noise
     out: str = ""  # the file, for one clip
     out_dir: str = ""  # the folder, for several; empty: samples/ beside the checkpoint
     device: str = "auto"  # auto | cpu | cuda | mps
 
-    ranges: ClassVar[dict] = {
-        **dict.fromkeys(("n", "nfe"), (1, None)),
-        **dict.fromkeys(("temperature", "guidance"), (0, None)),
-        **{"top_p": (1e-6, 1), "repetition": (1, None), "max_seconds": (0.1, None)},
-    }
+    renamed: ClassVar[dict] = {"cfg": "cfg_scale"}
 
 
 if __name__ == "__main__":
     ARGS = configure(SampleArgs, __doc__)  # a typo is answered before torch is imported
 
-import json
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import audio
 import common
-import data
-import lm as stage1
 from backbones import load_model
 from common import AUDIO, DOMAINS, SPEECH, command, pick_device, precision
-from data import Batch, Dataset, first_of_each_domain
+from data import Batch, Dataset, crop_unit, first_of_each_domain
+from lm import generate, load_lm
 from model import FlowModel, sample
 from prepare import __main__ as preparation
 from train import Config
 
+TEXTS = 16  # that stage 1 writes for as one batch
 
-@dataclass
-class Request:
+
+class Request(NamedTuple):
     """One clip to make in stage 2."""
 
     codes: np.ndarray  # (N, streams), the reference's first
     domain: int
     frames: int  # T, the reference's included
-    prompt: np.ndarray | None = None  # (P, M) log-mel of the reference, cut off again at the end
+    prompt: np.ndarray = np.zeros((0, audio.N_MELS))  # (P, M) log-mel of the reference
 
 
 def settings(args, run: dict) -> dict:
@@ -110,30 +105,20 @@ def from_dataset(dataset: Dataset, ids: np.ndarray) -> list[Request]:
 
 def to_batch(requests: Sequence[Request]) -> Batch:
     """Requests as a padded Batch whose mel holds the prompts and nothing else."""
-    count, streams = len(requests), requests[0].codes.shape[1]
-    frames, token_len = (torch.tensor(x) for x in zip(*((r.frames, len(r.codes)) for r in requests), strict=True))
-    mel = torch.zeros(count, int(frames.max()), audio.N_MELS)
-    tokens = torch.zeros(count, int(token_len.max()), streams, dtype=torch.int64)
-    prompt = torch.zeros(count, dtype=torch.int64)
+    sizes = torch.tensor([[r.frames, len(r.codes), r.domain, len(r.prompt)] for r in requests])
+    frames, token_len, domain, prompt = sizes.unbind(1)
+    tokens = pad_sequence([torch.from_numpy(r.codes.astype(np.int64)) for r in requests], batch_first=True)
+    tokens = tokens if tokens.shape[2] > 1 else tokens[..., 0]
+    mel = torch.zeros(len(requests), int(frames.max()), audio.N_MELS)
     for b, r in enumerate(requests):
-        tokens[b, : len(r.codes)] = torch.from_numpy(r.codes.astype(np.int64))
-        if r.prompt is not None:
-            prompt[b] = len(r.prompt)
-            mel[b, : len(r.prompt)] = torch.from_numpy(r.prompt.astype(np.float32))
-    tokens = tokens if streams > 1 else tokens[..., 0]
-    domain = torch.tensor([r.domain for r in requests])
-    return Batch(mel, frames, tokens, token_len, domain, {}, prompt, torch.arange(count))
+        mel[b, : len(r.prompt)] = torch.from_numpy(r.prompt.astype(np.float32))
+    return Batch(mel, frames, tokens, token_len, domain, {}, prompt, torch.arange(len(requests)))
 
 
 def synthesise(
-    model: FlowModel,
-    requests: Sequence[Request],
-    vocoder: Callable,
-    options: dict,
-    dtype: str = "auto",
-    batch_frames: int = 4000,
+    model: FlowModel, requests: Sequence[Request], vocoder: Callable, options: dict, dtype="auto", batch_frames=4000
 ) -> list[np.ndarray]:
-    """Waveforms (L,) of the requests, sorted by length into batches inside; `options` are model.sample's."""
+    """Waveforms (L,) of the requests, in batches of like length, references cut off; `options` are model.sample's."""
     waves: list = [None] * len(requests)
     pending = sorted(range(len(requests)), key=lambda i: requests[i].frames)
     device = next(model.parameters()).device
@@ -145,56 +130,43 @@ def synthesise(
         batch = to_batch([requests[i] for i in group]).to(device)
         with torch.inference_mode(), precision(str(device), dtype):
             mel = model.denormalise(sample(model, model.embed_condition(batch), **options))
-        for i, m, first, end in zip(group, mel, batch.prompt.tolist(), batch.frames.tolist(), strict=True):
-            waves[i] = vocoder(m[first:end].float())
+        for i, m in zip(group, mel, strict=True):
+            waves[i] = vocoder(m[len(requests[i].prompt) : requests[i].frames].float())
     return waves
-
-
-# ---- text to requests
 
 
 class Stage1:
     """An LM of lm.py and the model that will read its codes, `data` the latter's preparation. Raises ValueError when
     the two do not fit, and warns when they learned from unlike preparations, whose codes may mean other sounds."""
 
-    def __init__(self, path: str, model: FlowModel, device: str, data: str = ""):
-        self.lm, self.encode, self.state = stage1.load_lm(path, device)
+    def __init__(self, path: str, model: FlowModel, device: str, data: str):
+        self.lm, self.state = load_lm(path, device)
         if model.config.second_codes:
             raise ValueError("the model reads a second token stream, which no LM writes; use one of beats_tokens=False")
-        if tuple(self.lm.vocabulary.codes) != tuple(model.config.codes):
+        if self.lm.vocabulary.codes != model.config.codes:
             raise ValueError(f"{path} writes codes of {self.lm.vocabulary.codes}, the model reads {model.config.codes}")
-        if data and self.state["data"] != data:
+        if self.state["data"] != data:
             print(f"warning: {path} was trained on another preparation than the model it writes for", file=sys.stderr)
 
-    def requests(
-        self,
-        texts: Sequence[tuple[int, str]],
-        sampling: stage1.Sampling,
-        max_seconds: float,
-        references: dict[int, preparation.Prepared] | None = None,
-        prompt_max: float = 0.3,
-        size: int = 16,
-    ) -> list[Request]:
-        """(domain, text) each -> a Request each, `size` texts a batch. The style of the domain's reference goes to the
-        LM, its beginning to stage 2: at most `prompt_max` of the whole, as in training."""
-        vocabulary, rates, out = self.lm.vocabulary, self.state["rates"], []
-        for group in (texts[k : k + size] for k in range(0, len(texts), size)):
-            prompts = [vocabulary.prompt(self.encode, d, t) for d, t in group]
-            limits = [stage1.limit(d, t, rates[d], max_seconds) for d, t in group]
+    def requests(self, texts: list, max_seconds=12.0, references=None, prompt_max=0.3, **sampling) -> list[Request]:
+        """(domain, text) each -> a Request each, TEXTS a batch, of at most max_seconds, speech no longer than a slow
+        reader takes, so that babble ends. `references` {domain: Prepared} give their style to the LM and their start to
+        stage 2: at most `prompt_max` of the whole, as in training. `sampling` is lm.generate's."""
+        rates, out = self.state["rates"], []
+        for group in (texts[k : k + TEXTS] for k in range(0, len(texts), TEXTS)):
+            most = [min(max_seconds, 1.5 + 0.15 * len(t)) if d == SPEECH else max_seconds for d, t in group]
+            limits = [max(1, round(rates[d] * seconds)) for (d, _), seconds in zip(group, most, strict=True)]
             styles = torch.from_numpy(np.stack([references[d].style for d, _ in group])) if references else None
-            codes = stage1.generate(self.lm, prompts, [d for d, _ in group], limits, styles, sampling)
-            for (d, _), own in zip(group, codes, strict=True):
-                frames = round(len(own) / rates[d] * audio.FRAME_RATE)
-                request = Request(own[:, None], d, frames)
-                if references:
-                    request = with_prompt(request, references[d], rates, prompt_max)
-                out.append(request)
+            codes = generate(self.lm, group, limits, styles, **sampling)
+            for (d, _), c in zip(group, codes, strict=True):
+                request = Request(c[:, None], d, round(len(c) / rates[d] * audio.FRAME_RATE))
+                out.append(with_prompt(request, references[d], rates, prompt_max) if references else request)
         return out
 
 
 def with_prompt(request: Request, reference: preparation.Prepared, rates: list[int], prompt_max: float) -> Request:
     """The request after the beginning of a reference, cut where a token starts."""
-    unit = data.crop_unit(rates)
+    unit = crop_unit(rates)
     room = int(prompt_max / (1 - prompt_max) * request.frames)
     first = min(len(reference.mel), room) // unit * unit
     tokens = round(first * rates[request.domain] / audio.FRAME_RATE)
@@ -217,39 +189,30 @@ def texts_of(args: SampleArgs) -> list[tuple[int, str]]:
     return found
 
 
-# ---- the command
-
-
-def make_requests(args: SampleArgs, model: FlowModel, state: dict, device: str) -> tuple[list[Request], list[dict]]:
-    """What the command asks for, and what to say of each clip in its .json; `file` is its name."""
-    run = state["config"]
+def make_requests(args: SampleArgs, model: FlowModel, state: dict, device: str) -> tuple[list[Request], dict]:
+    """What the command asks for, and what to say of each clip in its .json, by the file's name."""
+    run, texts = state["config"], texts_of(args)
     config = from_dict(Config, run | {"data_dir": args.data_dir or run["data_dir"], "device": device}, args.ckpt)
-    texts = texts_of(args)
     if texts and not args.lm:
         raise ValueError("text needs stage 1: pass --lm=CKPT, a checkpoint of lm.py")
     if texts:
-        stage = Stage1(args.lm, model, device, state.get("data", ""))
-        domains = sorted({d for d, _ in texts}) if args.reference else []
+        stage = Stage1(args.lm, model, device, state["data"])
+        domains = {d for d, _ in texts} if args.reference else ()
         references = {d: preparation.encode_file(args.reference, d, config) for d in domains}
-        sampling = stage1.Sampling(args.temperature, args.top_p, args.guidance, args.repetition, seed=args.seed)
-        made = {"lm": args.lm, "lm_step": stage.state["step"], "reference": args.reference, **asdict(sampling)}
-        requests = stage.requests(texts, sampling, args.max_seconds, references, run["prompt_max"])
-        about = [
-            {"file": f"{k:04d}_{DOMAINS[d]}", "text": t, "domain": DOMAINS[d], **made} for k, (d, t) in enumerate(texts)
-        ]
-        return requests, about
+        sampling = {k: getattr(args, k) for k in "temperature top_p guidance repetition seed".split()}
+        made = {"lm": args.lm, "lm_step": stage.state["step"], "reference": args.reference} | sampling
+        about = {f"{k:04d}_{DOMAINS[d]}": {"text": t, "domain": DOMAINS[d]} | made for k, (d, t) in enumerate(texts)}
+        return stage.requests(texts, args.max_seconds, references, run["prompt_max"], **sampling), about
     if args.tokens_from:
-        own = preparation.encode_file(args.tokens_from, DOMAINS.index(args.domain), config)
-        name = Path(args.tokens_from).stem
-        about = {"file": f"{name}_again", "tokens_from": args.tokens_from, "domain": args.domain}
-        return [Request(own.tokens, own.clip.domain, len(own.mel))], [about]
-    dataset = Dataset(config.data_dir, args.split)
+        heard = preparation.encode_file(args.tokens_from, DOMAINS.index(args.domain), config)
+        about = {f"{Path(args.tokens_from).stem}_again": {"tokens_from": args.tokens_from, "domain": args.domain}}
+        return [Request(heard.tokens, heard.clip.domain, len(heard.mel))], about
+    dataset, about = Dataset(config.data_dir, args.split), {}
     ids = first_of_each_domain(dataset, args.n)
-    about = []
     for i in ids.tolist():
         (name, text), domain = dataset.name_and_text(i), DOMAINS[dataset.index["domain"][i]]
         file = f"{args.split}_{domain}_{i:04d}"  # evaluate.py's speech_0003.wav is another and stays
-        about.append({"file": file, "clip": name, "text": text, "domain": domain, "split": args.split})
+        about[file] = {"clip": name, "text": text, "domain": domain, "split": args.split}
     return from_dataset(dataset, ids), about
 
 
@@ -258,7 +221,8 @@ def main(args: SampleArgs) -> None:
     if "model_config" not in state:
         raise ValueError(f"{used} is not a checkpoint of train.py")
     run, device = state["config"], pick_device(args.device)
-    model, vocoder = load_model(state, device=device), audio.load_vocoder(args.vocoder or run["vocoder"], device)
+    vocoder_name = args.vocoder or run["vocoder"]
+    model, vocoder = load_model(state, device=device), audio.load_vocoder(vocoder_name, device)
     start = time.time()
     requests, about = make_requests(args, model, state, device)
     if args.out and len(requests) > 1:
@@ -267,17 +231,15 @@ def main(args: SampleArgs) -> None:
     waves = synthesise(model, requests, vocoder, options, run["dtype"])
     end, seconds = time.time(), sum(map(len, waves)) / audio.SAMPLE_RATE
     folder = Path(args.out_dir or used.parent / "samples")
-    for wav, made in zip(waves, about, strict=True):
-        path = Path(args.out) if args.out else folder / f"{made.pop('file')}.wav"
+    for wav, (file, made) in zip(waves, about.items(), strict=True):
+        path = Path(args.out or folder / f"{file}.wav")
         path.parent.mkdir(parents=True, exist_ok=True)
         audio.write(path, wav)
-        made |= {"ckpt": args.ckpt, "step": state["step"], **options, "vocoder": args.vocoder or run["vocoder"]}
-        path.with_suffix(".json").write_text(json.dumps(made, indent=1))
+        made |= {"ckpt": args.ckpt, "step": state["step"], **options, "vocoder": vocoder_name}
+        common.write_json(path.with_suffix(".json"), made)
         print(f"{path}  {len(wav) / audio.SAMPLE_RATE:5.2f} s  {made.get('text', '')}")
-    print(
-        f"{seconds:.1f} s of audio: tokens in {between - start:.1f} s, waveform in {end - between:.1f} s, "
-        f"real-time factor {(end - start) / seconds:.2f} at nfe {options['nfe']}"
-    )
+    print(f"{seconds:.1f} s of audio: tokens in {between - start:.1f} s, waveform in {end - between:.1f} s, ", end="")
+    print(f"real-time factor {(end - start) / seconds:.2f} at nfe {options['nfe']}")
 
 
 if __name__ == "__main__":

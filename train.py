@@ -14,7 +14,7 @@ phase1.pt, config.json, log.csv, probe.json, probe.png, samples/, eval.json.
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Literal
 
-from configurator import configure, show, to_words
+from configurator import Amount, Count, Natural, Positive, Share, configure, show, to_words
 
 
 @dataclass
@@ -24,12 +24,12 @@ class Config:
     # run
     out_dir: str = "out/unified_b"  # run directory; an unfinished run found there is continued
     branch_from: str = ""  # phase1.pt of another run: start at the end of its phase I
-    seed: int = 0  # seeds weights, data order and noise
+    seed: Natural = 0  # seeds weights, data order and noise
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto takes bfloat16 where the machine has it
     compile: bool = False  # torch.compile each block
     checkpoint_activations: bool = False  # compute activations again in backward: less memory, up to a third more time
-    loader_threads: int = 1  # threads that prepare the next batches; 0: none
+    loader_threads: Natural = 1  # threads that prepare the next batches; 0: none
     # corpus
     data_dir: str = "data/unified_b"  # prepared shards, shared by all runs on the same data
     speech_dir: str = ""  # any folder of recordings, each with a same-named .txt; "demo": fetch a small corpus
@@ -37,78 +37,82 @@ class Config:
     librispeech_dir: str = ""  # LibriSpeech, any of its splits
     audioset_dir: str = ""  # AudioSet: *_segments.csv, ontology.json and clips named after their YouTube id
     manifest: str = ""  # .jsonl of path, text, domain and where wanted start, end, group
-    min_seconds: float = 0.5  # shorter clips are skipped
-    max_seconds: float = 30.0  # longer clips are skipped; Whisper hears 30 s
-    held_out: float = 0.02  # share of clips kept for validation and evaluation, in whole groups (speakers, texts)
-    data_seed: int = 0  # seeds the held-out split and the tokenizers
-    reference_clips: int = 300  # training clips per domain whose waveform is kept, the reference of FAD
+    min_seconds: Positive = 0.5  # shorter clips are skipped
+    max_seconds: Positive = 30.0  # longer clips are skipped; Whisper hears 30 s
+    held_out: Share = 0.02  # share of clips kept for validation and evaluation, in whole groups (speakers, texts)
+    data_seed: Natural = 0  # seeds the held-out split and the tokenizers
+    reference_clips: Natural = 300  # training clips per domain whose waveform is kept, the reference of FAD
     # teachers and tokenizers
     whisper: str = "openai/whisper-large-v3"  # speech teacher: hub name or folder; "demo": Whisper tiny.en
     audio_teacher: str = "BEATs_iter3_plus_AS2M.pt"  # path of BEATs' weights; "demo": the aisfx sound-effects network
     speech_tokenizer: Literal["s3", "whisper_vq"] = "s3"  # whisper_vq: VQ on the speech teacher's states, fitted here
     s3: str = "speech_tokenizer_v1"  # S3's name in the s3tokenizer package, or the path of CosyVoice's .onnx file
-    audio_tokenizer: str = ""  # AST trained by tokenizer.py, a path; empty: fitted here on the training clips
+    audio_tokenizer: str = ""  # an AST fitted before, the audio_tokenizer.pt of a prepared folder; empty: fitted here
     beats_tokenizer: str = "Tokenizer_iter3_plus_AS2M.pt"  # path of the BEATs tokenizer behind beats_tokens
-    speech_codes: int = 4096  # codebook size of the speech tokens
-    audio_codes: int = 4096  # codebook size of the audio tokens
+    speech_codes: Count = 4096  # codebook size of the speech tokens
+    audio_codes: Count = 4096  # codebook size of the audio tokens
     beats_tokens: bool = True  # config B: a second stream of BEATs tokens beside the primary one
     interleave: Literal["pair", "sequence"] = "pair"  # two streams: concat -> linear, or 2N tokens as written
-    tokenizer_steps: int = 20_000  # training steps of a tokenizer that is fitted here
+    tokenizer_clips: Count = 20_000  # most training clips that one is fitted on here, in 1.5 MB of memory each at 10 s
+    tokenizer_steps: Count = 100_000  # its training steps
+    tokenizer_batch: Count = 32  # windows of 96 features per step
+    tokenizer_lr: Positive = 1e-4  # peak of its one-cycle schedule
+    tokenizer_width: Count = 1024  # of its network and of its codebook's vectors
     code_init: bool = False  # start the token table at the tokenizer's codebook, so that near codes start near
     # model
     backbone: Literal["", "f5tts", "voicebox", "cosyvoice", "matcha"] = ""  # another's published model; empty: ours
-    n_layer: int = 24  # DiT blocks
-    n_head: int = 16  # attention heads
-    n_embd: int = 1024  # model width D
-    ff_mult: int = 4  # feed-forward width as a multiple of D
-    dropout: float = 0.2  # in attention output and feed-forward
+    n_layer: Count = 24  # DiT blocks
+    n_head: Count = 16  # attention heads
+    n_embd: Count = 1024  # model width D
+    ff_mult: Count = 4  # feed-forward width as a multiple of D
+    dropout: Share = 0.2  # in attention output and feed-forward
     # flow matching
-    sigma: float = 0.5  # standard deviation of the noise x0
-    token_drop: float = 0.1  # probability that a clip's whole condition is dropped, for guidance
-    prompt_drop: float = 0.1  # probability that a clip's reference mel is dropped
-    prompt_max: float = 0.3  # longest reference prefix, as a share of the clip
+    sigma: Positive = 0.5  # standard deviation of the noise x0
+    token_drop: Share = 0.1  # probability that a clip's whole condition is dropped, for guidance
+    prompt_drop: Share = 0.1  # probability that a clip's reference mel is dropped
+    prompt_max: Share = 0.3  # longest reference prefix, as a share of the clip
     mel_floor: float = -11.5129  # log-mel below this (1e-5) counts as this
     mel_stats: tuple[float, ...] = (-5.8843, 2.2615)  # log-mel mean and std; (): per bin, from the training split
     # optimisation
-    max_steps: int = 500_000  # optimizer steps, both phases
-    batch_frames: int = 38_400  # mel frames of a batch, padding included
-    batch_size: int = 64  # most clips of a batch
-    accumulate: int = 1  # batches per step and rank, their gradients averaged
-    crop_frames: int = 0  # longer clips are cropped to this at random, each time anew; 0: never
-    trim: float = 0.05  # clips of a batch are cut, mostly at their end, to its shortest where none loses a larger share
+    max_steps: Count = 500_000  # optimizer steps, both phases
+    batch_frames: Count = 38_400  # mel frames of a batch, padding included
+    batch_size: Count = 64  # most clips of a batch
+    accumulate: Count = 1  # batches per step and rank, their gradients averaged
+    crop_frames: Natural = 0  # longer clips are cropped to this at random, each time anew; 0: never
+    trim: Share = 0.05  # clips of a batch are cut, mostly at their end, to its shortest where none loses a larger share
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for everything else
-    learning_rate: float = 1e-4  # peak of the one-cycle schedule
-    lr_warmup: float = 0.1  # share of max_steps on the way up
-    weight_decay: float = 0.1  # on matrices
-    beta2: float = 0.999  # AdamW; beta1 is 0.9
-    grad_clip: float = 1.0  # largest gradient norm
-    ema_decay: float = 0.9999  # of the averaged weights, which probe, sample and evaluate use
+    learning_rate: Positive = 1e-4  # peak of the one-cycle schedule
+    lr_warmup: Share = 0.1  # share of max_steps on the way up
+    weight_decay: Amount = 0.1  # on matrices
+    beta2: Share = 0.999  # AdamW; beta1 is 0.9
+    grad_clip: Positive = 1.0  # largest gradient norm
+    ema_decay: Share = 0.9999  # of the averaged weights, which probe, sample and evaluate use
     # probe, then intervene
-    phase1_steps: int = 5000  # phase I: L_FM + L_BiTC; at its end layers are selected and phase1.pt is saved
-    probe_every: int = 200  # steps between probes in phase I
-    probe_clips: int = 1  # clips per domain in the probe batch
-    probe_times: int = 8  # points of the t grid
-    probe_frames: int = 1000  # probe clips are cut to this
-    bitc_weight: float = 1.0  # weight of L_BiTC
+    phase1_steps: Count = 5000  # phase I: L_FM + L_BiTC; at its end layers are selected and phase1.pt is saved
+    probe_every: Count = 200  # steps between probes in phase I
+    probe_clips: Count = 1  # clips per domain in the probe batch
+    probe_times: Count = 8  # points of the t grid
+    probe_frames: Count = 1000  # probe clips are cut to this
+    bitc_weight: Amount = 1.0  # weight of L_BiTC
     align: Literal["none", "fixed", "random", "lasp", "gradnorm", "foga"] = "foga"  # how layers are selected
     align_head: Literal["mlp", "conv1d", "conv2d"] = "mlp"  # mlp on the pooled descriptor, conv on the sequence
     align_teacher: Literal["external", "self"] = "external"  # self: a deeper layer of the model, detached (LayerSync)
     align_layers: tuple[int, ...] = ()  # the layers, 1..n_layer, for align=fixed
-    top_k: int = 3  # layers selected per domain
+    top_k: Count = 3  # layers selected per domain
     weighting: Literal["foga", "normalized", "equal"] = "foga"  # align_weight * score; with sum align_weight; or equal
-    align_weight: float = 2.0  # scale of the alignment weights
+    align_weight: Amount = 2.0  # scale of the alignment weights
     timestep_adaptive: bool = False  # select layers for each part of the t grid of the probe, for align=foga
-    refresh_every: int = 0  # steps between new probes and selections in phase II; 0: selected once
-    align_stop: int = 0  # step after which the alignment term is off (HASTE); 0: never
-    head_dim: int = 0  # hidden width of the alignment heads; 0: n_embd
+    refresh_every: Natural = 0  # steps between new probes and selections in phase II; 0: selected once
+    align_stop: Natural = 0  # step after which the alignment term is off (HASTE); 0: never
+    head_dim: Natural = 0  # hidden width of the alignment heads; 0: n_embd
     # reporting
-    log_every: int = 10  # steps between rows of log.csv
-    eval_every: int = 2000  # steps between held-out losses
-    eval_clips: int = 64  # held-out clips per domain for the held-out loss
-    save_every: int = 2000  # steps between checkpoints
-    evaluate_every: int = 0  # steps between runs of evaluate.py, for curves of FAD and WER; 0: only at the end
+    log_every: Count = 10  # steps between rows of log.csv
+    eval_every: Count = 2000  # steps between held-out losses
+    eval_clips: Count = 64  # held-out clips per domain for the held-out loss
+    save_every: Count = 2000  # steps between checkpoints
+    evaluate_every: Natural = 0  # steps between runs of evaluate.py, for curves of FAD and WER; 0: only at the end
     # sampling and evaluation at the end of a run
-    nfe: int = 32  # velocity evaluations per clip
+    nfe: Count = 32  # velocity evaluations per clip
     cfg_scale: float = 3.0  # guidance: v_u + cfg_scale (v_c - v_u); 1 is none
     sway: float = -1.0  # sway sampling coefficient; negative dwells near the noise
     vocoder: str = "charactr/vocos-mel-24khz"  # hub name or folder of a Vocos, or griffin_lim, which needs no weights
@@ -116,22 +120,6 @@ class Config:
     fad_model: Literal["yamnet", "vggish", "aisfx", "whisper", "none"] = "yamnet"  # network under FAD; not a teacher
     evaluate: bool = True  # run probe.py and evaluate.py on the finished checkpoint
 
-    ranges: ClassVar[dict[str, tuple]] = {
-        **dict.fromkeys("min_seconds max_seconds sigma learning_rate grad_clip".split(), (1e-12, None)),
-        **dict.fromkeys("held_out token_drop prompt_drop prompt_max trim".split(), (0, 1)),
-        **dict.fromkeys("dropout lr_warmup beta2 ema_decay".split(), (0, 1)),
-        **dict.fromkeys(
-            "speech_codes audio_codes tokenizer_steps n_layer n_head n_embd ff_mult max_steps batch_frames batch_size "
-            "accumulate phase1_steps probe_every probe_clips probe_times probe_frames top_k log_every eval_every "
-            "eval_clips save_every nfe".split(),
-            (1, None),
-        ),
-        **dict.fromkeys(
-            "seed data_seed loader_threads reference_clips crop_frames weight_decay head_dim refresh_every align_stop "
-            "evaluate_every bitc_weight align_weight".split(),
-            (0, None),
-        ),
-    }
     renamed: ClassVar[dict[str, str]] = {"warmup_steps": "phase1_steps", "optimiser": "optimizer", "cfg": "cfg_scale"}
 
 
@@ -147,11 +135,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import backbones
 import common
@@ -175,16 +163,11 @@ BRANCH_MAY_DIFFER = (
 ).split()
 
 
-# ---- the loop
-
-
 def train(config: Config, machine: Machine) -> "Run":
-    """Trains to max_steps or to a signal; returns the run. Rank 0 alone prints and writes.
-
-    All randomness of a step (noise, t, dropout, condition drop) follows from (seed, step, place), so a resumed run
-    repeats it exactly, probes or samples between steps change nothing, and two ranks do what one does that accumulates
-    twice. A non-finite gradient, which every rank sees alike after the all-reduce, updates nothing.
-    """
+    """Trains to max_steps or to a signal; returns the run. Rank 0 alone prints and writes. All randomness of a step
+    (noise, t, dropout, condition drop) follows from (seed, step, place), so a resumed run repeats it exactly, probes or
+    samples between steps change nothing, and two ranks do what one does that accumulates twice. A non-finite gradient,
+    which every rank sees alike after the all-reduce, updates nothing."""
     run, dataset, held_out = open_run(config, machine)
     sampler = TrainingBatches(dataset, config, machine.rank, machine.world)
     batches = Prefetcher(sampler, config.loader_threads, pin=machine.device.startswith("cuda"))
@@ -263,12 +246,9 @@ def distributed(run: "Run", machine: Machine) -> nn.Module:
     return DistributedDataParallel(run.objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-@torch.no_grad()
 def update_ema(ema: FlowModel, model: FlowModel, decay: float) -> None:
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-# ---- what is trained
+    """ema <- decay * ema + (1 - decay) * model, in place."""
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
 
 
 @dataclass
@@ -295,22 +275,16 @@ class Run:
             "heads": self.objective.heads.state_dict() if self.objective.heads else None,
             "optimizer": self.optimizer.state_dict(),
             "selection": self.objective.selection,
-            "selected": self.selected,
-            "data": self.data,
-            "step": self.step,
-            "probes": self.probes,
-            "seconds": self.seconds,
-        }
+        } | {name: getattr(self, name) for name in ("selected", "data", "step", "probes", "seconds")}
 
 
 def build_model(config: Config, teachers: list, device: str = "cpu") -> FlowModel:
     """The DiT of `config`; `teachers` is [(name, width), ...] per domain. device="meta" costs no memory."""
-    alike = "n_layer n_head n_embd ff_mult dropout interleave".split()
     sizes = DiTConfig(
-        **{name: getattr(config, name) for name in alike},
+        **{name: getattr(config, name) for name in "n_layer n_head n_embd ff_mult dropout interleave".split()},
         codes=(config.speech_codes, config.audio_codes),
         second_codes=1024 if config.beats_tokens else 0,
-        teachers=tuple((name, width) for name, width in teachers),
+        teachers=teachers,
     )
     with torch.device(device):
         return backbones.build(config.backbone, sizes)
@@ -337,9 +311,7 @@ def new_run(config: Config, meta: dict, machine: Machine) -> Run:
 def init_tokens_from_codebooks(model: FlowModel, config: Config) -> None:
     """Starts each domain's rows of the token table at its codebook, rotated to width D, at the table's own scale."""
     for d, name in enumerate(DOMAINS):
-        path = Path(config.data_dir) / f"{name}_codebook.npy"
-        if path.exists():
-            book = torch.from_numpy(np.load(path))
+        if (book := data.read_codebook(config.data_dir, name)) is not None:
             size = max(book.shape[1], model.config.n_embd)
             rotation = torch.linalg.qr(torch.randn(size, size))[0][: book.shape[1], : model.config.n_embd]
             rows = (book - book.mean(0)) @ rotation
@@ -357,9 +329,6 @@ def trade(model: FlowModel, config: Config) -> None:
             block.compile(dynamic=True)
 
 
-# ---- from probing to intervening
-
-
 def probe_now(run: Run, batch: Batch, machine: Machine) -> dict:
     """Probes the model on rank 0, as it is (not its average, which lags early on), and shares the result."""
     c, shared = run.config, [None]
@@ -368,9 +337,8 @@ def probe_now(run: Run, batch: Batch, machine: Machine) -> dict:
             shared = [probe.probe(run.objective.model, batch, c.probe_times, c.sigma, c.seed, c.top_k)]
         for name in DOMAINS:
             scores = shared[0][name]
-            top = [f"L{l} {scores['foga'][l - 1]:.3f}" for l in probe.top_layers(scores["foga"], c.top_k)]
-            print(f"probe at step {run.step}: {name:6s} FoG-A top {' '.join(top)}; BiT-C {scores['bitc']:.3f}")
-        sys.stdout.flush()
+            top = " ".join(f"L{l} {scores['foga'][l - 1]:.3f}" for l in probe.top_layers(scores["foga"], c.top_k))
+            print(f"probe at step {run.step}: {name:6s} FoG-A top {top}; BiT-C {scores['bitc']:.3f}", flush=True)
     if machine.world > 1:
         dist.broadcast_object_list(shared)
     return shared[0]
@@ -396,9 +364,6 @@ def report_phase1(run: Run, batch: Batch, machine: Machine) -> None:
         chosen = ", ".join(f"L{l} (weight {w:.3f})" for l, w in means.items()) or "nothing"
         print(f"phase II aligns for {name}: {chosen}", flush=True)
     probe.report(Path(c.out_dir), result, control, run.objective.selection)
-
-
-# ---- files of a run
 
 
 def save(run: Run, name: str = "ckpt.pt") -> None:
@@ -444,9 +409,6 @@ def open_run(config: Config, machine: Machine) -> tuple[Run, Dataset, Dataset]:
     return run, Dataset(config.data_dir, "train"), Dataset(config.data_dir, "held_out")
 
 
-# ---- what rank 0 prints and writes
-
-
 @torch.no_grad()
 def held_out_loss(model: FlowModel, batch: Batch, sigma: float, machine: Machine) -> dict[str, float]:
     """L_FM of each domain on fixed clips and noise, the mean over EVAL_TIMES; global random state unchanged."""
@@ -470,11 +432,23 @@ class Report:
         c, out_dir = run.config, Path(run.config.out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         common.write_json(out_dir / "config.json", asdict(c))
-        announce(run, sampler, machine)
+        self.announce(run, sampler, machine)
         self.run, self.machine, self.smooth = run, machine, None
         self.log = common.Log(out_dir / "log.csv", COLUMNS, run.step)
         self.eval_batch = fixed_batch(held_out, c.eval_clips, 0, c.probe_frames).to(machine.device)
         self.restart_clock()
+
+    def announce(self, run: Run, sampler: TrainingBatches, machine: Machine) -> None:
+        """The derived numbers, before step 0."""
+        c, million, per_epoch = run.config, count_parameters(run.objective.model) / 1e6, sampler.steps_per_epoch
+        kind = "bfloat16 autocast" if common.takes_bfloat16(machine.device, machine.dtype) else "float32"
+        print(
+            f"{show(c)}\n{million:.1f} M parameters, {c.n_layer} layers; {machine.world} x {machine.device}, {kind}\n"
+            f"{len(sampler.dataset)} training clips, {sampler.lengths.sum()} frames an epoch in {per_epoch} steps, "
+            f"{100 * sampler.left_out():.1f} % trimmed, padding {100 * sampler.padding():.1f} %; "
+            f"{c.max_steps / per_epoch:.0f} epochs; phase I ends at step {c.phase1_steps}",
+            flush=True,
+        )
 
     def restart_clock(self) -> None:
         self.since, self.frames = time.time(), 0
@@ -504,23 +478,6 @@ class Report:
         )
 
 
-def announce(run: Run, sampler: TrainingBatches, machine: Machine) -> None:
-    """The derived numbers, before step 0."""
-    c, per_epoch = run.config, sampler.steps_per_epoch
-    kind = "bfloat16 autocast" if common.takes_bfloat16(machine.device, machine.dtype) else "float32"
-    print(f"{show(c)}\n{size_of(run.objective.model)}; {machine.world} x {machine.device}, {kind}")
-    print(
-        f"{len(sampler.dataset)} training clips, {sampler.lengths.sum()} frames an epoch in {per_epoch} steps, "
-        f"{100 * sampler.left_out():.1f} % trimmed, padding {100 * sampler.padding():.1f} %; "
-        f"{c.max_steps / per_epoch:.0f} epochs; phase I ends at step {c.phase1_steps}",
-        flush=True,
-    )
-
-
-def size_of(model: FlowModel) -> str:
-    return f"{count_parameters(model) / 1e6:.1f} M parameters, {model.config.n_layer} layers"
-
-
 def optional(work: Callable[[], None]) -> None:
     """Runs work whose failure must not stop training; reports what failed."""
     try:
@@ -535,9 +492,6 @@ def evaluate_checkpoint(run: Run, machine: Machine, scripts: Sequence[str]) -> N
     for name in scripts:
         if common.run_script(name, f"--ckpt={path}", f"--device={machine.device}"):
             print(f"warning: {name} failed; {path} is saved", file=sys.stderr)
-
-
-# ---- the command
 
 
 def check(config: Config) -> None:
@@ -561,11 +515,8 @@ def check(config: Config) -> None:
 def main(config: Config) -> int:
     check(config)
     machine = common.join_group(config)
-    if not data.is_prepared(config.data_dir):
-        if machine.lead:
-            print(size_of(build_model(config, [("whisper", 1280), ("beats", 768)], "meta")), flush=True)
-        if code := common.run_script("prepare", *to_words(config)):  # all ranks prepare together
-            return code  # it has said why
+    if not data.is_prepared(config.data_dir) and (code := common.run_script("prepare", *to_words(config))):
+        return code  # it has said why; all ranks prepare together
     run = train(config, machine)
     common.leave_group(machine)
     if not machine.lead:

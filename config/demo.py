@@ -11,7 +11,11 @@ speech_tokenizer = "whisper_vq"
 speech_codes = 1024
 audio_codes = 1024
 beats_tokens = False
+tokenizer_clips = 4000
 tokenizer_steps = 400
+tokenizer_batch = 16
+tokenizer_lr = 1e-3
+tokenizer_width = 256
 code_init = True
 
 n_layer = 8

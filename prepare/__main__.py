@@ -1,36 +1,18 @@
-"""Corpora -> prepared shards (mel, tokens, pooled teacher embeddings, text) -> batches.
+"""Corpora -> the prepared folder that training reads; data.py has its layout.
 
-    python -m prepare config/demo.py                                        # prepare; train.py does it when missing
+    python -m prepare config/demo.py                                        # train.py does it when it is missing
     python -m prepare config/demo.py --speech_dir=my/speech --audio_dir=my/sounds --data_dir=data/mine
     torchrun --nproc_per_node=8 -m prepare config/unified_b.py --librispeech_dir=X --audioset_dir=Y    # one GPU each
-    python -m prepare --verify data/demo                                    # every file against its checksum
+    python -m prepare --styles=data/demo                                    # style vectors; lm.py does it
+    python -m prepare --verify=data/demo                                    # every file against its checksum
 
-Any number of processes, on any machines that share the disk, prepare one folder together: each takes the next shard
-that nobody holds. A preparation that was stopped goes on when the same command is given again. Beside what shards.py
-writes, the folder holds
-    plan.json               settings, corpus and checksums of weights, written first: others are refused
-    speech_tokenizer.pt, audio_tokenizer.pt     fitted here, where the config says so
-T frames, N tokens, M = 100 mel bins, E teacher width.
+Any number of processes that share the disk prepare one folder together: each takes the next shard that nobody holds.
+What was stopped goes on when the same command is given again. Beside what data.py reads, the folder holds plan.json,
+written first (settings, corpus, checksums of weights: others are refused), and each {domain}_tokenizer.pt fitted here.
+
+T frames, N tokens, M = 100 mel bins, E teacher width, K codes, W tokenizer width.
 """
 
-from dataclasses import dataclass
-
-from configurator import changed_settings, configure
-from train import Config
-
-
-@dataclass
-class PrepareArgs(Config):
-    """Config's keys, and:"""
-
-    verify: str = ""  # check the prepared folder of this name and do nothing else
-
-
-if __name__ == "__main__":
-    ARGS = configure(PrepareArgs, __doc__)  # a typo is answered before torch is imported
-
-import collections
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -38,7 +20,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -50,19 +32,26 @@ import audio
 import common
 import teachers
 from audio import AudioError
-from common import AUDIO, DOMAINS, INTERRUPTED, SPEECH, DataError, command, locked, sha256, write_json
-from data import INDEX, check_prepared, corpus_of, is_prepared, prepared_with, read_meta, token_count
+from common import AUDIO, DOMAINS, SPEECH, DataError, locked, sha256, whole_file, write_json
+from configurator import configure, from_dict
+from data import INDEX, check_prepared, has_styles, is_prepared, read_meta, settings_of, token_count
 from prepare import corpora, demo, tokenizer
 from prepare.corpora import Clip
+from train import Config
 
+SPLITS = ("train", "held_out")
 SHARD_CLIPS = 512
-FIT_CLIPS = 4000  # most training clips per domain that a tokenizer is fitted on here
+FIT_CHUNK = 1024  # clips to fit a tokenizer on whose waveforms are held at once
 LOST_LIMIT = 0.05  # preparation fails when a larger share of the clips cannot be used
-ADVICE = {
-    "no text": "give each recording its words (in a folder: a same-named .txt)",
-    "too short": "lower --min_seconds",
-    "too long": "raise --max_seconds",
-}
+ADVICE = {"no text": "give each recording its words (in a folder: a same-named .txt)"}
+ADVICE |= {"too short": "lower --min_seconds", "too long": "raise --max_seconds"}
+POSITIONS = [64, 0]  # columns of Whisper's position table that are taken out of each domain's features
+
+
+@dataclass
+class PrepareArgs(Config):
+    verify: str = ""  # check the prepared folder of this name and do nothing else
+    styles: str = ""  # add style vectors to the prepared folder of this name and do nothing else
 
 
 @dataclass
@@ -79,125 +68,110 @@ class Prepared:
     style: np.ndarray | None = None  # (16, E of the audio teacher)
 
 
-# ---- what a config needs
+def weights(config: Config) -> dict[str, str]:
+    """The options that name files of weights which the config reads, and what each is."""
+    files = {
+        "audio_teacher": config.audio_teacher != "demo" and "BEATs_iter3_plus_AS2M.pt",
+        "beats_tokenizer": config.beats_tokens and "Tokenizer_iter3_plus_AS2M.pt",
+        "audio_tokenizer": config.audio_tokenizer and "the audio_tokenizer.pt of a prepared folder",
+        "s3": config.s3.endswith(".onnx") and config.speech_tokenizer == "s3" and "CosyVoice's speech_tokenizer_v1",
+    }
+    return {key: what for key, what in files.items() if what}
 
 
 def missing(config: Config) -> list[str]:
     """What the config needs and this machine lacks, one line each: corpora, weights and packages."""
     lines = []
-    for d, name in enumerate(DOMAINS):
-        key = ("librispeech", "audioset")[d] + "_dir"
-        values = {k: getattr(config, k) for k in (f"{name}_dir", key)}
-        absent = [f"{k}={v!r}" for k, v in values.items() if v and v != "demo" and not Path(v).is_dir()]
-        if absent or not (any(values.values()) or config.manifest):
-            now = ", ".join(absent) or "none is given"
-            lines.append(f"--{key}=FOLDER, or --{name}_dir=FOLDER for any folder of recordings; now {now}")
-    if config.audio_teacher != "demo" and not Path(config.audio_teacher).is_file():
-        lines.append(f"--audio_teacher=FILE  BEATs_iter3_plus_AS2M.pt; now {config.audio_teacher!r}")
-    if config.beats_tokens and not Path(config.beats_tokenizer).is_file():
-        lines.append(f"--beats_tokenizer=FILE  Tokenizer_iter3_plus_AS2M.pt; now {config.beats_tokenizer!r}")
-    if config.audio_tokenizer and not Path(config.audio_tokenizer).is_file():
-        lines.append(f"--audio_tokenizer=FILE  a checkpoint of tokenizer.py; now {config.audio_tokenizer!r}")
+    for name, public in zip(DOMAINS, corpora.PUBLIC, strict=True):
+        given = [path for path in (getattr(config, f"{name}_dir"), getattr(config, public)) if path]
+        if not (given or config.manifest) or not all(path == "demo" or Path(path).is_dir() for path in given):
+            now = ", ".join(given) or "none is given"
+            lines.append(f"--{public}=FOLDER, or --{name}_dir=FOLDER for any folder of recordings; now {now}")
+    for key, what in weights(config).items():
+        if not Path(getattr(config, key)).is_file():
+            lines.append(f"--{key}=FILE  {what}; now {getattr(config, key)!r}")
     if common.is_absent(config.whisper):
         lines.append(f"--whisper=HUB_NAME_OR_FOLDER  Whisper; now {config.whisper!r}")
-    if config.speech_tokenizer == "s3" and config.s3.endswith(".onnx") and not Path(config.s3).is_file():
-        lines.append(f"--s3=FILE  CosyVoice's speech_tokenizer_v1.onnx; now {config.s3!r}")
     if config.speech_tokenizer == "s3" and not any(map(importlib.util.find_spec, ("s3tokenizer", "onnxruntime"))):
         lines.append("pip install s3tokenizer  for S3 tokens (or onnxruntime, with --s3=PATH/speech_tokenizer_v1.onnx)")
     return lines
 
 
-def token_rates(config: Config) -> list[int]:
-    """Primary tokens per second of each domain: S3's (and Whisper's states') 50; AST's own, or the demo's 25."""
-    return [50, 25 if config.audio_teacher == "demo" else 50]
-
-
 class Networks:
-    """The frozen networks of a config, loaded when first needed, and what was encoded once already."""
+    """The frozen networks of a config, loaded when first needed, and what was encoded already. Lists are by domain."""
 
     def __init__(self, config: Config):
-        self.config, self.rates = config, token_rates(config)
+        self.config = config
+        # tokens per second: S3's (and Whisper's states') 50; AST's 50, or the demo's 25
+        self.rates = [50, 25 if config.audio_teacher == "demo" else 50]
+        speech, sounds = (Path(config.data_dir, f"{name}_tokenizer.pt") for name in DOMAINS)
+        # where the tokenizers are, or will be once they are fitted; S3 is not one of ours
+        self.files = [None if config.speech_tokenizer == "s3" else speech, Path(config.audio_tokenizer or sounds)]
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.device = gpu if torch.cuda.is_available() and config.device in ("auto", "cuda") else "cpu"
         self.features: dict[tuple, np.ndarray] = {}  # of the clips that a tokenizer was fitted on
-        self.seconds: collections.Counter = collections.Counter()  # spent in each stage
-
-    @cached_property
-    def audio_encoder(self) -> teachers.Teacher:
-        """The teacher of the audio domain, which also hears styles."""
-        source = self.config.audio_teacher
-        sounds = ("aisfx", demo.fetch("aisfx")) if source == "demo" else ("beats", source)
-        return demo.load_teacher(*sounds, self.device)
 
     @cached_property
     def encoders(self) -> list[teachers.Teacher]:
-        """The teacher of each domain."""
-        source = self.config.whisper
-        whisper = demo.fetch("whisper_tiny") if source == "demo" else source
-        return [demo.load_teacher("whisper", whisper, self.device), self.audio_encoder]
+        """The teacher of each domain; that of the audio domain also hears styles."""
+        whisper, sounds = self.config.whisper, self.config.audio_teacher
+        speech = ("whisper", demo.fetch("whisper_tiny") if whisper == "demo" else whisper)
+        sounds = ("aisfx", demo.fetch("aisfx")) if sounds == "demo" else ("beats", sounds)
+        return [demo.load_teacher(*which, self.device) for which in (speech, sounds)]
 
     @cached_property
-    def s3(self) -> tokenizer.S3:
-        return tokenizer.S3(self.config.s3, self.device)
+    def tokenizers(self) -> list[tokenizer.Tokenizer | tokenizer.S3]:
+        """The tokenizer of each domain. Raises DataError for an AST, which may be given, of another size."""
+        config, device = self.config, self.device
+        found = [tokenizer.load(path).to(device) if path else tokenizer.S3(config.s3, device) for path in self.files]
+        ast, wanted = found[AUDIO].config, (config.audio_codes, self.rates[AUDIO], self.encoders[AUDIO].dim)
+        if (sizes := (ast.codes, ast.rate, ast.dim)) != wanted:
+            what = f"codes, tokens per second and feature width are {sizes}, this config wants {wanted}"
+            raise DataError(f"{self.files[AUDIO]}: {what}; pass --audio_codes or another file")
+        return found
 
     @cached_property
     def beats_tokenizer(self) -> teachers.BEATs:
         return teachers.BEATs.load(self.config.beats_tokenizer, self.device)
 
-    @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Adds the time spent inside to the stage's seconds."""
-        start = time.time()
-        yield
-        self.seconds[stage] += time.time() - start
-
-    def encode(self, d: int, own: list[Prepared]) -> list[np.ndarray]:
+    def encode(self, d: int, clips: list[Prepared]) -> list[np.ndarray]:
         """Features of domain d's clips at its token rate, (N, E) each: what its tokenizer reads."""
         teacher, rate = self.encoders[d], self.rates[d]
-        new = [p for p in own if (d, p.clip.name) not in self.features]
         # S3's recipe quantises in the middle of the recogniser's encoder, where sound is not yet all turned into text
         layer = {"layer": teacher.depth // 2 - 1} if d == SPEECH else {}
-        fresh = iter(teacher.encode([p.teacher_wav for p in new], **layer) if new else [])
-        out = []
-        for p in own:
-            key, n = (d, p.clip.name), token_count(len(p.mel), rate)
-            if key in self.features:
-                out.append(self.features[key])
-            else:
-                out.append(tokenizer.token_features(teacher, next(fresh), n, rate))
-        return out
+        known, new = dict(self.features), [p for p in clips if p.clip.key not in self.features]
+        states = teacher.encode([p.teacher_wav for p in new], **layer) if new else []
+        for p, x in zip(new, states, strict=True):
+            known[p.clip.key] = tokenizer.token_features(teacher, x, token_count(len(p.mel), rate), rate)
+        return [known[p.clip.key] for p in clips]
 
-    def styles(self, d: int, own: list[Prepared]) -> list[np.ndarray]:
+    def styles(self, d: int, clips: list[Prepared]) -> list[np.ndarray]:
         """Style vectors (16, E) of clips of domain d: what the audio encoder hears in voice or sound (eq. 17)."""
         if d == AUDIO:
-            features = self.encode(d, own)
-        else:
-            rate = self.audio_encoder.sample_rate
-            features = self.audio_encoder.encode([audio.resample(p.wav, audio.SAMPLE_RATE, rate) for p in own])
-        return [teachers.style_vectors(f) for f in features]
+            return [teachers.style_vectors(x) for x in self.encode(d, clips)]
+        encoder = self.encoders[AUDIO]
+        waves = [audio.resample(p.wav, audio.SAMPLE_RATE, encoder.sample_rate) for p in clips]
+        return [teachers.style_vectors(x) for x in encoder.encode(waves)]
 
-    def tokens(self, d: int, own: list[Prepared], fitted: tokenizer.Tokenizer | None) -> list[np.ndarray]:
+    def tokens(self, d: int, clips: list[Prepared]) -> list[np.ndarray]:
         """Codes of domain d's clips, (N, streams) each; the second stream is BEATs' at the same times (eq. 15)."""
-        counts = [token_count(len(p.mel), self.rates[d]) for p in own]
-        if fitted is None:
-            pairs = zip(self.s3.encode([p.teacher_wav for p in own]), counts, strict=True)
-            codes = [tokenizer.at_token_times(c, n, self.rates[d], self.s3.rate) for c, n in pairs]
-        else:
-            codes = fitted.encode(self.encode(d, own))
-        if not self.config.beats_tokens:
-            return [c[:, None] for c in codes]
-        beats = self.beats_tokenizer
-        waves = [audio.resample(p.wav, audio.SAMPLE_RATE, beats.sample_rate) for p in own]
-        second = zip(beats.codes(waves), counts, strict=True)
-        second = [tokenizer.at_token_times(c, n, self.rates[d], beats.rate) for c, n in second]
-        return [np.stack(pair, 1) for pair in zip(codes, second, strict=True)]
+        rate, heard = self.rates[d], self.encode(d, clips) if self.files[d] else [p.teacher_wav for p in clips]
+        streams = [(self.tokenizers[d].encode(heard), rate)]
+        if self.config.beats_tokens:
+            beats = self.beats_tokenizer
+            waves = [audio.resample(p.wav, audio.SAMPLE_RATE, beats.sample_rate) for p in clips]
+            streams.append((beats.codes(waves), beats.rate))
+        counts = [token_count(len(p.mel), rate) for p in clips]
+        return [
+            np.stack([tokenizer.at_token_times(codes[i], n, rate, at) for codes, at in streams], 1)
+            for i, n in enumerate(counts)
+        ]
 
 
-# ---- preparation
-
-
-def decode(clip: Clip, rates: tuple[int, ...], config: Config) -> list[np.ndarray]:
-    """The clip's waveform at each of the sample rates. Raises AudioError for a clip that cannot be used."""
+def decode(clip: Clip, teacher_rate: int, config: Config) -> Prepared:
+    """The clip's mel and waveforms. Raises AudioError for a clip that cannot be used."""
+    if clip.domain == SPEECH and not corpora.normal(clip.text).strip():
+        raise AudioError("no text")
     wav, rate = audio.decode(clip.source, clip.name if isinstance(clip.source, bytes) else "")
     wav = wav[int(clip.start * rate) : None if clip.end is None else int(clip.end * rate)]
     seconds = len(wav) / rate
@@ -205,353 +179,277 @@ def decode(clip: Clip, rates: tuple[int, ...], config: Config) -> list[np.ndarra
         raise AudioError("too short" if seconds < config.min_seconds else "too long", f"{seconds:.2f} s")
     if np.abs(wav).max() < 1e-4:  # a silent part of a recording that as a whole is not
         raise AudioError("silent")
-    return [audio.resample(wav, rate, to) for to in rates]
+    wav, teacher_wav = (audio.resample(wav, rate, to) for to in (audio.SAMPLE_RATE, teacher_rate))
+    return Prepared(clip, audio.log_mel(torch.from_numpy(wav)).half().numpy(), wav, teacher_wav)
 
 
-def decode_all(clips: list[Clip], networks: Networks, bar: tqdm | None = None) -> tuple[list[Prepared], dict]:
-    """The usable clips, decoded, and the names of the others by reason."""
-    prepared, lost = [], collections.defaultdict(list)
-    rates = [t.sample_rate for t in networks.encoders]
-    with networks.timed("decode and mel"):
-        for clip in clips:
-            try:
-                if clip.domain == SPEECH and not corpora.normal(clip.text).strip():
-                    raise AudioError("no text")
-                wav, teacher_wav = decode(clip, (audio.SAMPLE_RATE, rates[clip.domain]), networks.config)
-                mel = audio.log_mel(torch.from_numpy(wav)).half().numpy()
-                prepared.append(Prepared(clip, mel, wav, teacher_wav))
-            except AudioError as error:
-                lost[error.reason].append(clip.name)
-            if bar:
-                bar.update()
-    return prepared, dict(lost)
+def decode_all(clips: list[Clip], networks: Networks, lost: dict[str, list]) -> list[Prepared]:
+    """The usable clips, decoded; the names of the others are added to `lost` by reason."""
+    prepared = []
+    for clip in clips:
+        try:
+            prepared.append(decode(clip, networks.encoders[clip.domain].sample_rate, networks.config))
+        except AudioError as error:
+            lost.setdefault(error.reason, []).append(clip.name)
+    return prepared
 
 
 def encode_file(path: str, domain: int, config: Config) -> Prepared:
     """A recording's mel, tokens and style, by the networks and tokenizers behind config.data_dir. Raises AudioError."""
-    networks, clip = Networks(config), Clip(path, Path(path), "", domain, "")
-    fitted = load_tokenizers(Path(config.data_dir), networks)
+    networks = Networks(config)
     try:
-        wav, teacher_wav = decode(clip, (audio.SAMPLE_RATE, networks.encoders[domain].sample_rate), config)
+        p = decode(Clip(path, Path(path), path, domain, ""), networks.encoders[domain].sample_rate, config)
     except AudioError as error:
         raise AudioError(f"{path}: {error}") from error
-    own = Prepared(clip, audio.log_mel(torch.from_numpy(wav)).half().numpy(), wav, teacher_wav)
-    own.tokens, own.style = networks.tokens(domain, [own], fitted[domain])[0], networks.styles(domain, [own])[0]
-    return own
+    [p.tokens], [p.style] = networks.tokens(domain, [p]), networks.styles(domain, [p])
+    return p
 
 
 def prepare(config: Config) -> None:
-    """Brings config.data_dir to completion, alone or together with other processes. Raises DataError when inputs are
-    missing, when the folder belongs to other settings or another corpus, or when too many clips are unusable."""
-    lines = missing(config)
-    if lines:
+    """Completes config.data_dir, alone or with other processes. Raises DataError when inputs are missing, the folder
+    belongs to other settings or another corpus, or too many clips are unusable."""
+    if lines := missing(config):
         raise DataError("this config needs what is not here:\n  " + "\n  ".join(lines))
     start, lead = time.time(), os.environ.get("RANK", "0") == "0"
     clips, notes = corpora.read(config)
-    shards, plan = plan_shards(clips, config), make_plan(clips, config)
-    out_dir, lost = Path(config.data_dir), {}
+    shards, networks, lost = plan_shards(clips, config), Networks(config), {}
+    out_dir = Path(config.data_dir)
     locks = out_dir.with_name(f".{out_dir.name}.locks")
     with locked(locks / "plan"):
-        begin(out_dir, plan)
-    networks = Networks(config)
+        begin(out_dir, clips, config)
     with locked(locks / "tokenizers"):
-        fit_tokenizers(out_dir, networks, shards)
-    fitted = load_tokenizers(out_dir, networks)
-    keep = waves_to_keep(shards, config)
-    with tqdm(total=len(clips), desc="clips", mininterval=1, disable=not lead) as bar:
-        pending = dict(shards)
-        while pending:
+        for d, path in enumerate(networks.files):
+            if path and not path.exists():
+                fit_tokenizer(d, path, networks, shards)
+    keep = {c.key for name, part in shards.items() if name.startswith("held_out") for c in part}
+    for d in range(len(DOMAINS)):
+        keep |= {c.key for c in training_clips(shards, d, config.data_seed)[: config.reference_clips]}
+    pending = dict(shards)
+    with tqdm(total=len(clips), desc="clips", disable=not lead) as bar:
+        for wait in (False, True):  # first what nobody holds, then what others hold
             for name in list(pending):
-                with locked(locks / name, wait=False) as ours:
-                    if ours and not (out_dir / name).exists():
-                        prepare_shard(out_dir / name, pending[name], networks, fitted, keep, bar)
-                if (out_dir / name).exists():
-                    del pending[name]
-                    add_lost(lost, out_dir / name)
+                path = out_dir / name
+                with locked(locks / name, wait) as ours:
+                    if ours and not path.exists():
+                        prepare_shard(path, shards[name], networks, keep)
+                if path.exists():
+                    for reason, names in json.loads((path / "shard.json").read_text())["lost"].items():
+                        lost.setdefault(reason, []).extend(names)
                     refuse_losses(lost, len(clips), out_dir)
-            time.sleep(0.2 if pending else 0)  # others hold what is left
+                    bar.update(len(pending.pop(name)))
     with locked(locks / "finish"):
-        if not (out_dir / "meta.json").exists():
-            finish(out_dir, list(shards), config, networks, lost)
+        if not is_prepared(out_dir):
+            finish(out_dir, list(shards), networks, lost)
     shutil.rmtree(locks, ignore_errors=True)
     if lead:
-        report_preparation(out_dir, networks, notes, len(clips), time.time() - start)
-
-
-def make_plan(clips: list[Clip], config: Config) -> dict:
-    """All that the sessions and processes that prepare one folder must agree on."""
-    lines = [f"{c.domain} {c.name}\n{c.group}\n{c.text}\n{c.start} {c.end}\n" for c in clips]
-    weights = ["audio_teacher", "audio_tokenizer"]
-    weights += ["s3"] * (config.speech_tokenizer == "s3") + ["beats_tokenizer"] * config.beats_tokens
-    files = {f"sha256 of {k}": Path(getattr(config, k)) for k in weights}
-    digests = {k: common.sha256(f) for k, f in files.items() if f.is_file()}
-    return {
-        "prepared_with": prepared_with(config) | corpus_of(config) | digests,
-        "clips": len(clips),
-        "listing": hashlib.sha256("".join(lines).encode()).hexdigest(),
-    }
-
-
-def begin(out_dir: Path, plan: dict) -> None:
-    """Writes plan.json, or raises DataError when the folder there was planned otherwise or is not ours at all."""
-    if not (out_dir / "plan.json").exists():
-        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise DataError(f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER")
-        out_dir.mkdir(parents=True, exist_ok=True)
-        write_json(out_dir / "plan.json", plan)
-        return
-    before = json.loads((out_dir / "plan.json").read_text())
-    changed = changed_settings(plan["prepared_with"], before["prepared_with"])
-    if not changed and before["listing"] != plan["listing"]:
-        changed = f"the corpus: {before['clips']} -> {plan['clips']} clips, or other names and texts"
-    if changed:
-        raise DataError(
-            f"{out_dir} was begun with other settings ({changed}); pass --data_dir=ANOTHER_FOLDER or delete it"
-        )
+        seconds = time.time() - start
+        print(*notes, f"prepared {out_dir} in {seconds:.0f} s ({len(clips) / seconds:.1f} clips/s)", sep="\n")
 
 
 def plan_shards(clips: list[Clip], config: Config) -> dict[str, list[Clip]]:
     """{shard's name: its clips}, the same for everybody who prepares this folder."""
-    out = corpora.held_out(clips, config.held_out, config.data_seed)
-    shards = {}
-    for split, wanted in (("train", False), ("held_out", True)):
-        own = [c for c, o in zip(clips, out, strict=True) if o == wanted]
-        refuse_empty(split, [c.domain for c in own], config)
-        for k in range(0, len(own), SHARD_CLIPS):
-            shards[f"{split}_{k // SHARD_CLIPS:05d}"] = own[k : k + SHARD_CLIPS]
+    out, shards = corpora.held_out(clips, config.held_out, config.data_seed), {}
+    for split, side in zip(SPLITS, (False, True), strict=True):
+        chosen = [c for c, o in zip(clips, out, strict=True) if o == side]
+        refuse_empty(split, {c.domain for c in chosen}, config)
+        for k in range(0, len(chosen), SHARD_CLIPS):
+            shards[f"{split}_{k // SHARD_CLIPS:05d}"] = chosen[k : k + SHARD_CLIPS]
     return shards
 
 
-def refuse_empty(split: str, domains: Sequence[int], config: Config) -> None:
+def refuse_empty(split: str, domains: set[int], config: Config) -> None:
     """Raises DataError when the clips of a split, of these domains, lack one of them."""
+    what = "is left to train on; pass a smaller" if split == "train" else "is held out; pass a larger"
     for d, name in enumerate(DOMAINS):
         if d not in domains:
-            what, change = {"train": ("is left to train on", "smaller"), "held_out": ("is held out", "larger")}[split]
-            raise DataError(
-                f"no {name} clip {what}; pass a {change} --held_out (now {config.held_out:g}), or {name} clips of more "
-                f"speakers, videos or texts, which are held out as a whole"
-            )
+            more = f"or {name} clips of more speakers, videos or texts, which are held out as a whole"
+            raise DataError(f"no {name} clip {what} --held_out (now {config.held_out:g}), {more}")
 
 
-def in_hash_order(clips: list[Clip], seed: int) -> list[Clip]:
-    """The clips in an order that depends on nothing but their names and the seed."""
+def begin(out_dir: Path, clips: list[Clip], config: Config) -> None:
+    """Writes plan.json, which all who prepare one folder must agree on. Raises DataError for another plan or folder."""
+    lines = "".join(f"{c.domain} {c.name}\n{c.group}\n{c.text}\n{c.start} {c.end}\n" for c in clips)
+    settings, file = settings_of(config), out_dir / "plan.json"
+    plan = settings["prepared_with"] | settings["corpus"]
+    plan |= {f"sha256 of {key}": sha256(Path(getattr(config, key))) for key in weights(config)}
+    plan |= {"clips": len(clips), "names and texts": hashlib.sha256(lines.encode()).hexdigest()}
+    if not file.exists():
+        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+            raise DataError(f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_json(file, plan)
+    if changed := common.changed_settings(plan, json.loads(file.read_text())):
+        what = f"{out_dir} was begun with other settings or another corpus ({changed})"
+        raise DataError(f"{what}; pass --data_dir=ANOTHER_FOLDER or delete it")
+
+
+def training_clips(shards: dict[str, list[Clip]], d: int, seed: int) -> list[Clip]:
+    """The training clips of domain d in an order that depends on nothing but their names and the seed."""
+    clips = [c for name, part in shards.items() if name.startswith("train") for c in part if c.domain == d]
     return sorted(clips, key=lambda c: hashlib.sha256(f"{seed}/{c.domain}/{c.name}".encode()).digest())
 
 
-def waves_to_keep(shards: dict[str, list[Clip]], config: Config) -> set[tuple[int, str]]:
-    """(domain, name) of the clips whose waveform evaluation needs: all held-out ones, some training ones per domain."""
-    keep = {(c.domain, c.name) for s, own in shards.items() if s.startswith("held_out") for c in own}
-    train = in_hash_order([c for s, own in shards.items() if s.startswith("train") for c in own], config.data_seed)
-    for d in range(len(DOMAINS)):
-        keep |= {(d, c.name) for c in [c for c in train if c.domain == d][: config.reference_clips]}
-    return keep
+def fit_tokenizer(d: int, path: Path, networks: Networks, shards: dict[str, list[Clip]]) -> None:
+    """Fits domain d's tokenizer on training clips; it appears at `path`, its use of codes in {domain}_tokens.json."""
+    config, name, lost = networks.config, DOMAINS[d], {}
+    chosen, features = training_clips(shards, d, config.data_seed)[: config.tokenizer_clips], []
+    for k in range(0, len(chosen), FIT_CHUNK):
+        prepared = decode_all(chosen[k : k + FIT_CHUNK], networks, lost)
+        if not prepared:
+            refuse_losses(lost, sum(map(len, lost.values())), path.parent, f"{name} ")
+        refuse_losses(lost, sum(map(len, shards.values())), path.parent)
+        new = networks.encode(d, prepared)
+        networks.features |= {p.clip.key: x for p, x in zip(prepared, new, strict=True)}
+        features += new
+    sizes = (networks.encoders[d].dim, getattr(config, f"{name}_codes"), networks.rates[d], config.tokenizer_width)
+    shape = tokenizer.TokenizerConfig(*sizes, positions=POSITIONS[d])
+    how = (config.tokenizer_steps, config.tokenizer_batch, config.tokenizer_lr, config.data_seed, networks.device)
+    state = path.with_name(f".{path.name}.state")
+    with tqdm(total=config.tokenizer_steps, desc=f"{name} tokenizer", mininterval=1) as bar:
+        model = tokenizer.fit(features, shape, *how, resume=state, progress=lambda *_: bar.update())
+    used, perplexity = tokenizer.usage(model.encode(features), shape.codes)
+    found = {"codes_used": used, "perplexity": perplexity}
+    print(f"{name} tokens: " + ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in found.items()))
+    write_json(path.with_name(f"{name}_tokens.json"), found)
+    tokenizer.save(model, path)
+    for file in path.parent.glob(f".{path.name}.*"):  # what the fit would have gone on from
+        file.unlink()
 
 
-def fit_tokenizers(out_dir: Path, networks: Networks, shards: dict[str, list[Clip]]) -> None:
-    """Fits the tokenizers that the config wants fitted here, on training clips alone, unless they are there already."""
-    config = networks.config
-    for d, name in enumerate(DOMAINS):
-        ready = config.speech_tokenizer == "s3" if d == SPEECH else bool(config.audio_tokenizer)
-        if ready or (out_dir / f"{name}_tokenizer.pt").exists():
-            continue
-        clips = [c for shard, own in shards.items() if shard.startswith("train") for c in own if c.domain == d]
-        chosen = in_hash_order(clips, config.data_seed)[:FIT_CLIPS]
-        own, lost = decode_all(chosen, networks)
-        if not own:
-            refuse_losses(lost, len(chosen), out_dir, f"{name} ")
-        refuse_losses(lost, sum(map(len, shards.values())), out_dir)
-        with networks.timed("features"):
-            features = networks.encode(d, own)
-        networks.features |= {(d, p.clip.name): f for p, f in zip(own, features, strict=True)}
-        size, steps = (config.speech_codes, config.audio_codes)[d], config.tokenizer_steps
-        with networks.timed("fitting"), tqdm(total=steps, desc=f"{name} tokenizer", mininterval=1) as bar:
-            options = {"remove_position": d == SPEECH, "device": networks.device}
-            model = tokenizer.fit(features, size, steps, networks.rates[d], **options, progress=lambda *_: bar.update())
-        codes = model.encode(features)
-        used, perplexity = tokenizer.usage(codes, size)
-        found = {"codes_used": used, "perplexity": perplexity}
-        if d == SPEECH:
-            book = model.codebook.numpy()
-            found["position_share_of_features"] = tokenizer.position_share(features)
-            found["position_share_of_tokens"] = tokenizer.position_share([book[c] for c in codes])
-        print(f"{name} tokens: " + ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in found.items()))
-        write_json(out_dir / f"{name}_tokens.json", found)
-        np.save(out_dir / f"{name}_codebook.npy", model.codebook.numpy())
-        tokenizer.save(model, out_dir / f"{name}_tokenizer.pt")
-
-
-def load_tokenizers(out_dir: Path, networks: Networks) -> list[tokenizer.Tokenizer | None]:
-    """Each domain's tokenizer; None for S3, which is not one of ours. Raises DataError for one of another size."""
-    config, found = networks.config, []
-    for d, name in enumerate(DOMAINS):
-        if d == SPEECH and config.speech_tokenizer == "s3":
-            found.append(None)
-            continue
-        path = config.audio_tokenizer if d == AUDIO and config.audio_tokenizer else out_dir / f"{name}_tokenizer.pt"
-        model = tokenizer.load(Path(path)).to(networks.device)
-        wanted = ((config.speech_codes, config.audio_codes)[d], networks.rates[d], networks.encoders[d].dim)
-        if (model.config.codes, model.config.rate, model.config.dim) != wanted:
-            have = (model.config.codes, model.config.rate, model.config.dim)
-            raise DataError(
-                f"{path}: codes, tokens per second and feature width are {have}, this config wants {wanted}; "
-                f"pass --{name}_codes or another file"
-            )
-        found.append(model)
-    return found
-
-
-def prepare_shard(
-    path: Path, clips: list[Clip], networks: Networks, fitted: list, keep: set, bar: tqdm | None = None
-) -> None:
+def prepare_shard(path: Path, clips: list[Clip], networks: Networks, keep: set) -> None:
     """Decodes, encodes and writes the clips of one shard; `path` appears whole or not at all. Hold its lock."""
-    prepared, lost = decode_all(clips, networks, bar)
-    for d in range(len(DOMAINS)):
-        own = [p for p in prepared if p.clip.domain == d]
-        if own:
-            with networks.timed("embeddings"):
-                embeddings = networks.encoders[d].embed([p.teacher_wav for p in own])
-            with networks.timed("tokens"):
-                codes = networks.tokens(d, own, fitted[d])
-            with networks.timed("styles"):
-                styles = networks.styles(d, own)
-            for p, p_codes, embedding, style in zip(own, codes, embeddings, styles, strict=True):
-                p.tokens, p.embedding, p.style = p_codes, embedding, style
-                p.keep_wav = (d, p.clip.name) in keep
-    with networks.timed("writing"):
-        write_shard(path, prepared, [t.dim for t in networks.encoders], networks.config.mel_floor, lost)
-
-
-def add_lost(lost: dict[str, list], shard: Path) -> None:
-    """Adds to `lost` the names of the clips that a finished shard lacks, by reason."""
-    for reason, names in json.loads((shard / "shard.json").read_text())["lost"].items():
-        lost.setdefault(reason, []).extend(names)
-
-
-def report_lost(lost: dict[str, list]) -> None:
-    """Prints a line for each reason."""
-    for reason, names in lost.items():
-        print(f"skipped {len(names)} clips: {reason} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})")
+    lost: dict[str, list] = {}
+    prepared = decode_all(clips, networks, lost)
+    for d, teacher in enumerate(networks.encoders):
+        if part := [p for p in prepared if p.clip.domain == d]:
+            embeddings = teacher.embed([p.teacher_wav for p in part])
+            for p, tokens, embedding in zip(part, networks.tokens(d, part), embeddings, strict=True):
+                p.tokens, p.embedding, p.keep_wav = tokens, embedding, p.clip.key in keep
+    write_shard(path, prepared, [t.dim for t in networks.encoders], networks.config.mel_floor, lost)
 
 
 def refuse_losses(lost: dict[str, list], clips: int, out_dir: Path, kind: str = "") -> None:
     """Raises DataError when more than LOST_LIMIT of the clips (of this kind) are lost."""
     count = sum(map(len, lost.values()))
     if count > LOST_LIMIT * clips:
-        report_lost(lost)
-        reasons = ", ".join(f"{reason} {len(names)}" for reason, names in lost.items())
-        todo = ", ".join(ADVICE[r] for r in lost if r in ADVICE) or "mend the corpus"
-        raise DataError(
-            f"{count} of {clips} {kind}clips cannot be used ({reasons}); {todo}, delete {out_dir} and start again"
-        )
+        reasons = ", ".join(f"{len(names)} {reason}, as {names[0]}" for reason, names in lost.items())
+        todo = ", ".join(ADVICE[reason] for reason in lost if reason in ADVICE) or "mend the corpus"
+        what = f"{count} of {clips} {kind}clips cannot be used ({reasons})"
+        raise DataError(f"{what}; {todo}, delete {out_dir} and start again")
 
 
-def finish(out_dir: Path, shards: list[str], config: Config, networks: Networks, lost: dict[str, list]) -> None:
-    """Joins the shards' indices and statistics; meta.json, which makes the folder usable, comes last."""
-    report_lost(lost)
-    for split in ("train", "held_out"):  # what was lost may have been all that a side had
-        own = [np.load(out_dir / name / "index.npy")["domain"] for name in shards if name.startswith(split)]
-        refuse_empty(split, np.concatenate(own), config)
-    meta = {
-        "prepared_with": prepared_with(config),
-        "corpus": corpus_of(config),
-        "skipped": lost,
-        "teachers": [[t.name, t.dim] for t in networks.encoders],
-        "token_rates": networks.rates,
-        "streams": 1 + config.beats_tokens,
-    }
-    for name in DOMAINS:
-        if (out_dir / f"{name}_tokens.json").exists():
-            meta[f"{name}_tokens"] = json.loads((out_dir / f"{name}_tokens.json").read_text())
+def finish(out_dir: Path, shards: list[str], networks: Networks, lost: dict[str, list]) -> None:
+    """Writes the codebooks (K, W) and joins the shards; meta.json, which makes the folder usable, comes last."""
+    for reason, names in lost.items():
+        print(f"skipped {len(names)} clips: {reason} ({', '.join(names[:5])}{', ...' * (len(names) > 5)})")
+    for split in SPLITS:  # what was lost may have been all that a side had
+        domains = [np.load(out_dir / name / "index.npy")["domain"] for name in shards if name.startswith(split)]
+        refuse_empty(split, set(np.concatenate(domains).tolist()), networks.config)
+    for name, path, model in zip(DOMAINS, networks.files, networks.tokenizers, strict=True):
+        if path:
+            np.save(out_dir / f"{name}_codebook.npy", model.codebook.cpu().numpy())
+    meta = settings_of(networks.config) | {"skipped": lost, "token_rates": networks.rates}
+    meta |= {"streams": 1 + networks.config.beats_tokens, "teachers": [[t.name, t.dim] for t in networks.encoders]}
     join(out_dir, shards, meta)
 
 
-def report_preparation(out_dir: Path, networks: Networks, notes: list[str], clips: int, seconds: float) -> None:
-    """What was left out, the speed, and the share of each stage in this process."""
-    for note in notes:
-        print(note)
-    total = sum(networks.seconds.values()) or 1.0
-    shares = ", ".join(f"{stage} {100 * s / total:.0f} %" for stage, s in networks.seconds.most_common())
-    print(f"prepared {out_dir} in {seconds:.0f} s ({clips / seconds:.1f} clips/s; {shares})")
-
-
-# ---- writing
-
-
-def write_shard(
-    path: Path, prepared: list[Prepared], widths: list[int], mel_floor: float, lost: dict | None = None
-) -> None:
+def write_shard(path: Path, prepared: list[Prepared], widths: list[int], mel_floor: float, lost=None) -> None:
     """Writes one shard's files and shard.json: checksums, what was lost, and the sums behind the mel's statistics."""
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     (part / "wav").mkdir(parents=True)
-    index, rows = np.zeros(len(prepared), INDEX), [0] * len(DOMAINS)
-    mel_row = token_row = text_byte = 0
-    with (
-        open(part / "mel.bin", "wb") as mel_bin,
-        open(part / "tokens.bin", "wb") as token_bin,
-        open(part / "text.bin", "wb") as text_bin,
+    index = np.zeros(len(prepared), INDEX)
+    index["row"], index["domain"] = np.arange(len(prepared)), [p.clip.domain for p in prepared]
+    texts = [np.frombuffer(f"{p.clip.name}\n{p.clip.text}".encode(), np.uint8) for p in prepared]
+    for name, first, length, arrays in (
+        ("mel.bin", "mel", "frames", [p.mel for p in prepared]),
+        ("tokens.bin", "token", "tokens", [p.tokens.astype("<i4") for p in prepared]),
+        ("text.bin", "text", "text_len", texts),
     ):
-        for i, p in enumerate(prepared):
-            d, text = p.clip.domain, f"{p.clip.name}\n{p.clip.text}".encode()
-            index[i] = (0, i, mel_row, len(p.mel), token_row, len(p.tokens), text_byte, len(text), rows[d], d)
-            mel_bin.write(p.mel.tobytes())
-            token_bin.write(p.tokens.astype("<i4").tobytes())
-            text_bin.write(text)
-            mel_row, token_row, text_byte = mel_row + len(p.mel), token_row + len(p.tokens), text_byte + len(text)
-            rows[d] += 1
-            if p.keep_wav:
-                audio.write(part / "wav" / f"{i:05d}.wav", p.wav)
-    np.save(part / "index.npy", index)
+        index[length] = [len(x) for x in arrays]
+        index[first] = np.cumsum(index[length]) - index[length]
+        with open(part / name, "wb") as file:
+            file.writelines(x.tobytes() for x in arrays)
     for d, width in enumerate(widths):
         embeddings = [p.embedding for p in prepared if p.clip.domain == d]
+        index["teacher"][index["domain"] == d] = np.arange(len(embeddings))
         np.save(part / f"teacher_{d}.npy", np.array(embeddings, np.float32).reshape(-1, width))
-    np.save(part / "style.npy", np.array([p.style for p in prepared], np.float16))
+    np.save(part / "index.npy", index)
+    for i, p in enumerate(prepared):
+        if p.keep_wav:
+            audio.write(part / "wav" / f"{i:05d}.wav", p.wav)
     mels = [p.mel.astype(np.float64).clip(min=mel_floor) for p in prepared]
     about = {
         "lost": lost or {},
-        "frames": mel_row,
+        "frames": int(index["frames"].sum()),
         "mel_sum": sum((m.sum(0) for m in mels), np.zeros(audio.N_MELS)).tolist(),
         "mel_squares": sum(((m**2).sum(0) for m in mels), np.zeros(audio.N_MELS)).tolist(),
         "sha256": {str(f.relative_to(part)): sha256(f) for f in sorted(part.rglob("*")) if f.is_file()},
     }
-    (part / "shard.json").write_text(json.dumps(about, indent=1))
+    write_json(part / "shard.json", about)
     part.rename(path)
 
 
 def join(out_dir: Path, shards: list[str], meta: dict) -> None:
     """Writes the splits' indices and meta.json, completed by their counts, checksums and the mel's statistics."""
-    for split in ("train", "held_out"):
-        own = [name for name in shards if name.startswith(split)]
-        parts = [np.load(out_dir / name / "index.npy") for name in own] or [np.zeros(0, INDEX)]
-        for name, part in zip(own, parts, strict=False):
-            part["shard"] = int(name.rpartition("_")[2])
-        index = np.concatenate(parts)
+    for split in SPLITS:
+        names = [name for name in shards if name.startswith(split)]
+        parts = [np.load(out_dir / name / "index.npy") for name in names]
+        for k, part in enumerate(parts):
+            part["shard"] = k
+        index = np.concatenate([np.zeros(0, INDEX), *parts])
         np.save(out_dir / f"{split}.npy", index)
-        by_domain = [index["frames"][index["domain"] == d] for d in range(len(DOMAINS))]
-        meta[split] = {"clips": [len(f) for f in by_domain], "shards": own}
-        meta[split]["seconds"] = [float(f.sum() / audio.FRAME_RATE) for f in by_domain]
+        frames = [index["frames"][index["domain"] == d] for d in range(len(DOMAINS))]
+        seconds = [float(f.sum() / audio.FRAME_RATE) for f in frames]
+        meta[split] = {"clips": [len(f) for f in frames], "shards": names, "seconds": seconds}
     train = [json.loads((out_dir / name / "shard.json").read_text()) for name in meta["train"]["shards"]]
-    frames = sum(a["frames"] for a in train)
-    mean = np.sum([a["mel_sum"] for a in train], 0) / frames
-    variance = np.sum([a["mel_squares"] for a in train], 0) / frames - mean**2
+    total = sum(a["frames"] for a in train)
+    mean = np.sum([a["mel_sum"] for a in train], 0) / total
+    variance = np.sum([a["mel_squares"] for a in train], 0) / total - mean**2
     meta["mel_mean"], meta["mel_std"] = mean.tolist(), np.sqrt(variance.clip(0)).clip(1e-3).tolist()
     files = [f for f in sorted(out_dir.glob("*")) if f.suffix in (".npy", ".pt")]
     files += [out_dir / name / "shard.json" for name in shards]  # which hold the checksums of all other files
-    meta["sha256"] = {str(f.relative_to(out_dir)): sha256(f) for f in files}
-    write_json(out_dir / "meta.json", meta)
+    write_json(out_dir / "meta.json", meta | {"sha256": {str(f.relative_to(out_dir)): sha256(f) for f in files}})
+
+
+def add_styles(args: PrepareArgs) -> None:
+    """Writes style.npy (clips, 16, E) to each shard of args.styles, then styles.json with their checksums. A corpus
+    that `args` names is where the recordings are now. Raises DataError when they are not those that were prepared."""
+    root, meta = Path(args.styles), read_meta(args.styles)
+    moved = {k: path for k, path in settings_of(args)["corpus"].items() if path}
+    settings = meta["prepared_with"] | meta["corpus"] | moved | {"device": args.device}
+    networks = Networks(from_dict(Config, settings, f"{root}/meta.json"))
+    clips = {c.key: c for c in corpora.read(networks.config)[0]}
+    files = [root / name / "style.npy" for split in SPLITS for name in meta[split]["shards"]]
+    lock = root.with_name(f".{root.name}.lock")
+    with locked(lock):
+        for file in tqdm([file for file in files if not file.exists()], desc="shards"):
+            (root / "styles.json").unlink(missing_ok=True)  # it says that all are there
+            index, text = np.load(file.with_name("index.npy")), file.with_name("text.bin").read_bytes()
+            names = [text[r["text"] :][: r["text_len"]].decode().partition("\n")[0] for r in index]
+            keys = zip(index["domain"].tolist(), names, strict=True)
+            prepared = decode_all([clips[key] for key in keys if key in clips], networks, {})
+            if [len(p.mel) for p in prepared] != index["frames"].tolist():
+                raise DataError(f"{file.parent}: its recordings have changed or moved; pass the corpus it is made of")
+            styles = np.zeros((len(index), 16, networks.encoders[AUDIO].dim), np.float16)
+            for d in set(index["domain"].tolist()):
+                styles[index["domain"] == d] = networks.styles(d, [p for p in prepared if p.clip.domain == d])
+            with whole_file(file, "wb") as out:
+                np.save(out, styles)
+        if not has_styles(root):
+            write_json(root / "styles.json", {"sha256": {str(f.relative_to(root)): sha256(f) for f in files}})
+    lock.unlink(missing_ok=True)  # all is there: whoever still holds or waits for it has nothing to do
 
 
 def verify(data_dir: str) -> list[str]:
     """The files of a prepared folder that are missing or not as they were written, one line each."""
     root, problems = Path(data_dir), []
-    meta = read_meta(data_dir)
-    wanted = {root / name: digest for name, digest in meta["sha256"].items()}
-    for shard in meta["train"]["shards"] + meta["held_out"]["shards"]:
+    wanted = {root / name: digest for name, digest in read_meta(data_dir)["sha256"].items()}
+    for file in (*sorted(root.glob("*/shard.json")), *root.glob("styles.json")):
         try:
-            about = json.loads((root / shard / "shard.json").read_text())
-            wanted |= {root / shard / name: digest for name, digest in about["sha256"].items()}
+            wanted |= {file.parent / name: digest for name, digest in json.loads(file.read_text())["sha256"].items()}
         except (OSError, ValueError, KeyError):
-            wanted.setdefault(root / shard / "shard.json", "")
+            wanted.setdefault(file, "")
     for path, digest in tqdm(wanted.items(), desc="verify", mininterval=1):
         if not path.exists():
             problems.append(f"{path}: missing")
@@ -562,26 +460,25 @@ def verify(data_dir: str) -> list[str]:
 
 def main(args: PrepareArgs) -> int:
     if args.verify:
-        problems = verify(args.verify)
-        if problems:
+        if problems := verify(args.verify):
             raise DataError(f"{len(problems)} files of {args.verify} are not sound:\n  " + "\n  ".join(problems[:20]))
         print(f"{args.verify}: every file is as it was written")
         return 0
-    if not is_prepared(args.data_dir):
-        try:
+    try:
+        if args.styles:
+            add_styles(args)
+            return 0
+        if not is_prepared(args.data_dir):
             prepare(args)
-        except KeyboardInterrupt:
-            print(f"stopped; {args.data_dir} is not complete yet, the same command continues", file=sys.stderr)
-            return INTERRUPTED
+    except KeyboardInterrupt:
+        print(f"stopped; {args.styles or args.data_dir} is not complete, the same command continues", file=sys.stderr)
+        return common.INTERRUPTED
     meta = check_prepared(args)
-    if os.environ.get("RANK", "0") == "0":
-        rows = [["", "", "clips", "min"]]
-        for split in ("train", "held_out"):
-            for d, name in enumerate(DOMAINS):
-                rows.append([split, name, str(meta[split]["clips"][d]), f"{meta[split]['seconds'][d] / 60:.1f}"])
-        print(common.table(rows))
+    for split in SPLITS if os.environ.get("RANK", "0") == "0" else ():
+        found = zip(meta[split]["clips"], DOMAINS, meta[split]["seconds"], strict=True)
+        print(f"{split}: " + ", ".join(f"{n} {name} clips, {seconds / 60:.1f} min" for n, name, seconds in found))
     return 0
 
 
 if __name__ == "__main__":
-    command(main, ARGS)
+    common.command(main, configure(PrepareArgs, __doc__))

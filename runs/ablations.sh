@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's tables 8 to 12: what AG-REPA depends on, from the warm-ups that runs/table2.sh made.
+# The paper's tables 8 to 12: what AG-REPA depends on, from the phase I that runs/table2.sh ran for each seed.
 #
 #   bash runs/ablations.sh [config] [seeds] [--key=value ...]
 set -euo pipefail

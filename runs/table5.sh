@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tables 4 and 5 of the paper on a small scale: each published backbone without alignment, with layers 1-3 aligned, and
-# with AG-REPA, all from the same warm-up; then one table a backbone.
+# with AG-REPA, all from the same phase I; then one table a backbone.
 #
 #     bash runs/table5.sh [config] [backbones] [options of train.py ...]
 #     bash runs/table5.sh config/f5tts_demo.py "f5tts voicebox" --max_steps=600 --phase1_steps=200

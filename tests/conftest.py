@@ -1,6 +1,7 @@
-"""What several test files need: a prepared folder of random clips, in seconds, through data.py's own writer."""
+"""What several test files need: small corpora, a small BEATs, and a prepared folder of random clips, in seconds."""
 
 import io
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -14,8 +15,10 @@ import torch
 import torch.nn.functional as F
 
 import data
+from common import sha256, write_json
 from prepare import __main__ as preparation
-from prepare import corpora
+from prepare import demo
+from prepare.corpora import Clip
 from train import Config
 
 
@@ -31,9 +34,7 @@ def rng() -> np.random.Generator:
 @pytest.fixture(scope="session")
 def package() -> Callable[[str], Path]:
     """package(role) -> path of the cached .whl or .deb."""
-    from prepare.demo import fetch
-
-    return cache(fetch)
+    return cache(demo.fetch)
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +42,7 @@ def speech(package) -> dict[str, np.ndarray]:
     """Three real prompts at 16 kHz by name."""
     import av
 
-    from prepare.demo import open_deb
-
-    files, out = open_deb(package("asterisk")), {}
+    files, out = demo.open_deb(package("asterisk")), {}
     for name in ("vm-deleted", "queue-callswaiting", "vm-tomakecall"):
         data = next(data for path, data in files.items() if path.endswith(f"/{name}.g722"))
         with av.open(io.BytesIO(data), format="g722") as file:
@@ -56,43 +55,42 @@ def sound(rng: np.random.Generator, seconds: float, rate: int = 16000) -> np.nda
     return (0.3 * np.sin(2 * np.pi * rng.uniform(200, 900) * np.arange(n) / rate) + rng.normal(0, 0.02, n)).astype("f4")
 
 
+def record(path: Path, rng: np.random.Generator, text: str = "", rate: int = 16000, seconds: float = 0.6) -> None:
+    """Writes a recording and, where given, its text beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, sound(rng, seconds, rate), rate)
+    if text:
+        path.with_suffix(".txt").write_text(text, encoding="utf-8")
+
+
 @pytest.fixture
 def speech_dir(tmp_path, rng) -> Path:
     """A folder of recordings with a text each, one of them odd."""
     root = tmp_path / "speech"
-    (root / "deep").mkdir(parents=True)
     for i in range(12):
-        soundfile.write(root / "deep" / f"{i}.flac", sound(rng, 0.6), 16000)
-        (root / "deep" / f"{i}.txt").write_text(f"speaker says {i}")
-    soundfile.write(root / "own.wav", sound(rng, 0.6), 16000)
-    (root / "own.txt").write_text("  Héllo, there!\n", encoding="utf-8")
+        record(root / "deep" / f"{i}.flac", rng, f"speaker says {i}")
+    record(root / "own.wav", rng, "  Héllo, there!\n")
     (root / "notes.md").write_text("not a recording")
     return root
 
 
 @pytest.fixture
 def audio_dir(tmp_path, rng) -> Path:
-    root = tmp_path / "sounds"
-    (root / "deep").mkdir(parents=True)
-    soundfile.write(root / "deep" / "dog_bark.WAV", sound(rng, 0.6, 44100), 44100)
-    soundfile.write(root / "rain.ogg", sound(rng, 0.6, 44100), 44100)
-    (root / "rain.txt").write_text("Rain on a roof")
-    return root
+    record(tmp_path / "sounds" / "deep" / "dog_bark.WAV", rng, rate=44100)
+    record(tmp_path / "sounds" / "rain.ogg", rng, "Rain on a roof", 44100)
+    return tmp_path / "sounds"
 
 
 @pytest.fixture
 def librispeech(tmp_path, rng) -> Path:
     """3 speakers of 2 chapters of 2 utterances; one has a text and no recording."""
     root = tmp_path / "LibriSpeech" / "dev-clean"
-    for speaker in (19, 26, 103):
-        for chapter in (1, 2):
-            folder = root / f"{speaker}" / f"{chapter}"
-            folder.mkdir(parents=True)
-            lines = []
-            for i in range(2):
-                soundfile.write(folder / f"{speaker}-{chapter}-{i:04d}.flac", sound(rng, 0.6), 16000)
-                lines.append(f"{speaker}-{chapter}-{i:04d} SPEAKER {speaker} SAYS {chapter} {i}")
-            (folder / f"{speaker}-{chapter}.trans.txt").write_text("\n".join(lines) + "\n")
+    for speaker, chapter in itertools.product((19, 26, 103), (1, 2)):
+        folder, lines = root / f"{speaker}" / f"{chapter}", []
+        for i in range(2):
+            record(folder / f"{speaker}-{chapter}-{i:04d}.flac", rng)
+            lines.append(f"{speaker}-{chapter}-{i:04d} SPEAKER {speaker} SAYS {chapter} {i}\n")
+        (folder / f"{speaker}-{chapter}.trans.txt").write_text("".join(lines))
     (root / "19" / "1" / "19-1-0000.flac").unlink()
     return root.parent
 
@@ -104,35 +102,19 @@ VIDEOS = {"--PJHxphWEs": "/m/09x0r,/t/dd00088", "-0_abcdefgh": "/m/04rlf", "zZ9_
 def audioset(tmp_path, rng) -> Path:
     """Two segments CSVs as published, the ontology, and clips named in the ways that downloaders name them."""
     root = tmp_path / "AudioSet"
-    (root / "clips").mkdir(parents=True)
-    lines = [f'{v}, 30.000, 40.000, "{labels}"' for v, labels in VIDEOS.items()]
-    (root / "eval_segments.csv").write_text(
-        "\n".join(["# Segments csv created ...", "# num_ytids=2", *lines[:2]]) + "\n"
-    )
-    (root / "unbalanced_train_segments.csv").write_text(f"# YTID, start_seconds, ...\n{lines[2]}\n")
+    for name in ("--PJHxphWEs_30.000", "Y-0_abcdefgh", "notes"):
+        record(root / "clips" / f"{name}.wav", rng)
+    lines = [f'{v}, 30.000, 40.000, "{labels}"\n' for v, labels in VIDEOS.items()]
+    (root / "eval_segments.csv").write_text("# Segments csv created ...\n# num_ytids=2\n" + "".join(lines[:2]))
+    (root / "unbalanced_train_segments.csv").write_text(f"# YTID, start_seconds, ...\n{lines[2]}")
     names = {"/m/09x0r": "Speech", "/t/dd00088": "Gush", "/m/04rlf": "Music"}
     (root / "ontology.json").write_text(json.dumps([{"id": i, "name": n, "child_ids": []} for i, n in names.items()]))
-    for name in ("--PJHxphWEs_30.000", "Y-0_abcdefgh", "notes"):
-        soundfile.write(root / "clips" / f"{name}.wav", sound(rng, 0.6), 16000)
     return root
 
 
-BEATS_CFG = {
-    "input_patch_size": 16,
-    "embed_dim": 24,
-    "encoder_layers": 2,
-    "encoder_embed_dim": 32,
-    "encoder_ffn_embed_dim": 48,
-    "encoder_attention_heads": 4,
-    "deep_norm": True,
-    "layer_norm_first": False,
-    "conv_pos": 8,
-    "conv_pos_groups": 4,
-    "relative_position_embedding": True,
-    "num_buckets": 16,
-    "max_distance": 40,
-    "gru_rel_pos": True,
-}
+BEATS_CFG = dict(input_patch_size=16, embed_dim=24, conv_pos=8, conv_pos_groups=4, layer_norm_first=False)
+BEATS_CFG |= dict(encoder_layers=2, encoder_embed_dim=32, encoder_ffn_embed_dim=48, encoder_attention_heads=4)
+BEATS_CFG |= dict(deep_norm=True, relative_position_embedding=True, num_buckets=16, max_distance=40, gru_rel_pos=True)
 
 
 @pytest.fixture(scope="session")
@@ -140,33 +122,22 @@ def beats_file(tmp_path_factory) -> Path:
     """A small BEATs tokenizer of random weights under the official names."""
     torch.manual_seed(1)
     D, E, F_, K = 32, 24, 48, BEATS_CFG["conv_pos"]
-    shapes = {
-        "patch_embedding.weight": (E, 1, 16, 16),
-        "layer_norm.weight": (E,),
-        "layer_norm.bias": (E,),
-        "post_extract_proj.weight": (D, E),
-        "post_extract_proj.bias": (D,),
-        "encoder.pos_conv.0.weight_v": (D, D // 4, K),
-        "encoder.pos_conv.0.weight_g": (1, 1, K),
-        "encoder.pos_conv.0.bias": (D,),
-        "encoder.layer_norm.weight": (D,),
-        "encoder.layer_norm.bias": (D,),
-        "quantize_layer.0.weight": (D, D),
-        "quantize_layer.0.bias": (D,),
-        "quantize_layer.2.weight": (12, D),
-        "quantize_layer.2.bias": (12,),
-        "quantize.embedding.weight": (20, 12),
-    }
+    linear = {"post_extract_proj": (D, E), "quantize_layer.0": (D, D), "quantize_layer.2": (12, D)}
+    norms, shapes = ["layer_norm", "encoder.layer_norm"], {}
     for l in range(2):
         n = f"encoder.layers.{l}."
-        for p in "qkv":
-            shapes |= {f"{n}self_attn.{p}_proj.weight": (D, D), f"{n}self_attn.{p}_proj.bias": (D,)}
-        shapes |= {f"{n}self_attn.out_proj.weight": (D, D), f"{n}self_attn.out_proj.bias": (D,)}
-        shapes |= {f"{n}self_attn.grep_linear.weight": (8, 8), f"{n}self_attn.grep_linear.bias": (8,)}
+        linear |= {f"{n}self_attn.{p}_proj": (D, D) for p in ("q", "k", "v", "out")}
+        linear |= {f"{n}self_attn.grep_linear": (8, 8), f"{n}fc1": (F_, D), f"{n}fc2": (D, F_)}
+        norms += [f"{n}self_attn_layer_norm", f"{n}final_layer_norm"]
         shapes |= {f"{n}self_attn.grep_a": (1, 4, 1, 1), f"{n}self_attn.relative_attention_bias.weight": (16, 4)}
-        shapes |= {f"{n}fc1.weight": (F_, D), f"{n}fc1.bias": (F_,), f"{n}fc2.weight": (D, F_), f"{n}fc2.bias": (D,)}
-        for norm in ("self_attn_layer_norm", "final_layer_norm"):
-            shapes |= {f"{n}{norm}.weight": (D,), f"{n}{norm}.bias": (D,)}
+    shapes |= {"patch_embedding.weight": (E, 1, 16, 16), "quantize.embedding.weight": (20, 12)}
+    conv = "encoder.pos_conv.0."
+    shapes |= {f"{conv}weight_v": (D, D // 4, K), f"{conv}weight_g": (1, 1, K), f"{conv}bias": (D,)}
+    for name, (rows, columns) in linear.items():
+        shapes |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    for name in norms:
+        width = E if name == "layer_norm" else D
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
     weights = {k: 0.3 * torch.randn(s) + ("norm.weight" in k) for k, s in shapes.items()}
     weights["quantize.embedding.weight"] = F.normalize(weights["quantize.embedding.weight"], dim=-1)
     path = tmp_path_factory.mktemp("beats") / "beats.pt"
@@ -174,62 +145,48 @@ def beats_file(tmp_path_factory) -> Path:
     return path
 
 
-TINY = {
-    "speech_dir": "demo",
-    "audio_dir": "demo",
-    "whisper": "demo",
-    "audio_teacher": "demo",
-    "speech_tokenizer": "whisper_vq",
-    "beats_tokens": False,
-    "speech_codes": 16,
-    "audio_codes": 16,
-    "n_layer": 4,
-    "n_head": 2,
-    "n_embd": 32,
-    "ff_mult": 2,
-    "dropout": 0.1,
-    "mel_stats": (),
-    "batch_frames": 800,
-    "batch_size": 4,
-    "max_steps": 12,
-    "phase1_steps": 6,
-    "probe_every": 3,
-    "probe_clips": 2,
-    "probe_times": 2,
-    "log_every": 1,
-    "eval_every": 6,
-    "eval_clips": 2,
-    "save_every": 4,
-    "learning_rate": 3e-3,
-    "head_dim": 16,
-    "device": "cpu",
-    "dtype": "float32",
-    "evaluate": False,
-}
+TINY = dict(speech_dir="demo", audio_dir="demo", whisper="demo", audio_teacher="demo", speech_tokenizer="whisper_vq")
+TINY |= dict(beats_tokens=False, speech_codes=16, audio_codes=16, mel_stats=(), device="cpu", dtype="float32")
+TINY |= dict(n_layer=4, n_head=2, n_embd=32, ff_mult=2, dropout=0.1, head_dim=16, batch_frames=800, batch_size=4)
+TINY |= dict(max_steps=12, phase1_steps=6, probe_every=3, probe_clips=2, probe_times=2, log_every=1, save_every=4)
+TINY |= dict(eval_every=6, eval_clips=2, learning_rate=3e-3, evaluate=False)
+
+
+def write_folder(path: Path, splits: dict[str, list[preparation.Prepared]], meta: dict, size: int = 1000) -> None:
+    """A prepared folder with style vectors, by preparation's own writers; `size` clips a shard."""
+    path.mkdir()
+    names, checksums = [], {}
+    for split, clips in splits.items():
+        for k in range(0, len(clips), size):
+            names.append(f"{split}_{k // size:05d}")
+            part, shard = clips[k : k + size], path / names[-1]
+            preparation.write_shard(shard, part, [width for _, width in meta["teachers"]], -11.5129)
+            np.save(shard / "style.npy", np.array([p.style for p in part], np.float16))
+            checksums[f"{shard.name}/style.npy"] = sha256(shard / "style.npy")
+    preparation.join(path, names, meta)
+    write_json(path / "styles.json", {"sha256": checksums})
 
 
 @pytest.fixture
 def tiny_config(tmp_path) -> Config:
     """A config of a 4-layer model whose data_dir is prepared with random mels, tokens and teacher embeddings."""
     config = Config(**TINY, data_dir=str(tmp_path / "data"), out_dir=str(tmp_path / "run"))
-    rng, path = np.random.default_rng(0), tmp_path / "data"
-    path.mkdir()
-    meta = {
-        "prepared_with": {k: getattr(config, k) for k in data.PREPARED_WITH},
-        "teachers": [["whisper", 12], ["aisfx", 10]],
-        "token_rates": [50, 25],
-        "streams": 1,
-    }
+    rng, splits = np.random.default_rng(0), {}
     for split, clips in (("train", 24), ("held_out", 6)):
-        prepared = []
+        splits[split] = []
         for i in range(clips):
             domain, frames = i % 2, int(rng.integers(40, 180))
-            clip = corpora.Clip(f"clip{i}", b"", f"text {i}", domain, f"group{i}")
+            clip = Clip(f"clip{i}", b"", f"text {i}", domain, f"group{i}")
             mel = rng.normal(-3, 2, (frames, 100)).astype(np.float16)
             tokens = rng.integers(0, 16, (data.token_count(frames, (50, 25)[domain]), 1))
             wav, embedding = rng.normal(0, 0.1, frames * 256), rng.normal(size=(12, 10)[domain])
             style = rng.normal(size=(16, 10))
-            prepared.append(preparation.Prepared(clip, mel, wav, wav, True, tokens, embedding, style))
-        preparation.write_shard(path / f"{split}_00000", prepared, [12, 10], config.mel_floor)
-    preparation.join(path, ["train_00000", "held_out_00000"], meta)
+            splits[split].append(preparation.Prepared(clip, mel, wav, wav, True, tokens, embedding, style))
+    meta = {
+        "prepared_with": data.settings_of(config)["prepared_with"],
+        "teachers": [["whisper", 12], ["aisfx", 10]],
+        "token_rates": [50, 25],
+        "streams": 1,
+    }
+    write_folder(tmp_path / "data", splits, meta)
     return config

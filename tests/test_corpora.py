@@ -10,32 +10,23 @@ from prepare.corpora import Clip
 from train import Config
 
 
-def test_folder_of_speech(speech_dir):
+def test_folders(speech_dir, audio_dir, tmp_path):
     clips = {c.name: c for c in corpora.folder(str(speech_dir), SPEECH)}
     assert len(clips) == 13
     clip = clips["deep/7.flac"]
     assert clip.text == "speaker says 7" and clip.group == "speaker says 7" and clip.domain == SPEECH
     assert clips["own.wav"].text == "Héllo, there!" and clips["own.wav"].group == "héllo there"
-
-
-def test_folder_of_sounds(audio_dir):
-    clips = {c.name: c for c in corpora.folder(str(audio_dir), AUDIO)}
-    assert {name: c.text for name, c in clips.items()} == {
-        "deep/dog_bark.WAV": "dog bark",
-        "rain.ogg": "Rain on a roof",
-    }
-
-
-def test_folders_that_hold_nothing(tmp_path):
-    with pytest.raises(DataError, match=r"speech_dir=.*no such folder; pass --speech_dir=FOLDER"):
-        corpora.folder(str(tmp_path / "no"), SPEECH)
-    with pytest.raises(DataError, match=r"audio_dir=.*no audio files \(.*\.flac"):
-        corpora.folder(str(tmp_path), AUDIO)
+    texts = {c.name: c.text for c in corpora.folder(str(audio_dir), AUDIO)}
+    assert texts == {"deep/dog_bark.WAV": "dog bark", "rain.ogg": "Rain on a roof"}
+    (tmp_path / "empty").mkdir()
+    for name, d, key in (("no", SPEECH, "speech_dir"), ("empty", AUDIO, "audio_dir")):
+        with pytest.raises(DataError, match=rf"{key}=.*/{name}: no audio files \(.*\.flac"):
+            corpora.folder(str(tmp_path / name), d)
 
 
 def test_librispeech(librispeech):
-    clips, notes = corpora.librispeech(str(librispeech))
-    assert len(clips) == 11 and notes == ["LibriSpeech: 1 transcribed utterances have no .flac"]
+    clips, note = corpora.librispeech(str(librispeech))
+    assert len(clips) == 11 and note == "LibriSpeech: 1 transcribed utterances have no .flac"
     clip = {c.name: c for c in clips}["dev-clean/26/2/26-2-0001.flac"]
     assert (clip.text, clip.group, clip.domain) == ("speaker 26 says 2 1", "26", SPEECH) and clip.source.exists()
     assert {c.group for c in clips} == {"19", "26", "103"}
@@ -45,21 +36,18 @@ def test_librispeech(librispeech):
 
 
 def test_audioset(audioset):
-    clips, notes = corpora.audioset(str(audioset))
-    assert notes == ["AudioSet: 1 of 3 segments have no clip"]
+    clips, note = corpora.audioset(str(audioset))
+    assert note == "AudioSet: 1 of 3 segments have no clip"
     assert [(c.name, c.text, c.group, c.domain) for c in clips] == [
         ("clips/--PJHxphWEs_30.000.wav", "Speech, Gush", "--PJHxphWEs", AUDIO),
         ("clips/Y-0_abcdefgh.wav", "Music", "-0_abcdefgh", AUDIO),
     ]
-    (audioset / "ontology.json").unlink()
-    with pytest.raises(DataError, match="ontology.json"):
-        corpora.audioset(str(audioset))
-
-
-def test_a_damaged_segments_csv_is_named(audioset):
     with open(audioset / "eval_segments.csv", "a") as file:
         file.write("abc, 1.0\n")
     with pytest.raises(DataError, match=r"eval_segments.csv, line 5: expected YTID"):
+        corpora.audioset(str(audioset))
+    (audioset / "ontology.json").unlink()
+    with pytest.raises(DataError, match="ontology.json"):
         corpora.audioset(str(audioset))
 
 
@@ -67,28 +55,24 @@ def test_manifest(tmp_path):
     rows = [
         {"path": "a.wav", "text": "one", "domain": "speech", "start": 1.5, "end": 3, "group": "anna"},
         {"path": "b/c.ogg", "text": "rain", "domain": "audio"},
+        {"path": "d", "text": "one\u2028two", "domain": "speech"},
     ]
-    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "m.jsonl").write_text(lines + "\n", encoding="utf-8-sig")
     assert corpora.manifest(str(tmp_path / "m.jsonl")) == [
         Clip("a.wav@1.5", tmp_path / "a.wav", "one", SPEECH, "anna", 1.5, 3.0),
         Clip("b/c.ogg", tmp_path / "b/c.ogg", "rain", AUDIO, "b/c.ogg", 0.0, None),
+        Clip("d", tmp_path / "d", "one\u2028two", SPEECH, "d", 0.0, None),  # a line ends at its newline alone
     ]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{",
-        "[]",
-        '{"path": "a.wav", "text": "x"}',
-        '{"path": "a", "text": "", "domain": "music"}',
-        '{"path": "a", "text": null, "domain": "audio"}',
-        '{"path": "a", "text": "", "domain": "audio", "start": -1}',
-        '{"path": "a", "text": "", "domain": "audio", "start": 2, "end": 2}',
-    ],
-)
+ROW = {"path": "a", "text": "", "domain": "audio"}
+WRONG = [{"domain": "music"}, {"text": None}, {"start": -1}, {"start": 2, "end": 2}]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"path": "a.wav", "text": "x"}', *(json.dumps(ROW | w) for w in WRONG)])
 def test_a_bad_manifest_line_is_named(tmp_path, line):
-    (tmp_path / "m.jsonl").write_text('{"path": "a", "text": "", "domain": "audio"}\n' + line + "\n")
+    (tmp_path / "m.jsonl").write_text(f"{json.dumps(ROW)}\n{line}\n")
     with pytest.raises(DataError, match="m.jsonl, line 2: ") as error:
         corpora.manifest(str(tmp_path / "m.jsonl"))
     assert "\n" not in str(error.value)
@@ -109,12 +93,6 @@ def test_what_is_not_utf8_or_json_is_named(speech_dir, librispeech, audioset, tm
     refused(lambda: corpora.manifest(str(tmp_path / "m.jsonl")), tmp_path / "m.jsonl")
 
 
-def test_a_line_of_a_manifest_ends_at_its_newline_alone(tmp_path):
-    row = {"path": "a.wav", "text": "one\u2028two", "domain": "speech"}
-    (tmp_path / "m.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8-sig")
-    assert [c.text for c in corpora.manifest(str(tmp_path / "m.jsonl"))] == ["one\u2028two"]
-
-
 def test_names_are_unique_in_a_domain(audio_dir, tmp_path):
     """Segments that begin together, and two corpora with a file of the same name."""
     part = {"path": "rain.ogg", "text": "rain", "domain": "audio"}
@@ -131,7 +109,7 @@ def test_all_corpora_of_a_config_together(librispeech, audioset, audio_dir, tmp_
                     manifest=str(tmp_path / "m.jsonl"))  # fmt: skip
     clips, notes = corpora.read(config)
     assert [sum(c.domain == d for c in clips) for d in (SPEECH, AUDIO)] == [12, 4] and len(notes) == 2
-    with pytest.raises(DataError, match="no audio clips: pass --audio_dir=FOLDER or --audioset_dir"):
+    with pytest.raises(DataError, match="no audio clips: pass --audio_dir=FOLDER or --audioset_dir=FOLDER"):
         corpora.read(Config(librispeech_dir=str(librispeech)))
 
 

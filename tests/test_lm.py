@@ -10,43 +10,48 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpora import AUDIO, SPEECH, DataError
+import transformers
+from test_train import MACHINE, ROOT, same, stopped
 
 import audio
 import common
 import data
 import lm
-from common import Machine
+from common import AUDIO, SPEECH, DataError
 
-MACHINE = Machine(0, 1, "cpu", "float32")
-ROOT = Path(__file__).parent.parent
-V = lm.Vocabulary(256, (16, 12))
-SMALL = lm.LMConfig(
-    lm="small",
-    n_layer=2,
-    n_head=2,
-    n_embd=32,
-    device="cpu",
-    dtype="float32",
-    batch_tokens=1200,
-    batch_size=6,
-    max_steps=8,
-    learning_rate=3e-3,
-    log_every=1,
-    eval_every=4,
-    eval_clips=2,
-    save_every=3,
-    coarse_clusters=4,
-    style_drop=0.5,
-)
+SIZE = dict(lm="small", n_layer=2, n_head=2, n_embd=32, coarse_clusters=4, device="cpu", dtype="float32")
+STEPS = dict(max_steps=8, batch_tokens=1200, batch_size=6, learning_rate=3e-3, style_drop=0.5)
+SMALL = lm.LMConfig(**SIZE, **STEPS, log_every=1, eval_every=4, eval_clips=2, save_every=3)
+V = lm.Vocabulary(SMALL, (16, 12))
+
+
+class Clips:
+    """A split as data.Dataset gives it: clips of `domains` with random codes, and `styles`, a (16, 10) each."""
+
+    meta = {"prepared_with": {"speech_codes": 16, "audio_codes": 12}, "token_rates": [50, 25]}
+
+    def __init__(self, rng: np.random.Generator, domains: list[int], styles: np.ndarray):
+        codes = [rng.integers(0, V.codes[d], (int(rng.integers(3, 12)), 1)) for d in domains]
+        self.index = {"domain": np.array(domains), "tokens": np.array(list(map(len, codes)))}
+        self.tokens, self.style = codes.__getitem__, styles.__getitem__
+
+    def __len__(self) -> int:
+        return len(self.index["domain"])
+
+    def name_and_text(self, i: int) -> tuple[str, str]:
+        return f"clip{i}", "ab: cde"[: 3 + i % 4]
+
+
+def random_batch(rng: np.random.Generator) -> lm.Sequences:
+    clips = Clips(rng, [SPEECH, AUDIO] * 2, rng.normal(size=(4, 16, 10)))
+    return lm.Corpus(clips, V).batch(np.arange(4))
 
 
 def small_lm(seed: int = 0) -> lm.LM:
     torch.manual_seed(seed)
-    net, text = lm.build_net(SMALL, lambda old: len(lm.Vocabulary(old, V.codes)))
-    assert text == 256
-    clusters = torch.cat([lm.cluster_codes(None, 16, 4), 4 + lm.cluster_codes(None, 12, 4)])
-    model = lm.LM(net, V, 10, clusters, 0.5)
+    net, vocabulary = lm.build_net(SMALL, V.codes)
+    assert vocabulary.text == 256
+    model = lm.LM(SMALL, net, V, lm.code_clusters(replace(SMALL, coarse="uniform"), V.codes), 10)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
@@ -54,31 +59,13 @@ def small_lm(seed: int = 0) -> lm.LM:
     return model.eval()
 
 
-def random_batch(rng: np.random.Generator, clips: int = 4) -> lm.Sequences:
-    domains = [i % 2 for i in range(clips)]
-    prompts = [V.prompt(lambda t: list(t.encode()), d, "ab: cde"[: 3 + i]) for i, d in enumerate(domains)]
-    codes = [rng.integers(0, V.codes[d], int(rng.integers(3, 12))) for d in domains]
-    return lm.sequences(V, prompts, codes, domains, rng.normal(size=(clips, 16, 10)))
-
-
-# ---- sequences
-
-
-def test_vocabulary_has_one_id_for_everything():
-    parts = [range(256), V.specials, V.styles, V.codes_of(SPEECH), V.codes_of(AUDIO)]
-    ids = [i for part in parts for i in part]
-    assert ids == list(range(len(V))) and len(V) == 256 + 4 + 16 + 16 + 12
-
-
-def test_prompts_are_those_of_the_paper():
-    def encode(text):
-        return list(text.encode())
-
-    tag, des, at, end = V.specials
-    styles = list(range(260, 276))
-    assert V.prompt(encode, SPEECH, "hi") == [104, 105, *styles, at]
-    assert V.prompt(encode, AUDIO, "dog: it") == [tag, *b"dog", des, *b"it", *styles, at]
-    assert V.prompt(encode, AUDIO, "dog") == [tag, *b"dog", des, *styles, at]
+def test_vocabulary_and_prompts_are_those_of_the_paper():
+    ids = [i for part in (range(256), V.specials, V.styles, *V.code_ids) for i in part]
+    assert ids == list(range(V.size)) and V.size == 256 + 4 + 16 + 16 + 12
+    (tag, des, at, end), styles = V.specials, list(range(260, 276))
+    assert V.prompt(SPEECH, "hi") == [104, 105, *styles, at]
+    assert V.prompt(AUDIO, "dog: it") == [tag, *b"dog", des, *b"it", *styles, at]
+    assert V.prompt(AUDIO, "dog") == [tag, *b"dog", des, *styles, at]
     assert end == V.end
 
 
@@ -87,23 +74,20 @@ def test_sequences_mark_codes_and_end_alone(rng):
     for ids, target, d in zip(batch.ids.tolist(), batch.target.tolist(), batch.domain.tolist(), strict=True):
         at = ids.index(V.specials[2])
         wanted = [i for i, t in zip(ids, target, strict=True) if t]
-        assert wanted[-1] == V.end and all(i in V.codes_of(d) for i in wanted[:-1])
+        assert wanted[-1] == V.end and all(i in V.code_ids[d] for i in wanted[:-1])
         assert target.index(True) == at + 1 and all(i == V.end for i in ids[at + 1 + len(wanted) :])
 
 
-@pytest.mark.parametrize("book", [True, False])
-def test_clusters(rng, book):
-    if book:  # 5 far groups are found, whatever their order
-        centres = rng.normal(size=(5, 6)) * 100
-        group = rng.permutation(np.arange(40) % 5)
-        found = lm.cluster_codes(centres[group] + rng.normal(size=(40, 6)), 40, 5).numpy()
-        assert len({(g, f) for g, f in zip(group, found, strict=True)}) == 5
-    else:
-        assert lm.cluster_codes(None, 10, 3).tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
-        assert lm.cluster_codes(None, 3, 128).tolist() == [0, 1, 2]
-
-
-# ---- the model
+def test_clusters_of_a_codebook_and_of_none(rng, tmp_path, capsys):
+    centres, group = rng.normal(size=(5, 6)) * 100, rng.permutation(np.arange(40) % 5)
+    np.save(tmp_path / "speech_codebook.npy", centres[group] + rng.normal(size=(40, 6)))
+    config = replace(SMALL, data_dir=str(tmp_path), coarse_clusters=5)
+    found = lm.code_clusters(config, (40, 10)).tolist()
+    # 5 far groups are found, whatever their order
+    assert len(set(zip(group.tolist(), found[:40], strict=True))) == 5 and set(found[:40]) == set(range(5))
+    assert found[40:] == [5, 5, 6, 6, 7, 7, 8, 8, 9, 9] and "audio: no codebook in" in capsys.readouterr().out
+    uniform = lm.code_clusters(replace(config, coarse="uniform", coarse_clusters=3), (10, 2))
+    assert uniform.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 4]
 
 
 def test_style_enters_by_equation_18(rng):
@@ -135,7 +119,7 @@ def test_losses_against_a_loop_over_single_clips(rng):
             if batch.target[b, s]:
                 ce.append(-log_p[s - 1, token])
             if batch.target[b, s] and token != V.end:
-                coarse.append(-rough[s - 1, int(model.clusters[token - V.codes_of(SPEECH).start])])
+                coarse.append(-rough[s - 1, int(model.clusters[token - V.code_ids[SPEECH].start])])
     losses = model(batch)
     assert float(losses["ce"]) == pytest.approx(float(torch.stack(ce).mean()), rel=1e-4)
     assert float(losses["coarse"]) == pytest.approx(float(torch.stack(coarse).mean()), rel=1e-4)
@@ -143,76 +127,65 @@ def test_losses_against_a_loop_over_single_clips(rng):
     assert float(each.sum() / batch.target.sum()) == pytest.approx(float(losses["ce"]), rel=1e-5)
 
 
-def test_a_pretrained_lm_grows_by_rows_at_the_mean(tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_pretrained_lm_grows_by_rows_at_the_mean(tmp_path, tied):
     audio.torchaudio()
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    for tied in (True, False):
-        size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        old = Qwen3ForCausalLM(Qwen3Config(vocab_size=50, **size, num_key_value_heads=2, tie_word_embeddings=tied))
-        old.save_pretrained(tmp_path / str(tied))
-        net, text = lm.build_net(replace(SMALL, lm=str(tmp_path / str(tied))), lambda old: old + 30)
-        assert text == 50 and net.config.vocab_size == 80
-        for new, before in (
-            (net.get_input_embeddings(), old.get_input_embeddings()),
-            (net.get_output_embeddings(), old.get_output_embeddings()),
-        ):
-            torch.testing.assert_close(new.weight[:50], before.weight)
-            torch.testing.assert_close(new.weight[50:], before.weight.mean(0).expand(30, -1))
+    size = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    old = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**size, num_key_value_heads=2, tie_word_embeddings=tied)
+    )
+    old.save_pretrained(tmp_path)
+    net, vocabulary = lm.build_net(replace(SMALL, lm=str(tmp_path), text="bytes"), (6, 4))
+    assert vocabulary.text == 50 and vocabulary.size == net.config.vocab_size == 80
+    for table in ("get_input_embeddings", "get_output_embeddings"):
+        new, before = getattr(net, table)().weight, getattr(old, table)().weight
+        torch.testing.assert_close(new[:50], before)
+        torch.testing.assert_close(new[50:], before.mean(0).expand(30, -1))
     with pytest.raises(ValueError, match="--lm=small needs no weights"):
-        lm.build_net(replace(SMALL, lm=str(tmp_path / "none")), lambda old: old)
+        lm.build_net(replace(SMALL, lm=str(tmp_path / "none")), V.codes)
 
 
-# ---- generation
-
-PROMPTS = [V.prompt(lambda t: list(t.encode()), d, t) for d, t in ((SPEECH, "hello"), (AUDIO, "a: b"), (SPEECH, "x"))]
-DOMAINS = [SPEECH, AUDIO, SPEECH]
+TEXTS = [(SPEECH, "hello"), (AUDIO, "a: b"), (SPEECH, "x")]
 
 
-def naive_greedy(model, prompt, domain, style, limit, guidance, repetition, window) -> list[int]:
-    """One clip, no cache, no padding: a whole pass for every code."""
+def naive_greedy(model, domain, text, limit, style, guidance, repetition) -> list[int]:
+    """One clip, no cache, no padding: a whole pass for every code; repetition looks 5 codes back."""
     out: list[int] = []
     while len(out) < limit:
-        ids = torch.tensor([prompt + out])
-        logits = []
-        for kept in (True, False):
-            keep = torch.tensor([kept and style is not None])
-            x = model.embed(ids, torch.zeros(1, 16, 10) if style is None else style[None], keep)
-            logits.append(model.net.lm_head(model.net.model(inputs_embeds=x)[0][0, -1]))
-        c, u = logits
+        ids = torch.tensor([V.prompt(domain, text) + out])
+        embedded = [model.embed(ids, style[None], torch.tensor([kept])) for kept in (True, False)]
+        c, u = (model.net.lm_head(model.net.model(inputs_embeds=x)[0][0, -1]) for x in embedded)
         score = u + guidance * (c - u) if guidance != 1 else c
-        for t in set(out[-window:]):
+        for t in set(out[-5:]):
             score[t] -= math.log(repetition)
-        allowed = [*V.codes_of(domain), *([V.end] if out else [])]
-        token = max(allowed, key=lambda t: float(score[t]))
+        token = max([*V.code_ids[domain], *([V.end] if out else [])], key=lambda t: float(score[t]))
         if token == V.end:
             break
         out.append(token)
-    return [t - V.codes_of(domain).start for t in out]
+    return [t - V.code_ids[domain].start for t in out]
 
 
 @pytest.mark.parametrize("guidance,repetition", [(1.0, 1.0), (1.0, 3.0), (2.5, 1.5)])
 @torch.no_grad()
 def test_cached_batch_equals_single_plain_passes(rng, guidance, repetition):
     model, styles = small_lm(int(rng.integers(1000))), torch.from_numpy(rng.normal(size=(3, 16, 10))).float()
-    sampling = lm.Sampling(0.0, guidance=guidance, repetition=repetition, window=5)
-    limits = [15, 8, 11]
-    got = lm.generate(model, PROMPTS, DOMAINS, limits, styles, sampling)
-    for b, (prompt, d) in enumerate(zip(PROMPTS, DOMAINS, strict=True)):
-        wanted = naive_greedy(model, prompt, d, styles[b], limits[b], guidance, repetition, 5)
-        assert got[b].tolist() == wanted
+    how, limits = {"guidance": guidance, "repetition": repetition}, [15, 8, 11]
+    got = lm.generate(model, TEXTS, limits, styles, temperature=0, window=5, **how)
+    for codes, text, limit, style in zip(got, TEXTS, limits, styles, strict=True):
+        assert codes.tolist() == naive_greedy(model, *text, limit, style, **how)
 
 
 def test_codes_stay_in_their_codebook_and_end(rng):
     model = small_lm()
     with torch.no_grad():
         model.net.get_output_embeddings().weight[:300] *= 20  # text and specials are far likelier than codes
-    for seed in range(5):
-        got = lm.generate(model, PROMPTS, DOMAINS, [9, 9, 2], None, lm.Sampling(1.5, 1.0, seed=seed))
-        assert all(len(g) and g.min() >= 0 and g.max() < V.codes[d] for g, d in zip(got, DOMAINS, strict=True))
-        assert [len(g) <= n for g, n in zip(got, (9, 9, 2), strict=True)] == [True] * 3
-    again = lm.generate(model, PROMPTS, DOMAINS, [9, 9, 2], None, lm.Sampling(1.5, 1.0, seed=4))
-    assert all((a == b).all() for a, b in zip(got, again, strict=True))
+    runs = []
+    for seed in (0, 1, 2, 3, 4, 4):
+        got = lm.generate(model, TEXTS, [9, 9, 2], temperature=1.5, top_p=1.0, seed=seed)
+        for codes, (d, _), n in zip(got, TEXTS, (9, 9, 2), strict=True):
+            assert 0 < len(codes) <= n and codes.min() >= 0 and codes.max() < V.codes[d]
+        runs.append([codes.tolist() for codes in got])
+    assert runs[4] == runs[5]
 
 
 def test_draw_follows_the_truncated_distribution():
@@ -226,35 +199,20 @@ def test_draw_follows_the_truncated_distribution():
     torch.testing.assert_close(cold, p**2 / (p**2).sum(), atol=0.015, rtol=0)
 
 
-def test_limit():
-    assert lm.limit(SPEECH, "x" * 10, 50, 30) == 150 and lm.limit(SPEECH, "x" * 1000, 50, 12) == 600
-    assert lm.limit(AUDIO, "x", 25, 4) == 100
-
-
-# ---- training
-
-
 @pytest.fixture
 def config(tiny_config, tmp_path) -> lm.LMConfig:
     return replace(SMALL, data_dir=tiny_config.data_dir, out_dir=str(tmp_path / "lm"))
 
 
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 @pytest.mark.parametrize("stop", [2, 5])
 def test_stopped_and_continued_equals_one_go(config, tmp_path, monkeypatch, stop):
     whole = lm.train(replace(config, out_dir=str(tmp_path / "whole")), MACHINE)
-    with monkeypatch.context() as m:
-        seen = iter(range(100))
-        m.setattr(common.StopRequest, "agreed", lambda self: next(seen) >= stop)
-        assert lm.train(config, MACHINE).step == stop
+    assert stopped(monkeypatch, stop, config, lm.train).step == stop
     resumed = lm.train(config, MACHINE)
     assert resumed.step == 8 and same(whole.lm.state_dict(), resumed.lm.state_dict())
-    logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("whole", "lm")]
-    for a, b in zip(*logs, strict=True):
-        assert a.split(",")[:6] == b.split(",")[:6]  # all but the clock
+    a, b = (common.read_csv(tmp_path / name / "log.csv") for name in ("whole", "lm"))
+    clock = {"tokens_per_s": "", "seconds": ""}
+    assert len(a) == 8 and [row | clock for row in a] == [row | clock for row in b]
     with pytest.raises(common.CheckpointError, match=r"n_embd: 32 -> 64"):
         lm.train(replace(config, n_embd=64), MACHINE)
 
@@ -263,22 +221,27 @@ def test_it_learns_its_training_texts_by_heart(config):
     """End to end: what was trained on is said again, code by code, from the text alone."""
     config = replace(config, n_embd=96, style_drop=0.0, max_steps=500, eval_every=1000, save_every=1000, log_every=50)
     lm.train(config, MACHINE)
-    model, encode, state = lm.load_lm(Path(config.out_dir) / "ckpt.pt")
+    model, state = lm.load_lm(Path(config.out_dir) / "ckpt.pt")
     dataset = data.Dataset(config.data_dir, "train")
-    corpus = lm.Corpus(dataset, model.vocabulary, encode)
-    short = np.argsort(corpus.lengths)[:4].tolist()
-    got = lm.generate(
-        model,
-        [corpus.prompts[i] for i in short],
-        [corpus.domains[i] for i in short],
-        [200] * 4,
-        torch.from_numpy(np.stack([dataset.style(i) for i in short])),
-        lm.Sampling(0.0, repetition=1.0),
-    )
+    corpus = lm.Corpus(dataset, model.vocabulary)
+    short = np.argsort(corpus.lengths)[:4]
+    texts = [(corpus.domains[i], dataset.name_and_text(i)[1]) for i in short]
+    got = lm.generate(model, texts, [200] * 4, corpus.batch(short).style, temperature=0, repetition=1.0)
     for i, codes in zip(short, got, strict=True):
         wanted = dataset.tokens(i)[:, 0]
         assert len(codes) == len(wanted) and (codes == wanted).mean() > 0.9
     assert state["rates"] == [50, 25]
+
+
+def test_styles_are_asked_for_where_they_are_not(config, monkeypatch):
+    """By a process of every rank, whose exit code ends lm.py; where they are there, none is started."""
+    asked = []
+    monkeypatch.setattr(common, "run_script", lambda *words: asked.append(words) or 3)
+    assert lm.main(replace(config, max_steps=1)) == 0 and not asked
+    (Path(config.data_dir) / "styles.json").unlink()
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        assert lm.main(config) == 3 and asked[rank:] == [("prepare", f"--styles={config.data_dir}")]
 
 
 def test_what_is_missing_is_named(config, tmp_path):
@@ -298,38 +261,24 @@ def test_two_ranks(config, tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *keys], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    state, _ = common.load(tmp_path / "two" / "ckpt.pt")
-    assert state["step"] == 8
+    assert common.load(tmp_path / "two" / "ckpt.pt")[0]["step"] == 8
     # the first step's gradient is the mean of the two ranks' own
-    dataset = data.Dataset(config.data_dir, "train")
     grads = []
     for rank in range(2):
-        run = lm.new_run(config, dataset, MACHINE)
-        corpus = lm.Corpus(dataset, run.lm.vocabulary, lm.text_encoder(config))
+        run, corpus, _ = lm.open_run(config, MACHINE)
         ids = data.LengthBatchSampler(corpus.lengths, config, "batch_tokens", rank, 2).ids(0)
         torch.manual_seed(hash((config.seed, 0, rank)) % 2**63)
         losses = run.lm(corpus.batch(ids), config.style_drop)
         (losses["ce"] + config.coarse_weight * losses["coarse"]).backward()
         grads.append(torch.cat([p.grad.flatten() for p in run.lm.parameters()]))
-    row = (tmp_path / "two" / "log.csv").read_text().splitlines()[1].split(",")
-    assert float(row[lm.COLUMNS.index("grad_norm")]) == pytest.approx(
-        float(((grads[0] + grads[1]) / 2).norm()), rel=1e-3
-    )
+    norm = float(common.read_csv(tmp_path / "two" / "log.csv")[0]["grad_norm"])
+    assert norm == pytest.approx(float(((grads[0] + grads[1]) / 2).norm()), rel=1e-3)
 
 
-class Unlike:
-    """A split as preparation writes it, speech before sounds: styles of +-1 and of +-9."""
-
-    meta = {"prepared_with": {"speech_codes": 16, "audio_codes": 12}}
-    index, rates = {"domain": np.repeat([SPEECH, AUDIO], 300)}, [50, 25]
-
-    def __len__(self) -> int:
-        return 600
-
-    def style(self, i: int) -> np.ndarray:
-        return np.full((16, 10), (-1) ** i * (1 if i < 300 else 9), np.float16)
-
-
-def test_styles_are_scaled_by_both_domains(tmp_path):
-    run = lm.new_run(replace(SMALL, data_dir=str(tmp_path)), Unlike(), MACHINE)
+def test_styles_are_scaled_by_both_domains(tmp_path, rng, monkeypatch):
+    """Of a split as preparation writes it, speech before sounds: styles of +-1 and of +-9."""
+    sign = np.where(np.arange(600) < 300, 1.0, 9.0) * (-1.0) ** np.arange(600)
+    clips = Clips(rng, [SPEECH] * 300 + [AUDIO] * 300, sign[:, None, None].repeat(16, 1).repeat(10, 2))
+    monkeypatch.setattr(data, "Dataset", lambda data_dir, split: clips)
+    run, _, _ = lm.open_run(replace(SMALL, data_dir=str(tmp_path), out_dir=str(tmp_path)), MACHINE)
     torch.testing.assert_close(run.lm.style_scale, torch.full((10,), 1 / np.sqrt((1 + 81) / 2)), rtol=1e-3, atol=0)

@@ -1,6 +1,5 @@
 """What the README promises of long runs, broken on purpose: kills, signals, dead ranks, damaged recordings."""
 
-import csv
 import io
 import multiprocessing
 import os
@@ -10,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,24 +22,19 @@ from hypothesis import strategies as st
 import audio
 import common
 import train
+from configurator import to_words
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def command(config) -> list[str]:
-    return ["train.py"] + [
-        f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in asdict(config).items()
-    ]
+    return ["train.py", *to_words(config)]
 
 
 def logged(out_dir: Path) -> list[int]:
     """The steps in log.csv; a row that a kill cut off does not count."""
-    path = out_dir / "log.csv"
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return [int(r["step"]) for r in csv.DictReader(file) if r["seconds"]]
+    return [int(r["step"]) for r in common.read_csv(out_dir / "log.csv") if r["seconds"]]
 
 
 def wait_for(condition, seconds: float = 60) -> None:

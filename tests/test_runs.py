@@ -1,14 +1,14 @@
 """runs/*.sh: a run is finished only with its evaluation, and what they pass to train.py is what train.py takes."""
 
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from configurator import Config, configure
+from configurator import configure
+from train import Config
 
 ROOT = Path(__file__).parent.parent
 PYTHON = """#!/usr/bin/env bash
@@ -20,48 +20,44 @@ if [ -n "$dir" ]; then mkdir -p "$dir"; touch "$dir/model.safetensors"; {evaluat
 
 
 def play(script: str, folder: Path, evaluates: bool, *args: str) -> tuple[int, list[str]]:
-    """Runs a copy of the script in `folder` with a python that only notes how it was called; scripts ask the real one
-    for a config's depth."""
-
-    for name in ("runs", "config", "configurator.py"):
-        if not (folder / name).exists():
-            (folder / name).symlink_to(ROOT / name)
-    (folder / "bin").mkdir(exist_ok=True)
+    """Runs the script in `folder` with a python that only notes how it was called; the real one tells layers."""
+    for path in (ROOT / "runs", ROOT / "config", *ROOT.glob("*.py")):
+        if not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path)
     python = folder / "bin" / "python"
+    python.parent.mkdir(exist_ok=True)
     writes = 'sleep 0.01; touch "$dir/eval.json"' if evaluates else "true"
     python.write_text(PYTHON.format(python=sys.executable, evaluates=writes))
-    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+    python.chmod(0o755)
     (folder / "calls").write_text("")
-    text = (ROOT / "runs" / script).read_text().replace('cd "$(dirname "$0")/.."', f"cd {folder}")
-    env = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", text, script, *args], cwd=folder, env=env, capture_output=True, text=True)
+    env = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", f"runs/{script}", *args], cwd=folder, env=env, capture_output=True, text=True)
     return done.returncode, (folder / "calls").read_text().splitlines()
 
 
 @pytest.mark.parametrize(
-    ("script", "args", "runs"),
+    "script, args, runs, layers",  # the paper's layers of 24, scaled to 8
     [
-        ("table2.sh", ("config/demo.py", "2"), 22),
-        ("ablations.sh", ("config/demo.py", "1"), 13),
-        ("table5.sh", ("config/f5tts_demo.py", "f5tts matcha"), 6),
+        ("table2.sh", ("config/demo.py", "2"), 22, {(), (1,), (3,), (4,), (1, 3, 4), (7,)}),
+        ("ablations.sh", ("config/demo.py", "1"), 13, {(), (1, 2, 3)}),
+        ("table5.sh", ("config/f5tts_demo.py", "f5tts matcha"), 6, {(), (1, 2, 3)}),
     ],
 )
-def test_every_run_once_from_the_warm_up_of_its_seed(tmp_path, script, args, runs):
-
+def test_every_run_once_from_the_phase_one_of_its_seed(tmp_path, script, args, runs, layers):
     code, calls = play(script, tmp_path, True, *args, "--max_steps=400")
     trained = [c.split() for c in calls if c.startswith("train.py")]
     assert code == 0 and len(trained) == runs and calls[-1].startswith("evaluate.py --compare")
     configs = [configure(Config, "", words[1:]) for words in trained]
     assert len({c.out_dir for c in configs}) == runs and all(c.max_steps == 400 for c in configs)
-    for c in configs:
-        if c.branch_from:
-            assert f"none_s{c.seed}/" in c.branch_from and c.backbone in c.branch_from
+    assert {c.align_layers for c in configs} == layers
+    for c in (c for c in configs if c.branch_from):
+        assert f"none_s{c.seed}/phase1.pt" in c.branch_from and c.backbone in c.branch_from
     code, calls = play(script, tmp_path, True, *args, "--max_steps=400")
     assert code == 0 and not [c for c in calls if c.startswith("train.py")]  # all are finished
 
 
 def test_a_run_without_its_evaluation_is_not_finished(tmp_path):
-    old = tmp_path / "out" / "table5" / "f5tts" / "none_s0" / "eval.json"  # of a step along the run
+    old = tmp_path / "out/table5/f5tts/none_s0/eval.json"  # of a step along the run
     old.parent.mkdir(parents=True)
     old.touch()
     _, calls = play("table5.sh", tmp_path, False, "config/f5tts_demo.py", "f5tts")

@@ -1,15 +1,15 @@
 """sample.py: requests against the dataset's own batches, prompts cut at tokens, and the command from words to a wav."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from corpora import AUDIO, SPEECH, Clip
-from test_lm import SMALL
+from test_lm import MACHINE, SMALL
 
 import common
 import data
@@ -17,11 +17,23 @@ import lm
 import model
 import sample
 import train
-from common import Machine
+from common import AUDIO, SPEECH
+from evaluate import EvalArgs
 from prepare import __main__ as preparation
+from prepare.corpora import Clip
 from sample import Request, SampleArgs
 
-MACHINE = Machine(0, 1, "cpu", "float32")
+
+def test_settings_that_stand_twice_agree():
+    """evaluate.py and sample.py state the sampler's settings each, as neither may load torch to refuse a typo; what
+    evaluate.py does not ask for when it makes tokens is what sample.py's user gets."""
+    ours, theirs = ({f.name: (f.type, f.default) for f in fields(cls)} for cls in (SampleArgs, EvalArgs))
+    shared = {name for name in ours if name in theirs} - {"out"}
+    assert shared >= set("ckpt data_dir lm nfe cfg_scale sway epss method vocoder seed device".split())
+    assert all(ours[name] == theirs[name] for name in shared) and SampleArgs.renamed == EvalArgs.renamed
+    given = {k: p.default for f in (lm.generate, sample.Stage1.requests) for k, p in signature(f).parameters.items()}
+    for name in ("temperature", "top_p", "guidance", "repetition", "seed", "max_seconds"):
+        assert ours[name][1] == given[name], name
 
 
 def test_requests_of_prepared_clips_are_its_batch(tiny_config):
@@ -41,7 +53,7 @@ def test_synthesis_does_not_depend_on_the_order_of_requests(tiny_config, monkeyp
     def fake_sample(net, cond, **options):  # the sampler alone is replaced: a clip's mel is its number of frames
         frames = cond.mask.sum(1)
         seen.append(len(frames))
-        return (frames[:, None, None] * torch.ones(len(frames), cond.mask.shape[1], 100)) * cond.mask[..., None]
+        return frames[:, None, None] * cond.mask[..., None] * torch.ones(100)
 
     monkeypatch.setattr(sample, "sample", fake_sample)
     net = train.build_model(tiny_config, [("whisper", 12), ("aisfx", 10)]).eval()
@@ -54,28 +66,22 @@ def test_synthesis_does_not_depend_on_the_order_of_requests(tiny_config, monkeyp
 
 
 def test_a_reference_is_cut_where_tokens_start():
-    reference = preparation.Prepared(
-        Clip("r", b"", "", SPEECH, ""), np.arange(200.0)[:, None], np.zeros(0), np.zeros(0)
-    )
-    reference.tokens = np.arange(107)[:, None]
+    clip, mel = Clip("r", b"", "", SPEECH, ""), np.arange(200.0)[:, None]
+    reference = preparation.Prepared(clip, mel, np.zeros(0), np.zeros(0), tokens=np.arange(107)[:, None])
     request = sample.with_prompt(Request(np.full((53, 1), 7), SPEECH, 100), reference, [50, 25], 0.3)
     assert len(request.prompt) == 30 and request.frames == 130  # of 42 that 30 % allows, a multiple of 15
     assert request.codes[:16, 0].tolist() == list(range(16)) and (request.codes[16:] == 7).all()
 
 
 def test_lines_of_a_batch_file(tmp_path):
-    (tmp_path / "b.txt").write_text("say this\n\n[dog] barks twice\n  [rain]\n", encoding="utf-8")
-    found = sample.texts_of(SampleArgs(text="first", event="owl", describe="at night", batch=str(tmp_path / "b.txt")))
-    assert found == [
-        (SPEECH, "first"),
-        (AUDIO, "owl: at night"),
-        (SPEECH, "say this"),
-        (AUDIO, "dog: barks twice"),
-        (AUDIO, "rain"),
-    ]
-    (tmp_path / "b.txt").write_text(" \n")
+    file = tmp_path / "b.txt"
+    file.write_text("say this\n\n[dog] barks twice\n  [rain]\n", encoding="utf-8")
+    found = sample.texts_of(SampleArgs(text="first", event="owl", describe="at night", batch=str(file)))
+    in_file = [(SPEECH, "say this"), (AUDIO, "dog: barks twice"), (AUDIO, "rain")]
+    assert found == [(SPEECH, "first"), (AUDIO, "owl: at night"), *in_file]
+    file.write_text(" \n")
     with pytest.raises(ValueError, match="no line in it"):
-        sample.texts_of(SampleArgs(batch=str(tmp_path / "b.txt")))
+        sample.texts_of(SampleArgs(batch=str(file)))
 
 
 def test_epss_is_the_even_grid_with_steps_left_out():
@@ -99,31 +105,22 @@ def trained(tiny_config, tmp_path) -> dict:
 
 def test_words_become_a_waveform(trained, tmp_path, capsys):
     out = tmp_path / "deep" / "hello.wav"
-    sample.main(SampleArgs(**trained, text="hello there", out=str(out), max_seconds=1.5, nfe=5, epss=True))
+    words = SampleArgs(**trained, text="hello there", out=str(out), max_seconds=1.5, nfe=5, epss=True)
+    sample.main(words)
     wav, rate = soundfile.read(out)
     made = json.loads(out.with_suffix(".json").read_text())
     assert rate == 24000 and 0 < len(wav) <= 1.5 * 24000 and np.isfinite(wav).all()
     assert made["text"] == "hello there" and made["nfe"] == 5 and made["epss"] and made["lm"] == trained["lm"]
     assert "real-time factor" in capsys.readouterr().out
     first = out.read_bytes()
-    sample.main(SampleArgs(**trained, text="hello there", out=str(out), max_seconds=1.5, nfe=5, epss=True))
+    sample.main(words)
     assert out.read_bytes() == first  # the seed decides everything
     (tmp_path / "b.txt").write_text("one two\n[dog] barks\n")
     sample.main(SampleArgs(**trained, batch=str(tmp_path / "b.txt"), out_dir=str(tmp_path / "b"), max_seconds=1.0))
     assert {p.name for p in (tmp_path / "b").glob("*.wav")} == {"0000_speech.wav", "0001_audio.wav"}
 
 
-def test_prepared_clips_are_made_again(trained, tmp_path):
-    sample.main(SampleArgs(ckpt=trained["ckpt"], device="cpu", n=2, out_dir=str(tmp_path / "s")))
-    dataset = data.Dataset(str(tmp_path / "data"), "held_out")
-    for path in (tmp_path / "s").glob("*.wav"):
-        made = json.loads(path.with_suffix(".json").read_text())
-        frames = dataset.index["frames"][int(Path(path).stem.split("_")[-1])]
-        assert soundfile.info(path).frames == (frames - 1) * 256 and made["split"] == "held_out"
-    assert len(list((tmp_path / "s").glob("*.wav"))) == 4
-
-
-def test_clips_made_again_replace_no_others(trained):
+def test_prepared_clips_are_made_again_and_replace_no_others(trained, tiny_config):
     """What evaluate.py wrote to the same folder stays, and so do the clips of the other split."""
     samples = Path(trained["ckpt"]).parent / "samples"
     samples.mkdir()
@@ -131,57 +128,54 @@ def test_clips_made_again_replace_no_others(trained):
     for path in evaluated:
         path.write_bytes(b"evaluated")
     for split in ("held_out", "train"):
-        sample.main(SampleArgs(ckpt=trained["ckpt"], device="cpu", n=1, split=split))
+        sample.main(SampleArgs(ckpt=trained["ckpt"], device="cpu", n=2, split=split))
+        frames = data.Dataset(tiny_config.data_dir, split).index["frames"]
+        for path in samples.glob(f"{split}*.wav"):
+            assert soundfile.info(path).frames == (frames[int(path.stem.split("_")[-1])] - 1) * 256
+            assert json.loads(path.with_suffix(".json").read_text())["split"] == split
     assert all(path.read_bytes() == b"evaluated" for path in evaluated)
-    assert len(list(samples.glob("*.wav"))) == 2 + 4
+    assert len(list(samples.glob("*.wav"))) == 2 + 2 * 4
 
 
-def test_each_line_takes_the_reference_of_its_own_domain(trained, monkeypatch, tmp_path):
-    """A file of a sound and a sentence: the sentence gets what it would get alone, though the sound comes first."""
+def test_each_line_takes_the_reference_and_the_limit_of_its_own_domain(trained, monkeypatch, tmp_path):
+    """A file of a sound and two sentences: they get what they would get alone, though the sound comes first. A sentence
+    of 10 letters takes at most 3 s, of 50 codes each; a sound max_seconds, of 25 codes each."""
 
     def encode_file(path: str, domain: int, config) -> preparation.Prepared:
-        mel, tokens, style = (
-            np.full((60, 100), -3.0 - domain),
-            np.full((32, 1), domain),
-            np.full((16, 10), 5.0 + domain),
-        )
-        return preparation.Prepared(Clip(path, b"", "", domain, ""), mel, mel, mel, tokens=tokens, style=style)
+        mel = np.full((60, 100), -3.0 - domain)
+        rest = {"tokens": np.full((32, 1), domain), "style": np.full((16, 10), 5.0 + domain)}
+        return preparation.Prepared(Clip(path, b"", "", domain, ""), mel, mel, mel, **rest)
 
-    def generate(net, prompts, domains, limits, styles, sampling) -> list[np.ndarray]:
-        assert styles[:, 0, 0].tolist() == [5.0 + d for d in domains]
-        return [np.full(100, 7)] * len(prompts)
+    def generate(net, texts, limits, styles, **sampling) -> list[np.ndarray]:
+        assert styles[:, 0, 0].tolist() == [5.0 + d for d, _ in texts] and limits == [25 * 12, 50 * 3, 50 * 12]
+        return [np.full(100, 7)] * len(texts)
 
-    monkeypatch.setattr(sample.data, "encode_file", encode_file)
-    monkeypatch.setattr(sample.stage1, "generate", generate)
+    monkeypatch.setattr(preparation, "encode_file", encode_file)
+    monkeypatch.setattr(sample, "generate", generate)
     state, _ = common.load(trained["ckpt"])
-    (tmp_path / "b.txt").write_text("[dog] barks\nhello there\n")
+    (tmp_path / "b.txt").write_text(f"[dog] barks\nhello you?\n{'x' * 1000}\n")
     args = SampleArgs(**trained, batch=str(tmp_path / "b.txt"), reference="r.wav")
     requests, _ = sample.make_requests(args, sample.load_model(state), state, "cpu")
-    assert [r.domain for r in requests] == [AUDIO, SPEECH]
+    assert [r.domain for r in requests] == [AUDIO, SPEECH, SPEECH]
     for r in requests:
         assert len(r.prompt) == 60 and (r.prompt == -3.0 - r.domain).all() and r.codes[0] == r.domain
 
 
-def test_unlike_preparations_are_warned_of(trained, capsys):
-    state, _ = common.load(trained["ckpt"])
-    net = sample.load_model(state)
-    sample.Stage1(trained["lm"], net, "cpu", state["data"])
-    assert capsys.readouterr().err == ""
-    sample.Stage1(trained["lm"], net, "cpu", "another")
-    assert "was trained on another preparation" in capsys.readouterr().err
-
-
-def test_what_does_not_fit_is_named(trained, tmp_path):
-    with pytest.raises(ValueError, match="pass --lm=CKPT"):
-        sample.main(SampleArgs(ckpt=trained["ckpt"], text="hi", device="cpu"))
-    with pytest.raises(ValueError, match="is one file and 4 clips are asked for"):
-        sample.main(SampleArgs(ckpt=trained["ckpt"], n=2, out=str(tmp_path / "a.wav"), device="cpu"))
-    with pytest.raises(common.CheckpointError, match="is not a checkpoint of lm.py"):
-        sample.main(SampleArgs(ckpt=trained["ckpt"], lm=trained["ckpt"], text="hi", device="cpu"))
-    with pytest.raises(ValueError, match="is not a checkpoint of train.py"):
-        sample.main(SampleArgs(ckpt=trained["lm"], device="cpu"))
+def test_what_does_not_fit_is_named(trained, tmp_path, capsys):
+    ckpt, other = trained["ckpt"], str(tmp_path / "other.pt")
+    state, _ = common.load(ckpt)
+    for preparation_of_model, warned in ((state["data"], False), ("another", True)):
+        sample.Stage1(trained["lm"], sample.load_model(state), "cpu", preparation_of_model)
+        assert ("was trained on another preparation" in capsys.readouterr().err) == warned
     state, _ = common.load(trained["lm"])
     state["vocabulary"]["codes"] = (16, 17)
-    common.save(tmp_path / "other.pt", state)
-    with pytest.raises(ValueError, match=r"writes codes of \(16, 17\), the model reads \(16, 16\)"):
-        sample.main(SampleArgs(ckpt=trained["ckpt"], lm=str(tmp_path / "other.pt"), text="hi", device="cpu"))
+    common.save(other, state)
+    for wrong, error, message in (
+        ({"text": "hi"}, ValueError, "pass --lm=CKPT"),
+        ({"n": 2, "out": "a.wav"}, ValueError, "is one file and 4 clips are asked for"),
+        ({"text": "hi", "lm": ckpt}, common.CheckpointError, "is not a checkpoint of lm.py"),
+        ({"ckpt": trained["lm"]}, ValueError, "is not a checkpoint of train.py"),
+        ({"text": "hi", "lm": other}, ValueError, r"writes codes of \(16, 17\), the model reads \(16, 16\)"),
+    ):
+        with pytest.raises(error, match=message):
+            sample.main(SampleArgs(**{"ckpt": ckpt, "device": "cpu"} | wrong))

@@ -1,4 +1,4 @@
-"""checkpoint.py: damage of every kind is noticed, and one good file always remains."""
+"""common.py: checkpoints; damage of every kind is noticed, and one good file always remains."""
 
 import os
 import pickle

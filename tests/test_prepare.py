@@ -1,0 +1,443 @@
+"""prepare/: decoding, what a config needs, streams that follow each other in time, and preparation: alone, interrupted,
+by several processes, with styles added later, and once with the real networks."""
+
+import itertools
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor  # locks are per open file, so threads stand for processes
+from dataclasses import asdict, replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import TINY, record, sound
+
+import audio
+import common
+import data
+import teachers
+from audio import AudioError
+from common import AUDIO, DOMAINS, SPEECH, DataError
+from prepare import __main__ as preparation
+from prepare import corpora, demo, tokenizer
+from prepare.corpora import Clip
+from train import Config
+
+
+class Level(teachers.Teacher):
+    """A teacher whose feature is the level of each 20 ms."""
+
+    name, sample_rate, dim, rate, depth = "level", 16000, 3, 50.0, 2
+
+    def encode(self, wavs, layer=-1):
+        cut = [w[: len(w) // 320 * 320].reshape(-1, 320) for w in wavs]
+        return [np.stack([c.std(1), c.max(1), c.min(1)], 1).astype(np.float32) for c in cut]
+
+
+@pytest.fixture
+def level(monkeypatch) -> Level:
+    """Level in place of all networks."""
+    monkeypatch.setattr(demo, "fetch", lambda role: role)
+    monkeypatch.setattr(demo, "load_teacher", lambda *_: Level())
+    return Level()
+
+
+def folder_config(tmp_path, **changes) -> Config:
+    settings = dict(data_dir=str(tmp_path / "prepared"), whisper="demo", audio_teacher="demo", beats_tokens=False)
+    settings |= dict(speech_tokenizer="whisper_vq", speech_codes=8, audio_codes=8, held_out=0.3)
+    return Config(**settings | dict(tokenizer_steps=4, tokenizer_width=16) | changes)
+
+
+@pytest.fixture
+def config(tmp_path, speech_dir, audio_dir) -> Config:
+    """Of the two small folders."""
+    return folder_config(tmp_path, speech_dir=str(speech_dir), audio_dir=str(audio_dir))
+
+
+def elsewhere(config: Config, name: str = "other") -> Config:
+    return replace(config, data_dir=str(Path(config.data_dir).with_name(name)))
+
+
+def run(config: Config, **words) -> int:
+    """What the command does."""
+    return preparation.main(preparation.PrepareArgs(**asdict(config) | words))
+
+
+def tree(folder: str) -> dict[str, bytes]:
+    """Every file of a prepared folder."""
+    root = Path(folder)
+    return {str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*")) if f.is_file()}
+
+
+def test_missing_names_every_option():
+    assert preparation.missing(Config(**TINY)) == []
+    lines = preparation.missing(Config(librispeech_dir="/nowhere/at/all", audio_tokenizer="no.pt"))
+    options = ["--librispeech_dir=", "--audioset_dir=", "--audio_teacher=", "--beats_tokenizer=", "--audio_tokenizer="]
+    assert [next(o for o in options if line.startswith(o)) for line in lines[:5]] == options
+    assert "/nowhere/at/all" in lines[0] and "none is given" in lines[1]
+    local = {"whisper": "/no/whisper", "s3": "no.onnx"}
+    lines = preparation.missing(Config(**local))
+    assert all(any(line.startswith(f"--{k}=") and repr(v) in line for line in lines) for k, v in local.items())
+    assert [common.is_absent(v) for v in ("./vocos", "a/b/c", "owner/name", ".")] == [True, True, False, False]
+    with pytest.raises(DataError, match="this config needs what is not here"):
+        preparation.prepare(Config())
+
+
+def test_decode_gives_both_rates_and_says_what_is_wrong(speech_dir):
+    config = Config(min_seconds=0.5, max_seconds=2.0)
+    clip = Clip("a.wav", speech_dir / "own.wav", "some words", SPEECH, "g")
+    p = preparation.decode(clip, 16000, config)
+    assert len(p.teacher_wav) == 9600 and abs(len(p.wav) - 14400) <= 1 and p.mel.shape == (len(p.wav) // 256 + 1, 100)
+    preparation.decode(replace(clip, text="", domain=AUDIO), 16000, config)  # sounds need no words
+    with pytest.raises(AudioError, match="^no text$"):
+        preparation.decode(replace(clip, text=" ... "), 16000, config)
+    with pytest.raises(AudioError, match="^cannot be decoded: "):
+        preparation.decode(replace(clip, source=b"not sound"), 16000, config)
+    for limits, reason in (({"min_seconds": 0.7}, "too short"), ({"max_seconds": 0.59}, "too long")):
+        with pytest.raises(AudioError, match=f"^{reason}: 0.60 s"):
+            preparation.decode(clip, 16000, replace(config, **limits))
+
+
+def test_a_part_is_cut_out_keeps_its_format_and_may_not_be_silent(tmp_path, speech_dir, rng):
+    clip = Clip("a.wav", speech_dir / "own.wav", "words", SPEECH, "g", 0.1, 0.4)
+    part = preparation.decode(clip, 16000, Config(min_seconds=0.1)).teacher_wav
+    whole = preparation.decode(replace(clip, start=0.0, end=None), 16000, Config(min_seconds=0.1)).teacher_wav
+    np.testing.assert_array_equal(part, whole[1600:6400])
+    soundfile.write(tmp_path / "a.wav", np.concatenate([np.zeros(16000), sound(rng, 1.0)]), 16000)
+    with pytest.raises(AudioError, match="^silent$"):
+        preparation.decode(Clip("a.wav", tmp_path / "a.wav", "words", SPEECH, "g", 0.0, 0.9), 16000, Config())
+    (tmp_path / "b.g722").write_bytes(rng.integers(0, 256, 16000, np.uint8).tobytes())
+    part = Clip("b.g722@1.5", tmp_path / "b.g722", "words", SPEECH, "g", 0.5, 1.5)  # its name has no suffix of its own
+    assert len(preparation.decode(part, 16000, Config()).teacher_wav) == 16000
+
+
+def test_unusable_clips_are_counted_and_too_many_stop(tmp_path, config, level, rng, capsys):
+    audio_dir = Path(config.audio_dir)
+    for i in range(27):
+        record(audio_dir / f"more_{i}.wav", rng)
+    (audio_dir / "text.wav").write_text("this is no recording\n" * 20)
+    soundfile.write(audio_dir / "hush.wav", np.zeros(16000), 16000)
+    preparation.prepare(config)  # 2 of 44: within 5 %
+    printed = capsys.readouterr().out
+    assert "skipped 1 clips: silent (hush.wav)" in printed
+    assert "skipped 1 clips: cannot be decoded (text.wav)" in printed
+    meta = data.read_meta(config.data_dir)
+    assert meta["skipped"] == {"silent": ["hush.wav"], "cannot be decoded": ["text.wav"]}
+    assert [a + b for a, b in zip(meta["train"]["clips"], meta["held_out"]["clips"], strict=True)] == [13, 29]
+    record(audio_dir / "short.wav", rng, seconds=0.1)
+    with pytest.raises(DataError, match=r"3 of 45 clips cannot be used \(.*1 too short, as short\.wav"):
+        preparation.prepare(elsewhere(config))
+    assert not data.is_prepared(tmp_path / "other")  # never trained on
+
+
+def test_what_to_change_is_said_before_a_tokenizer_is_fitted(config, level, monkeypatch):
+    monkeypatch.delattr(tokenizer, "fit")
+    with pytest.raises(DataError, match=r"cannot be used \(\d+ too short.*; lower --min_seconds, delete .*prepared"):
+        preparation.prepare(replace(config, min_seconds=0.61))
+    for text in Path(config.speech_dir).rglob("*.txt"):
+        text.unlink()
+    with pytest.raises(DataError, match=r"(\d+) of \1 speech clips .*\(\1 no text.*; give each .*named \.txt"):
+        preparation.prepare(elsewhere(config))
+
+
+def test_too_many_losses_stop_at_the_shard_that_has_them(config, level, monkeypatch):
+    """With tokenizers that are there nothing is decoded before the shards."""
+    monkeypatch.setattr(preparation, "SHARD_CLIPS", 1)
+    monkeypatch.setattr(preparation, "fit_tokenizer", lambda *_: None)
+    with pytest.raises(DataError, match=r"1 of 15 clips cannot be used"):
+        preparation.prepare(replace(config, min_seconds=0.61))
+    assert len(list(Path(config.data_dir).glob("*_0*"))) == 1
+
+
+@pytest.mark.parametrize("share, what", [(0.0, "is held out; pass a larger"), (1.0, "to train on; pass a smaller")])
+def test_a_split_without_a_domain_is_refused(tmp_path, config, share, what):
+    with pytest.raises(DataError, match=f"no speech clip.* {what} --held_out"):
+        preparation.prepare(replace(config, held_out=share))
+    assert not (tmp_path / "prepared").exists()  # so that another share can be tried at once
+
+
+def test_a_domain_whose_held_out_clips_are_all_lost_is_refused(config, level, monkeypatch):
+    monkeypatch.setattr(preparation, "LOST_LIMIT", 1.0)
+    config = replace(config, held_out=0.01)
+    for clip in preparation.plan_shards(corpora.read(config)[0], config)["held_out_00000"]:
+        if clip.domain == SPEECH:
+            clip.source.write_bytes(b"not sound")
+    with pytest.raises(DataError, match=r"no speech clip is held out; pass a larger --held_out \(now 0.01\)"):
+        preparation.prepare(config)
+    assert not data.is_prepared(config.data_dir)
+
+
+def test_a_folder_that_is_no_prepared_data_is_not_deleted(tmp_path, config, level):
+    """--data_dir=my/speech by mistake, or --data_dir=data: an error, not the end of the recordings."""
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared" / "thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match="prepared holds other files; pass --data_dir=NEW_FOLDER"):
+        run(config)
+    assert (tmp_path / "prepared" / "thesis.txt").exists()
+
+
+def test_another_setting_or_corpus_half_way_is_refused(config, level, rng):
+    preparation.prepare(config)
+    (Path(config.data_dir) / "meta.json").unlink()
+    with pytest.raises(DataError, match=r"begun with other settings .*\(mel_floor: -11.5129 -> -9.0\)"):
+        preparation.prepare(replace(config, mel_floor=-9.0))
+    preparation.prepare(replace(config, speech_dir=f"{config.speech_dir}/"))  # the same folder
+    (Path(config.data_dir) / "meta.json").unlink()
+    record(Path(config.audio_dir) / "new.wav", rng)
+    with pytest.raises(DataError, match="another corpus .*clips: 15 -> 16; names and texts: "):
+        preparation.prepare(config)
+
+
+def test_a_tokenizer_of_another_size_is_refused(tmp_path, config, level):
+    tokenizer.save(tokenizer.Tokenizer(tokenizer.TokenizerConfig(3, 9, 25, 16)), tmp_path / "ast.pt")
+    config = replace(config, audio_tokenizer=str(tmp_path / "ast.pt"))
+    with pytest.raises(DataError, match=r"are \(9, 25, 3\), this config wants \(8, 25, 3\)"):
+        preparation.prepare(config)
+    fits = replace(elsewhere(config), audio_codes=9)
+    preparation.prepare(fits)
+    book = np.load(tmp_path / "other" / "audio_codebook.npy")  # of a tokenizer that was given, too
+    np.testing.assert_array_equal(book, tokenizer.load(tmp_path / "ast.pt").codebook.numpy())
+    (tmp_path / "other" / "meta.json").unlink()  # another file under the same name, between two sessions
+    tokenizer.save(tokenizer.Tokenizer(tokenizer.TokenizerConfig(3, 9, 25, 16)), tmp_path / "ast.pt")
+    with pytest.raises(DataError, match=r"other settings .*\(sha256 of audio_tokenizer: '\w+' -> '\w+'\)"):
+        preparation.prepare(fits)
+
+
+def test_the_command_prepares_what_is_not_there_and_checks_what_is(tiny_config, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(preparation, "prepare", calls.append)
+    assert run(tiny_config) == 0 and not calls
+    assert [line.split() for line in capsys.readouterr().out.splitlines()][1][:3] == ["train", "speech", "12"]
+    with pytest.raises(DataError, match="--data_dir=ANOTHER_FOLDER"):
+        run(replace(tiny_config, speech_codes=17))
+    (Path(tiny_config.data_dir) / "meta.json").unlink()  # unfinished
+    with pytest.raises(DataError):  # prepare does nothing here
+        run(tiny_config)
+    assert [c.data_dir for c in calls] == [tiny_config.data_dir]
+    monkeypatch.setattr(preparation, "prepare", Mock(side_effect=KeyboardInterrupt))
+    assert run(tiny_config) == 75 and capsys.readouterr().err.count("the same command continues\n") == 1
+
+
+def test_the_folder_is_the_same_however_it_is_made(tmp_path, config, level, monkeypatch):
+    """Its clips to fit on decoded in chunks; by several processes; stopped in a fit, and in the second shard with a
+    half-written one lying about."""
+    monkeypatch.setattr(preparation, "SHARD_CLIPS", 3)
+    monkeypatch.setattr(tokenizer, "SAVE_EVERY", 1)
+    preparation.prepare(config)
+    save, write, written = common.save, preparation.write_shard, []
+
+    def save_and_stop(path, state, *rest, **more):
+        save(path, state, *rest, **more)
+        if state.get("step") == 3:
+            raise KeyboardInterrupt
+
+    def write_half(path, *rest):
+        count(path, *rest)
+        if len(written) == 2:
+            path.rename(path.with_name(f".{path.name}.part"))
+            (path.with_name(f".{path.name}.part") / "mel.bin").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    def count(path, *rest):
+        written.append(path.name)
+        write(path, *rest)
+
+    stopped = elsewhere(config, "stopped")
+    for module, name, fails in ((common, "save", save_and_stop), (preparation, "write_shard", write_half)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, fails)
+            preparation.prepare(stopped)
+        assert not data.is_prepared(stopped.data_dir)
+        assert name != "save" or list(Path(stopped.data_dir).glob(".speech_tokenizer.pt.*"))
+    monkeypatch.setattr(preparation, "write_shard", count)
+    preparation.prepare(stopped)
+    assert len(written) == len(set(written)) + 1  # the shard that failed was done again, the first was not
+    written.clear()
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(preparation.prepare, elsewhere(config, "together")) for _ in range(3)]:
+            done.result()
+    assert len(written) == len(set(written))
+    monkeypatch.setattr(preparation, "FIT_CHUNK", 2)
+    preparation.prepare(elsewhere(config, "chunks"))
+    for name in ("stopped", "together", "chunks"):
+        assert tree(str(tmp_path / name)) == tree(config.data_dir), name  # nothing hidden is left either
+
+
+def test_segments_that_begin_together_keep_their_own_tokens(tmp_path, config, level, rng):
+    record(tmp_path / "long.wav", rng, seconds=4.0)
+    rows = [{"path": "long.wav", "text": "x", "domain": "audio", "end": end} for end in (1, 2, 3)]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    preparation.prepare(replace(config, manifest=str(tmp_path / "m.jsonl")))
+    found = {}
+    for dataset in (data.Dataset(config.data_dir, split) for split in preparation.SPLITS):
+        found |= {dataset.name_and_text(i)[0]: len(dataset.tokens(i)) for i in range(len(dataset))}
+    assert [found[name] for name in ("long.wav", "long.wav#2", "long.wav#3")] == [25, 50, 75]
+
+
+def test_styles_are_added_later_and_change_nothing_else(tmp_path, config, level, monkeypatch):
+    """From the finished folder alone, after a stop, by two at once, and with a corpus that has moved."""
+    monkeypatch.setattr(preparation, "SHARD_CLIPS", 4)
+    preparation.prepare(config)
+    before, words, calls = tree(config.data_dir), {"styles": config.data_dir}, []
+    moved, whole_file = Config(audio_dir=str(tmp_path / "moved")), common.whole_file
+    shutil.move(config.audio_dir, moved.audio_dir)
+    with pytest.raises(DataError, match="no audio files"):
+        run(Config(), **words)
+
+    def fails(path, *rest):
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole_file(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "whole_file", fails)
+        assert run(moved, **words) == 75 and not data.has_styles(config.data_dir)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: run(moved, **words), range(2))) == [0, 0]
+    after = tree(config.data_dir)
+    assert {k: v for k, v in after.items() if not k.endswith(("style.npy", "styles.json"))} == before
+    assert data.has_styles(config.data_dir) and preparation.verify(config.data_dir) == []
+    for dataset in (data.Dataset(config.data_dir, split) for split in preparation.SPLITS):
+        for i, d in enumerate(dataset.index["domain"].tolist()):
+            source = Path((config.speech_dir, moved.audio_dir)[d], dataset.name_and_text(i)[0])
+            style = preparation.encode_file(str(source), d, config).style
+            np.testing.assert_array_equal(dataset.style(i), style.astype(np.float16))
+    calls[0].write_bytes(b"half")
+    assert preparation.verify(config.data_dir) == [f"{calls[0]}: not as it was written"]
+    calls[0].unlink()
+    for recording in Path(config.speech_dir).rglob("*.*a*"):
+        recording.write_bytes(b"")
+    with pytest.raises(DataError, match="recordings have changed or moved"):
+        run(moved, **words)
+    assert not data.has_styles(config.data_dir)
+
+
+def test_verify_names_what_is_missing_or_changed(config, level, monkeypatch, capsys):
+    monkeypatch.setattr(preparation, "SHARD_CLIPS", 6)
+    preparation.prepare(config)
+    root = Path(config.data_dir)
+    assert run(Config(), verify=config.data_dir) == 0 and "every file is as it was written" in capsys.readouterr().out
+    mel = bytearray((root / "train_00001" / "mel.bin").read_bytes())
+    mel[100] ^= 1
+    (root / "train_00001" / "mel.bin").write_bytes(mel)
+    (root / "train_00000" / "wav" / "00000.wav").unlink()
+    found = preparation.verify(config.data_dir)
+    assert len(found) == 2 and "wav/00000.wav: missing" in found[0] and "train_00001/mel.bin: not as" in found[1]
+    with pytest.raises(DataError, match="2 files of .* are not sound"):
+        run(Config(), verify=config.data_dir)
+    (root / "train_00001" / "shard.json").unlink()
+    (root / "train.npy").write_bytes(b"")
+    assert sum("shard.json: missing" in line for line in preparation.verify(config.data_dir)) == 1
+    (root / "train_00000" / "shard.json").write_text("{}")
+    assert any("train_00000/shard.json: not as" in line for line in preparation.verify(config.data_dir))
+
+
+def test_config_b_from_real_layouts(tmp_path, librispeech, audioset, beats_file, level, rng, monkeypatch):
+    """LibriSpeech and AudioSet trees, a small BEATs as teacher and as second stream: each code where its patch is."""
+    load = teachers.BEATs.load
+    monkeypatch.setattr(demo, "load_teacher", lambda name, source, device: level if name == "whisper" else load(source))
+    for i in range(2):
+        record(audioset / "clips" / f"zZ9_-_-_-_x_{i}.wav", rng, seconds=0.9)
+    config = folder_config(tmp_path, librispeech_dir=str(librispeech), audioset_dir=str(audioset), held_out=0.2)
+    config = replace(config, audio_teacher=str(beats_file), beats_tokens=True, beats_tokenizer=str(beats_file))
+    assert run(config) == 0
+    meta, beats, train = data.check_prepared(config), load(beats_file), data.Dataset(config.data_dir, "train")
+    assert (meta["token_rates"], meta["streams"], meta["teachers"]) == ([50, 50], 2, [["level", 3], ["beats", 32]])
+    for i in range(len(train)):
+        name, text = train.name_and_text(i)
+        root = (librispeech, audioset)[train.index[i]["domain"]]
+        assert text in ("Speech, Gush", "Music", "/m/0unknown") or text.startswith("speaker ")
+        wav = audio.resample(audio.read(root / name, 24000), 24000, 16000)
+        [codes] = beats.codes([wav])
+        second = train.tokens(i)[:, 1]
+        at = np.minimum(np.arange(len(second)), len(codes) - 1)
+        assert (second == codes[at]).mean() > 0.9  # resampled twice here: near ties may differ
+    batch = train.batch(np.arange(2))
+    assert batch.tokens.dim() == 3 and batch.tokens.shape[2] == 2
+
+
+def test_an_impulse_has_its_second_token_under_its_mel_frame(beats_file, rng):
+    """Silence with one click: the patch that hears it, the tokens that follow that patch, and the mel frames they last
+    all lie at the click, at either token rate."""
+    beats, seconds = teachers.BEATs.load(beats_file), 3.0
+    for rate in (50, 25):
+        click = float(rng.uniform(0.3, 2.5))
+        at24, at16 = (np.zeros(int(r * seconds), np.float32) for r in (24000, 16000))
+        at24[int(24000 * click)] = at16[int(16000 * click)] = 1.0
+        loud = int(audio.log_mel(torch.from_numpy(at24)).sum(1).argmax())  # the mel frame of the click
+        bank = beats.fbank(at16)
+        patch = int((bank.sum(1) - bank.sum(1).min()).argmax()) // 16
+        T = 1 + int(24000 * seconds) // 256
+        n = data.token_count(T, rate)
+        rows = np.repeat(np.arange(len(bank) // 16), 8)  # the time patch of each code, time-major
+        at = np.flatnonzero(tokenizer.at_token_times(rows, n, rate, beats.rate) == patch)
+        assert at[0] / n * T - 3 <= loud <= (at[-1] + 1) / n * T + 3  # a 25 ms window reaches over a patch's edge
+
+
+def test_prepare_end_to_end(tmp_path, capsys):
+    """Twelve real clips as wav files in folders, the real networks, small codebooks."""
+    folders = [tmp_path / "speech", tmp_path / "sounds"]
+    config = replace(folder_config(tmp_path), speech_dir=str(folders[0]), audio_dir=str(folders[1]))
+    config = replace(config, speech_codes=32, audio_codes=32, tokenizer_steps=5)
+    for d, (folder, count) in enumerate(zip(folders, (7, 5), strict=True)):
+        folder.mkdir()
+        decoded = ((clip.text, *audio.decode(clip.source, clip.name)) for clip in corpora.of_demo(d) if clip.text)
+        short = (x for x in decoded if 0.6 < len(x[1]) / x[2] < 1.5)
+        for i, (text, wav, rate) in enumerate(itertools.islice(short, count)):
+            audio.write(folder / f"{i}.wav", wav, rate)
+            (folder / f"{i}.txt").write_text(text)
+    assert run(config) == 0 and "prepared" in capsys.readouterr().out
+    meta, folder = data.read_meta(config.data_dir), Path(config.data_dir)
+    of_domains = {f"{name}_{file}" for name in DOMAINS for file in ("tokenizer.pt", "tokens.json", "codebook.npy")}
+    whole = {"plan.json", "meta.json", "train.npy", "held_out.npy", "train_00000", "held_out_00000"}
+    assert {f.name for f in folder.iterdir()} == of_domains | whole
+    assert run(Config(), styles=config.data_dir) == 0 and data.has_styles(folder)
+    assert preparation.verify(config.data_dir) == []
+    assert {f.name for f in tmp_path.iterdir()} == {"speech", "sounds", "prepared"}
+    assert meta["teachers"] == [["whisper", 384], ["aisfx", 512]]
+    assert np.add(meta["train"]["clips"], meta["held_out"]["clips"]).tolist() == [7, 5]
+    assert min(meta["held_out"]["clips"]) > 0
+    assert meta["prepared_with"]["speech_codes"] == 32 and set(meta["prepared_with"]) == set(data.PREPARED_WITH)
+    for name in DOMAINS:
+        used = json.loads((folder / f"{name}_tokens.json").read_text())
+        assert used["codes_used"] > 0 and 0 < used["perplexity"] <= 32
+        book = tokenizer.load(folder / f"{name}_tokenizer.pt").codebook.numpy()
+        np.testing.assert_array_equal(np.load(folder / f"{name}_codebook.npy"), book)
+    train, held = data.Dataset(folder, "train"), data.Dataset(folder, "held_out")
+    assert all(d.wav_path(i).exists() for d in (train, held) for i in range(len(d)))
+    for dataset in (train, held):
+        for i in range(len(dataset)):
+            r, (name, text) = dataset.index[i], dataset.name_and_text(i)
+            source = folders[r["domain"]] / name
+            assert source.with_suffix(".txt").read_text().strip() == text
+            mel = audio.log_mel(torch.from_numpy(audio.read(source, 24000))).numpy()
+            np.testing.assert_array_equal(dataset.mel(i), mel.astype(np.float16))
+            codes = dataset.tokens(i)
+            assert codes.shape == (data.token_count(len(mel), (50, 25)[r["domain"]]), 1)
+            assert codes.min() >= 0 and codes.max() < 32
+            if dataset is held:  # as sample.py does to one recording
+                alone = preparation.encode_file(str(source), int(r["domain"]), config)
+                np.testing.assert_array_equal(alone.tokens, codes)
+                np.testing.assert_allclose(alone.style, dataset.style(i).astype(np.float32), rtol=2e-2, atol=2e-2)
+    with pytest.raises(AudioError, match=r"gone\.wav: cannot be decoded"):
+        preparation.encode_file(str(tmp_path / "gone.wav"), SPEECH, config)
+    stored = np.concatenate([train.mel(i) for i in range(len(train))]).astype(np.float64).clip(min=config.mel_floor)
+    np.testing.assert_allclose(meta["mel_mean"], stored.mean(0), rtol=1e-6)  # of the training split alone
+    np.testing.assert_allclose(meta["mel_std"], stored.std(0).clip(1e-3), rtol=1e-6)
+    for d, (name, role) in enumerate((("whisper", "whisper_tiny"), ("aisfx", "aisfx"))):
+        teacher, of_domain = demo.load_teacher(name, demo.fetch(role)), np.flatnonzero(train.index["domain"] == d)
+        stored = train.batch(of_domain).teacher[name].numpy()
+        [alone] = teacher.embed([audio.read(folders[d] / train.name_and_text(of_domain[-1])[0], teacher.sample_rate)])
+        np.testing.assert_allclose(stored[-1], alone, atol=1e-3 * np.abs(alone).max())
+        assert not np.allclose(stored[0], alone, atol=0.05)
+    # a finished folder is used as it is; one without meta.json is not
+    before = (folder / "meta.json").stat().st_mtime_ns
+    assert run(config) == 0 and (folder / "meta.json").stat().st_mtime_ns == before
+    shutil.rmtree(folders[AUDIO])
+    (folder / "meta.json").unlink()
+    with pytest.raises(DataError, match="--audio_dir=FOLDER"):
+        run(config)
