@@ -116,8 +116,6 @@ def read_meta(data_dir: str | Path) -> dict:
 def read_codebook(data_dir: str | Path, name: str) -> torch.Tensor | None:
     """(K, W) vectors of a domain's tokens; None where its tokenizer is not ours."""
     path = Path(data_dir) / f"{name}_codebook.npy"
-    if path.exists():  # the generator goes on where the random weights of the demo's tokenizers left it
-        torch.rand({"speech": 2_034_816, "audio": 2_231_552}[name])
     return torch.from_numpy(np.load(path)) if path.exists() else None
 
 
