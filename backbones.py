@@ -17,6 +17,7 @@ import sys
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,7 +137,7 @@ class F5TTS(Backbone):
         with held([self.net.text_embed.register_forward_hook(lambda module, args, out: given)]):
             return self.net(x_t, cond.prompt, text, t, mask=cond.mask)
 
-    def ablated(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def ablated(self, x_t: Tensor, t: Tensor, cond: Condition, updates: Sequence[Tensor] | None = None) -> Tensor:
         """The growing batch of DiT.ablated, by hooks: after each block the state that skipped it joins."""
         B, blocks = len(x_t), self.net.transformer_blocks
 
@@ -146,8 +147,12 @@ class F5TTS(Backbone):
                 kwargs["mask"] = kwargs["mask"].repeat(n, 1)
             return (h, time.repeat(n, 1)), kwargs
 
+        def join(module, args, out, update=0):
+            return torch.cat([out, args[0][:B] + update])
+
         handles = [m.register_forward_pre_hook(widen, with_kwargs=True) for m in self.inputs]
-        handles += [b.register_forward_hook(lambda module, args, out: torch.cat([out, args[0][:B]])) for b in blocks]
+        joins = [join] * len(blocks) if updates is None else [partial(join, update=u) for u in updates]
+        handles += [b.register_forward_hook(hook) for b, hook in zip(blocks, joins, strict=True)]
         with held(handles):
             v = self.run(x_t, t, cond).unflatten(0, (len(blocks) + 1, B))
         return (v * cond.mask[..., None]).float()

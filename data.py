@@ -22,7 +22,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,7 @@ class Batch:
     teacher: dict[str, torch.Tensor]  # {name: (B, E)}, zero rows for clips of the other domain
     prompt: torch.Tensor  # (B,) frames of reference mel given to the model
     ids: torch.Tensor  # (B,) rows of the split's index
+    target: dict[str, torch.Tensor] = field(default_factory=dict)  # as teacher, what alignment learns; empty: teacher
     padded: bool | None = None  # whether a clip is shorter than T; found here, on the host, so that no step asks a GPU
 
     def __post_init__(self):
@@ -71,8 +72,9 @@ class Batch:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The same with every tensor changed."""
-        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name not in ("teacher", "padded")}
-        return replace(self, **tensors, teacher={name: change(x) for name, x in self.teacher.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "padded"}
+        whole = {k: change(x) for k, x in values.items() if not isinstance(x, dict)}
+        return replace(self, **whole | {k: {n: change(x) for n, x in values[k].items()} for k in ("teacher", "target")})
 
 
 def settings_of(config) -> dict[str, dict]:
@@ -186,24 +188,29 @@ class Dataset:
         r = self.index[i]
         return self.path(int(r["shard"])) / "wav" / f"{r['row']:05d}.wav"
 
+    def teacher(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
+        """(B, E) vectors of clips `ids` by each teacher, zeros in the rows that are not of its domain."""
+        vectors = [torch.zeros(len(ids), width) for _, width in self.meta["teachers"]]
+        for b, i in enumerate(ids.tolist()):
+            r, shard = self.at(i)
+            vectors[r["domain"]][b] = torch.from_numpy(np.array(shard.teachers[r["domain"]][r["teacher"]]))
+        return {name: x for (name, _), x in zip(self.meta["teachers"], vectors, strict=True)}
+
     def batch(self, ids: np.ndarray, crops: np.ndarray | None = None, prompts: np.ndarray | None = None) -> Batch:
         """Clips `ids` (B,) as one padded Batch; `crops` (B, 2): first frame and frames; `prompts` (B,): reference."""
         records = self.index[ids]
         crops = np.stack([np.zeros_like(records["frames"]), records["frames"]], 1) if crops is None else crops
         prompts = np.zeros(len(ids), np.int64) if prompts is None else prompts
-        mels, codes, teacher = [], [], {name: torch.zeros(len(ids), width) for name, width in self.meta["teachers"]}
-        of_domain = list(teacher.values())
-        for b, (i, (first, length)) in enumerate(zip(ids.tolist(), crops.tolist(), strict=True)):
-            r, shard = self.at(i)
+        mels, codes = [], []
+        for i, r, (first, length) in zip(ids.tolist(), records, crops.tolist(), strict=True):
             token, count = token_span(first, length, self.rates[r["domain"]], r["tokens"])
             mels.append(torch.from_numpy(self.mel(i)[first : first + length].astype(np.float32)))
             codes.append(torch.from_numpy(self.tokens(i)[token : token + count].astype(np.int64)))
-            of_domain[r["domain"]][b] = torch.from_numpy(np.array(shard.teachers[r["domain"]][r["teacher"]]))
         frames, token_len = (torch.tensor([len(x) for x in clips]) for clips in (mels, codes))
         mel, tokens = (pad_sequence(clips, batch_first=True) for clips in (mels, codes))
         tokens = tokens if self.streams > 1 else tokens[..., 0]
         domain, prompt, rows = map(torch.from_numpy, (records["domain"].astype(np.int64), prompts, np.asarray(ids)))
-        return Batch(mel, frames, tokens, token_len, domain, teacher, prompt, rows)
+        return Batch(mel, frames, tokens, token_len, domain, self.teacher(ids), prompt, rows)
 
 
 def crop_unit(rates: list[int]) -> int:
@@ -269,6 +276,10 @@ class LengthBatchSampler:
         jitter = rng.uniform(1 - JITTER, 1 + JITTER, len(self.lengths))
         return np.argsort(self.lengths * jitter, kind="stable"), rng.permutation(len(self.edges) - 1)
 
+    def expected_clips(self, domain: np.ndarray) -> tuple[float, ...]:
+        """How many clips of each domain a group holds in the mean over epochs; `domain` (clips,) as `lengths`."""
+        return tuple((np.bincount(domain, minlength=len(DOMAINS)) / (len(self.edges) - 1)).tolist())
+
     def place(self, k: int) -> tuple[int, int]:
         """Step and place of this rank's k-th group since the beginning."""
         step, micro = divmod(k, self.accumulate)
@@ -283,6 +294,29 @@ class LengthBatchSampler:
         return order[self.edges[slot] : self.edges[slot + 1]]
 
 
+def teacher_moments(dataset: Dataset, d: int, norm: str) -> tuple:
+    """What align_norm=`norm` takes from domain d's teacher vectors and then divides them by, (E,) each or numbers: mean
+    and standard deviation over the split, a shard at a time."""
+    if norm == "raw":
+        return 0.0, 1.0
+    shards = (dataset.opened(dataset.root / name).teachers[d] for name in dataset.meta[dataset.split]["shards"])
+    sums = ((len(x), x.sum(0), np.square(x).sum(0)) for x in (x.astype(np.float64) for x in shards))
+    n, total, squares = (sum(column) for column in zip(*sums, strict=True))
+    mean, square = (torch.from_numpy(x / max(n, 1)) for x in (total, squares))
+    return mean.float(), (square - mean**2).clamp_min(1e-12).sqrt().float() if norm == "zscore" else 1.0
+
+
+def other_clips(domain: np.ndarray, seed: int) -> np.ndarray:
+    """For each clip another of its domain, a permutation drawn from `seed`. DataError: a domain has one clip alone."""
+    others = np.arange(len(domain))
+    for d, name in enumerate(DOMAINS):
+        order = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(d,))).permutation(others[domain == d])
+        if len(order) == 1:
+            raise DataError(f"there is one {name} clip to train on: align_target=shuffled needs another")
+        others[order] = np.roll(order, 1)
+    return others
+
+
 class TrainingBatches(LengthBatchSampler):
     """Training batches of stage 2 under a frame budget; crops and prompts too follow from (seed, step, place)."""
 
@@ -291,6 +325,17 @@ class TrainingBatches(LengthBatchSampler):
         frames = dataset.index["frames"]
         lengths = np.minimum(frames, config.crop_frames) if config.crop_frames else frames
         super().__init__(lengths, config, "batch_frames", rank, world, config.accumulate, config.trim)
+        shuffled = config.align_target == "shuffled"
+        self.others = other_clips(dataset.index["domain"], config.seed) if shuffled else np.arange(len(frames))
+        self.moments = [teacher_moments(dataset, d, config.align_norm) for d in range(len(DOMAINS))]
+        self.own_target = (config.align_target, config.align_norm) == ("clip", "raw")  # it is the batch's teacher
+
+    def target(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
+        """What alignment learns of clips `ids`, by config.align_target and .align_norm; as Dataset.teacher."""
+        domain, vectors = self.dataset.index["domain"][ids], self.dataset.teacher(self.others[ids])
+        for d, (name, (mean, std)) in enumerate(zip(vectors, self.moments, strict=True)):
+            vectors[name] = (vectors[name] - mean) / std * torch.from_numpy(domain == d)[:, None]
+        return vectors
 
     def __call__(self, k: int) -> Batch:
         ids = self.ids(k)
@@ -299,7 +344,8 @@ class TrainingBatches(LengthBatchSampler):
         room = np.maximum(self.dataset.index["frames"][ids] - lengths, 0) // self.unit
         first = rng.integers(0, room + 1) * self.unit
         share = rng.uniform(0, self.config.prompt_max, len(ids)) * (rng.random(len(ids)) >= self.config.prompt_drop)
-        return self.dataset.batch(ids, np.stack([first, lengths], 1), (share * lengths).astype(np.int64))
+        batch = self.dataset.batch(ids, np.stack([first, lengths], 1), (share * lengths).astype(np.int64))
+        return batch if self.own_target else replace(batch, target=self.target(ids))
 
 
 class Prefetcher:

@@ -8,9 +8,11 @@
 
 Every number stands beside the same number for the original recordings, and for the originals through the same mel and
 vocoder: the floor that no model behind this vocoder can pass. Generated clips come from held-out tokens alone. WER:
-Whisper transcribes, its English normaliser and jiwer score clips of at least MIN_WORDS words. FAD: against the original
-training recordings, under a network that taught nobody; that of few clips is biased upwards. Every evaluation adds a
-row to evals.csv; eval.json, samples/ and index.html are the latest's.
+Whisper transcribes, its English normaliser and jiwer score clips of at least MIN_WORDS words. FAD and KAD: against the
+original training recordings, under a network that taught nobody; FAD of few clips is biased upwards, KAD is not. Each
+clip's word errors, mel-cepstral distance and cosine to its original are what --compare takes differences of, paired by
+clip and seed, from the run named none. [low high] is a 95 % interval over clips. Every evaluation adds a row to
+evals.csv; eval.json, samples/ and index.html are the latest's. C clips, P patches, E dimensions, T frames.
 """
 
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ class EvalArgs:
     fad_weights: str = ""  # its weights, a path; empty: the demo's packages, for vggish a download
     seed: int = 0  # seeds tokens and noise
     max_clips: Count = 200  # most held-out clips per domain
+    clip_seed: int = 0  # draws them
     worst: int = 0  # list this many of the worst transcriptions
     compare: tuple[str, ...] = ()  # run directories NAME_sSEED to compare; nothing is evaluated anew
     fad_target: float | None = None  # speech FAD whose first reaching is compared; None: that of the run named none
@@ -53,80 +56,160 @@ class EvalArgs:
 if __name__ == "__main__":
     ARGS = configure(EvalArgs, __doc__)  # a typo is answered before torch is imported
 
+import itertools
 import json
 import math
 import sys
 import time
-from functools import partial
+from functools import cache, partial
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import scipy.fft
 import torch
+from scipy.spatial.distance import pdist
 
 import audio
 import common
 import report
 from backbones import load_model
-from common import DOMAINS, SPEECH, command, pick_device, read_csv, write_csv, write_json
-from data import Dataset, fingerprint, first_of_each_domain
+from common import DOMAINS, SPEECH, command, pick_device, read_csv, step_seed, write_csv, write_json
+from data import Dataset, fingerprint
 from prepare import demo
 from sample import Stage1, from_dataset, settings, synthesise
 from teachers import Teacher, checked
 
 MIN_WORDS = 4  # a WER over single words says little
+LARGEST, PATCHES = 2000, 32  # most reference clips of KAD, which costs their square, and most patches of a clip
+
+
+def held_out_sample(dataset: Dataset, per_domain: int, seed: int) -> np.ndarray:
+    """Rows of `per_domain` clips of each domain, in an order by (seed, row) alone: few are of many speakers."""
+    order = np.argsort([np.random.default_rng(step_seed(seed, row)).random() for row in range(len(dataset.index))])
+    return np.concatenate([order[dataset.index["domain"][order] == d][:per_domain] for d in range(len(DOMAINS))])
+
+
+@cache
+def normaliser():
+    """Whisper's English normaliser with its table of spellings; it drops what stands in brackets."""
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    spellings = resources.files("whisper_normalizer") / "normalizers/english.json"
+    return EnglishTextNormalizer(json.loads(spellings.read_text(encoding="utf-8")))
 
 
 def word_errors(references: list[str], hypotheses: list[str]) -> tuple[float, list[float]]:
     """Corpus WER and the WER of each utterance, after Whisper's English normaliser (jiwer). NaN of none."""
     import jiwer
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-    normal = EnglishTextNormalizer({})
-    pairs = [(normal(r), normal(h)) for r, h in zip(references, hypotheses, strict=True)]
+    pairs = [(normaliser()(r), normaliser()(h)) for r, h in zip(references, hypotheses, strict=True)]
     corpus = jiwer.wer([r for r, _ in pairs], [h for _, h in pairs]) if pairs else float("nan")
     return corpus, [jiwer.wer(r, h) for r, h in pairs]
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet distance between Gaussians fitted to embeddings (n, E) and (m, E), in float64; never negative.
+def frechet_terms(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Squared Frechet distance between Gaussians fitted to embeddings (n, E) and (m, E), in float64, as its two terms,
+    that of the means and that of the covariances; neither is negative. Their sum is
     |mu_a - mu_b|^2 + Tr(A + B - 2 (A B)^(1/2)), where the last trace is the sum of the singular values of X_a X_b^T
     for centred, scaled X with A = X_a^T X_a: no matrix square root, nothing complex, any rank. NaN where one side has
     fewer than two embeddings or one that is not finite."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if min(len(a), len(b)) < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return float("nan")
+        return float("nan"), float("nan")
     mean_a, mean_b = a.mean(0), b.mean(0)
     xa, xb = (a - mean_a) / np.sqrt(len(a) - 1), (b - mean_b) / np.sqrt(len(b) - 1)
-    distance = ((mean_a - mean_b) ** 2).sum() + (xa**2).sum() + (xb**2).sum()
+    traces = (xa**2).sum() + (xb**2).sum()
     if min(len(a), len(b)) > a.shape[1]:
         xa, xb = np.linalg.qr(xa, mode="r"), np.linalg.qr(xb, mode="r")  # the same A and B from fewer rows
-    return max(0.0, float(distance - 2 * np.linalg.svd(xa @ xb.T, compute_uv=False).sum()))
+    covariances = traces - 2 * np.linalg.svd(xa @ xb.T, compute_uv=False).sum()
+    return float(((mean_a - mean_b) ** 2).sum()), max(0.0, float(covariances))
+
+
+def mean_kernel(x: list, y: list, bandwidth: float, drawn: np.ndarray) -> np.ndarray:
+    """Mean of exp(-|u - v|^2 / (2 bandwidth^2)) over patches u, v of two clips of x and y, lists of (P, E), where clips
+    of x count as often as a row of `drawn` (n, clips of x) says; float64 (n,). Where y is x, so do its clips, and pairs
+    within a clip are left out."""
+    rows = np.concatenate(y).astype(np.float64)
+    owner, kernel = np.repeat(np.arange(len(y)), [len(c) for c in y]), []
+    for u in (c.astype(np.float64) for c in x):
+        square = (u**2).sum(1)[:, None] + (rows**2).sum(1) - 2 * u @ rows.T  # (P of this clip, P of all)
+        kernel.append(np.bincount(owner, np.exp(square.clip(0) / (-2 * bandwidth**2)).sum(0), len(y)))
+    sums, pairs = np.stack(kernel), np.outer([len(c) for c in x], [len(c) for c in y])
+    others, two = (drawn, 1 - np.eye(len(x))) if y is x else (np.ones(len(y)), 1)
+    total, n = ((drawn @ (values * two) * others).sum(1) for values in (sums, pairs))
+    return total / np.where(n > 0, n, np.nan)
+
+
+def kernel_distances(systems: dict[str, list], reference: list[np.ndarray]) -> dict[str, list[float]]:
+    """KAD (arXiv 2502.15602) of each system, lists of (P, E), with its 95 % bootstrap interval over the system's clips:
+    [value, low, high]. 100 times the unbiased MMD^2 with a Gaussian kernel of the reference's median patch distance.
+    Patches of a clip are alike, so only pairs of two clips count: with a patch a clip this is the paper's, with more it
+    is what still averages to 0 over two draws of one distribution. NaN where a side has fewer than two clips."""
+    if min(map(len, [reference, *systems.values()])) < 2:
+        return {system: [float("nan")] * 3 for system in systems}
+    rng, result = np.random.default_rng(0), {}
+    reference = [reference[i][:: 1 + len(reference[i]) // PATCHES] for i in rng.permutation(len(reference))[:LARGEST]]
+    bandwidth = float(np.median(pdist(rng.permutation(np.concatenate(reference))[:LARGEST])))
+    same = mean_kernel(reference, reference, bandwidth, np.ones((1, len(reference))))
+    for system, patches in systems.items():
+        clips = [c[:: 1 + len(c) // PATCHES] for c in patches]
+        drawn = np.concatenate([np.ones((1, len(clips))), report.resampled(len(clips))])
+        across = mean_kernel(clips, reference, bandwidth, drawn)
+        values = 100 * (mean_kernel(clips, clips, bandwidth, drawn) + same - 2 * across)
+        result[system] = [float(values[0]), *report.interval(values[1:])]
+    return result
+
+
+def mel_cepstral_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean over frames of the distance in dB between log-mels (T, 100), coefficients 1 to 13 of the DCT, no warping."""
+    frames = min(len(a), len(b))  # the last may be a part
+    difference = scipy.fft.dct((a[:frames] - b[:frames]).double().numpy(), norm="ortho")[:, 1:14]
+    return float(20 / math.log(10) * np.sqrt((difference**2).sum(1) / a.shape[1]).mean())
 
 
 def score_wer(waves: dict[str, dict], texts: dict[int, str], recogniser) -> dict:
-    """WER of each system's clips of at least MIN_WORDS words, and what was heard in each. `waves`: {system: {a clip's
-    row in its split: waveform (L,) at 24 kHz}}; `texts`: {row: what the clip says}."""
-    texts = {i: text for i, text in texts.items() if len(text.split()) >= MIN_WORDS}
-    result = {"clips": len(texts), "words": sum(len(text.split()) for text in texts.values()), "utterances": {}}
+    """WER of each system's clips of at least MIN_WORDS words, its interval and what was heard in each. `waves`:
+    {system: {a clip's row in its split: waveform (L,) at 24 kHz}}; `texts`: {row: what the clip says}."""
+    counts = {i: len(normaliser()(text).split()) for i, text in texts.items()}
+    texts = {i: text for i, text in texts.items() if counts[i] >= MIN_WORDS}
+    words, drawn = np.array([counts[i] for i in texts], int), report.resampled(len(texts)) if texts else np.ones((1, 0))
+    result = {"clips": len(texts), "words": int(words.sum()), "interval": {}, "utterances": {}}
     for system, clips in waves.items():
         speech = [audio.resample(clips[i], audio.SAMPLE_RATE, recogniser.sample_rate) for i in texts]
         heard = recogniser.transcribe(speech)
         result[system], errors = word_errors(list(texts.values()), heard)
-        utterances = zip(texts.items(), heard, errors, strict=True)
-        result["utterances"][system] = [{"id": i, "text": t, "heard": h, "wer": e} for (i, t), h, e in utterances]
+        result["interval"][system] = report.interval(drawn @ (words * errors) / (drawn @ words)) if texts else ()
+        rows = zip(texts.items(), heard, errors, strict=True)
+        found = [{"id": i, "text": t, "words": counts[i], "heard": h, "wer": e} for (i, t), h, e in rows]
+        result["utterances"][system] = found
     return result
 
 
-def score_fad(waves: dict[str, list], judge: Teacher) -> dict:
-    """FAD of each system's clips against those of the system "reference", and the counts."""
-    patches = {}  # (n, E) of each system, a row a patch
-    for system, clips in waves.items():
-        found = judge.encode([audio.resample(w, audio.SAMPLE_RATE, judge.sample_rate) for w in clips])
-        patches[system] = np.concatenate(found) if found else np.zeros((0, judge.dim))
-    reference = patches.pop("reference")
-    result = {system: frechet_distance(rows, reference) for system, rows in patches.items()}
-    result |= {"clips": len(waves["original"]), "patches": len(patches["original"])}
-    return result | {"reference_patches": len(reference)}
+def score_fad(embedded: dict[str, list], reference: list[np.ndarray]) -> dict:
+    """FAD, its terms and KAD with its interval of each system's clips, lists of (P, E), and the counts."""
+    pooled = {s: np.concatenate(clips or [np.zeros((0, 1))]) for s, clips in (embedded | {"": reference}).items()}
+    patches, kad = pooled.pop(""), kernel_distances(embedded, reference)
+    terms = {system: frechet_terms(rows, patches) for system, rows in pooled.items()}
+    result = {system: sum(pair) for system, pair in terms.items()} | {"terms": terms}
+    result |= {"kad": {s: k[0] for s, k in kad.items()}, "kad_interval": {s: k[1:] for s, k in kad.items()}}
+    result |= {"clips": len(embedded["original"]), "patches": len(pooled["original"])}
+    return result | {"reference_patches": len(patches)}
+
+
+def score_clips(waves: dict[str, dict], wer: dict, embedded: dict[str, dict], floor: float) -> dict[str, list[dict]]:
+    """What --compare pairs, {system: [{"id", "mcd", "cosine", "wer", "words"}]}: the mel-cepstral distance and the
+    cosine of the judge's mean embedding to the original's, and the word errors where WER counts the clip."""
+    mel = lambda wav: audio.log_mel(torch.from_numpy(wav)).clamp_min(floor)  # noqa: E731
+    scores: dict[str, list[dict]] = {system: [] for system in ("vocoded", "generated")}
+    for system, (i, original) in itertools.product(scores, waves["original"].items()):
+        row = {"id": i, "mcd": mel_cepstral_distance(mel(original), mel(waves[system][i]))}
+        if embedded:
+            a, b = (embedded[s][i].mean(0) for s in ("original", system))
+            row["cosine"] = float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
+        heard = (u for u in wer["utterances"][system] if u["id"] == i)
+        scores[system].append(row | {k: u[k] for u in heard for k in ("wer", "words")})
+    return scores
 
 
 class Sphinx:
@@ -167,7 +250,7 @@ def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
     model, vocoder = load_model(state, device=device), audio.load_vocoder(used["vocoder"], device)
     options = settings(args, run)
     make = partial(synthesise, model, vocoder=vocoder, options=options, dtype=run["dtype"])
-    ids = first_of_each_domain(held, args.max_clips)
+    ids = held_out_sample(held, args.max_clips, args.clip_seed)
     domain = {i: int(held.index["domain"][i]) for i in ids.tolist()}  # by the clip's row, as the texts and waves below
     texts = {i: held.name_and_text(i)[1] for i in domain}
     start = time.time()
@@ -182,18 +265,25 @@ def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
     waves = {system: dict(zip(domain, clips, strict=True)) for system, clips in made.items()}
 
     result = used | {"step": state["step"], "seconds": state["seconds"], "sampler": options}
+    result["clip_seed"] = args.clip_seed
     result["data"], result["held_out_fm"] = fingerprint(held.meta), held_out_at(out_dir, state["step"])
     result["real_time_factor"] = spent / (sum(map(len, generated)) / audio.SAMPLE_RATE)
     recogniser, judge_name = load_recogniser(used["asr"], device), args.fad_model or run["fad_model"]
     result["wer"] = score_wer(waves, {i: texts[i] for i, d in domain.items() if d == SPEECH}, recogniser)
+    embedded: dict[str, dict] = {}
     if judge_name != "none":
         judge = demo.load_judge(judge_name, args.fad_weights, device)
+        at_rate = partial(audio.resample, rate=audio.SAMPLE_RATE, to=judge.sample_rate)
+        hear = lambda clips: judge.encode([at_rate(wav) for wav in clips])  # noqa: E731
+        embedded = {s: dict(zip(clips, hear(list(clips.values())), strict=True)) for s, clips in waves.items()}
         result["fad"] = {"model": judge_name, "is_teacher": judge_name in dict(state["model_config"]["teachers"])}
         for d, name in enumerate(DOMAINS):
+            scored = {system: [clips[i] for i in clips if domain[i] == d] for system, clips in embedded.items()}
             paths = map(train.wav_path, np.flatnonzero(train.index["domain"] == d).tolist())
-            scored = {system: [clips[i] for i in clips if domain[i] == d] for system, clips in waves.items()}
-            scored["reference"] = [audio.read(p, audio.SAMPLE_RATE) for p in paths if p.exists()]
-            result["fad"][name] = score_fad(scored, judge)
+            reference = [audio.read(p, audio.SAMPLE_RATE) for p in paths if p.exists()]
+            result["fad"][name] = score_fad(scored, hear(reference))
+    scores = score_clips(waves, result["wer"], embedded, run["mel_floor"])
+    result["clips"] = {s: [{"domain": DOMAINS[domain[row["id"]]]} | row for row in rows] for s, rows in scores.items()}
     if args.lm:
         result["lm"] = {"ckpt": args.lm, "step": stage.state["step"]}
     names = [f"{DOMAINS[d]}_{i:04d}" for i, d in domain.items()]
@@ -249,10 +339,11 @@ def main_compare(args: EvalArgs, ratings: list[dict]) -> None:
     if not paths:
         raise ValueError("no evaluated run among --compare; run evaluate.py --ckpt RUN/ckpt.pt first")
     rows = report.compare(paths, args.fad_target, report.mean_scores(ratings))
-    out, text = Path(args.out or paths[0].parent), report.comparison_table(rows)
+    out, paired = Path(args.out or paths[0].parent), report.differences(paths)
+    text = f"{report.comparison_table(rows)}\n\n{report.differences_table(paired)}".rstrip()
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text + "\n")
-    write_json(out / "table.json", rows)
+    write_json(out / "table.json", {name: row | {"less_none": paired.get(name, {})} for name, row in rows.items()})
     losses = [(p.name, p / "log.csv", "held_out_speech") for p in paths]
     scores = [(p.name, p / "evals.csv", "speech_fad") for p in paths]
     report.plot(out / "table.png", {"held-out FM loss, speech": losses, "speech FAD": scores})

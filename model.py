@@ -169,8 +169,11 @@ class FlowModel(nn.Module):
         for projection in self.projections.values():
             nn.init.orthogonal_(projection.weight)
 
-    def ablated(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """v and every v^(-l) (eq. 8), (L + 1, B, T, M), index 0 the intact model; here a whole pass for each."""
+    def ablated(self, x_t: Tensor, t: Tensor, cond: Condition, updates: Sequence[Tensor] | None = None) -> Tensor:
+        """v and every v^(-l) (eq. 8), (L + 1, B, T, M), index 0 the intact model; here a whole pass for each. Given
+        `updates`, (B, T, D) for each layer, the closed layer turns h into h + its update instead of into h itself."""
+        if updates is not None:
+            raise ValueError("this backbone's layers can be closed alone: ablation=zero, not mean or resample")
         layers = range(self.config.n_layer)
         return torch.stack([self.velocity(x_t, t, cond, [float(l != k) for l in layers]) for k in (-1, *layers)])
 
@@ -273,13 +276,14 @@ class DiT(FlowModel):
         v = self.head(h, context)
         return (v, states) if hidden else v
 
-    def ablated(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def ablated(self, x_t: Tensor, t: Tensor, cond: Condition, updates: Sequence[Tensor] | None = None) -> Tensor:
         """All ablations in one sweep: that of layer l shares all that runs before l, so one batch grows: after layer l
         the state that skipped it joins. Exactly the naive loop's result for (L + 1) / 2 forward passes, not L + 1."""
         B, L = len(x_t), len(self.blocks)
         h, context = self.stem(x_t, t, cond)
-        for block in self.blocks:
-            h = torch.cat([block(h, context.repeat(len(h) // B)), h[:B]])  # h[:B]: the intact state before this layer
+        for l, block in enumerate(self.blocks):
+            skipped = h[:B] if updates is None else h[:B] + updates[l]  # h[:B]: the intact state before this layer
+            h = torch.cat([block(h, context.repeat(len(h) // B)), skipped])
         return self.head(h, context.repeat(L + 1)).unflatten(0, (L + 1, B))
 
 
@@ -375,46 +379,59 @@ def masked_mse(v: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return ((v - target).square().mean(-1) * mask).sum() / mask.sum()
 
 
-def bitc_loss(model: FlowModel, batch, cond: Condition, weights: Sequence[float] = (0.5, 1.0)) -> Tensor:
-    """L_BiTC, eq. 5: over the clips of each domain whose condition was kept, w_d * mean(1 - s_T(0))."""
+def clip_count(chosen: Tensor, expected: Sequence[float] | None, d: int) -> Tensor | float:
+    """What the sum over domain d's clips is divided by: the number expected in a batch, so that a clip's weight does
+    not depend on who shares its batch, or else those of this batch; 1 without any."""
+    return chosen.sum().clamp_min(1) if expected is None else expected[d] or 1.0
+
+
+def bitc_loss(model: FlowModel, batch, cond: Condition, weights=(0.5, 1.0), expected=None) -> Tensor:
+    """L_BiTC, eq. 5: w_d (1 - s_T(0)) over the clips of each domain whose condition was kept, by clip_count()."""
     z0, loss = descriptor(cond.tokens, cond.mask), cond.tokens.new_zeros((), dtype=torch.float32)
     for d, (name, _) in enumerate(model.config.teachers):
         chosen = (batch.domain == d) & cond.kept
         score = cosine(model.projections[name](z0), batch.teacher[name])
-        loss = loss + weights[d] * ((1 - score) * chosen).sum() / chosen.sum().clamp_min(1)
+        loss = loss + weights[d] * ((1 - score) * chosen).sum() / clip_count(chosen, expected, d)
     return loss
 
 
 def alignment_loss(
-    model: FlowModel, heads: AlignHeads, batch, mask: Tensor, states: Sequence[Tensor], t: Tensor, selection: Selection
+    model: FlowModel, heads: AlignHeads, batch, cond: Condition, states, t: Tensor, selection: Selection, expected=None
 ) -> Tensor:
-    """Last term of eq. 12: over each domain d and its selected layers, lambda_l (1 - cos(H_l(h_l), e_d)), the mean over
-    the domain's clips, zero without any. `states` is [h_0..h_L], `mask` (B, T); e_d is the clip's teacher embedding, or
-    with self-alignment the detached descriptor of a deeper layer."""
+    """Last term of eq. 12: over each domain d and its selected layers, lambda_l (1 - cos(H_l(h_l), e_d)), over the
+    domain's clips whose condition was kept, by clip_count(). `states` is [h_0..h_L]; e_d is batch.target or,
+    where that is empty, the clip's teacher embedding; with self-alignment the detached descriptor of a deeper layer."""
     loss = states[0].new_zeros((), dtype=torch.float32)
     for d, layers in enumerate(selection):
-        chosen, name = batch.domain == d, model.config.teachers[d][0]
+        chosen, name = (batch.domain == d) & cond.kept, model.config.teachers[d][0]
         for l, weights in layers.items():
             part = (t * len(weights)).long().clamp_max(len(weights) - 1)
             weight = chosen * sum(w * (part == g).to(t.dtype) for g, w in enumerate(weights))  # (B,)
             deep = states[deeper_layer(l, len(states) - 1)]
-            target = descriptor(deep, mask).detach() if heads.teacher == "self" else batch.teacher[name]
-            score = cosine(heads(d, l, states[l], mask), target)  # of all clips, so that DDP meets every head in a step
-            loss = loss + (weight * (1 - score)).sum() / chosen.sum().clamp_min(1)
+            target = (
+                descriptor(deep, cond.mask).detach()
+                if heads.teacher == "self"
+                else (batch.target or batch.teacher)[name]
+            )
+            guess = heads(d, l, states[l], cond.mask)  # of all clips, so that DDP meets every head in a step
+            score = cosine(guess, target)
+            loss = loss + (weight * (1 - score)).sum() / clip_count(chosen, expected, d)
     return loss
 
 
 def flow_matching_loss(
-    model: FlowModel, batch, sigma=0.5, token_drop=0.0, heads: AlignHeads | None = None, selection: Selection = ()
+    model: FlowModel, batch, sigma=0.5, token_drop=0.0, heads: AlignHeads | None = None, selection=(), expected=None
 ) -> dict[str, Tensor]:
-    """The training losses of one batch, each a scalar: fm (eq. 23), bitc (eq. 5) and, with heads, align (eq. 12)."""
+    """The training losses of one batch, each a scalar: fm (eq. 23), bitc (eq. 5) and, with heads, align (eq. 12).
+    `expected`: clips of each domain in a batch, the mean over batches, before any condition is dropped."""
+    kept = None if expected is None else [n * (1 - token_drop) for n in expected]
     cond = model.embed_condition(batch, token_drop)
     t = torch.rand(len(batch.frames), device=batch.mel.device)
     x_t, target = make_xt(model, batch.mel, t, sigma)
     v, states = model.velocity(x_t, t, cond, hidden=True)
-    losses = {"fm": masked_mse(v, target, cond.mask), "bitc": bitc_loss(model, batch, cond)}
+    losses = {"fm": masked_mse(v, target, cond.mask), "bitc": bitc_loss(model, batch, cond, expected=kept)}
     if heads is not None:
-        losses["align"] = alignment_loss(model, heads, batch, cond.mask, states, t, selection)
+        losses["align"] = alignment_loss(model, heads, batch, cond, states, t, selection, kept)
     return losses
 
 
@@ -426,6 +443,7 @@ class Objective(nn.Module):
         self.model, self.config = model, config
         self.heads: AlignHeads | None = None
         self.selection: Selection = [{} for _ in DOMAINS]
+        self.expected: Sequence[float] | None = None  # clips of each domain in a batch; None: count those of each
 
     def select(self, selection: Selection) -> None:
         """Aligns these layers from now on, each with a head of its own, drawn from config.seed so that branches start
@@ -443,7 +461,7 @@ class Objective(nn.Module):
 
     def forward(self, batch) -> dict[str, Tensor]:
         c = self.config
-        return flow_matching_loss(self.model, batch, c.sigma, c.token_drop, self.heads, self.selection)
+        return flow_matching_loss(self.model, batch, c.sigma, c.token_drop, self.heads, self.selection, self.expected)
 
 
 EPSS = {  # F5-TTS's empirically pruned steps, in 32nds (arXiv:2505.19931)

@@ -6,12 +6,14 @@
     python probe.py --backbone f5tts --random_init         # another's published model, see backbones.py
     python probe.py --backbone f5tts --weights model_1250000.safetensors    # with its published weights
 
-Store: s_T(l) = cos(P_T z_l, e_T), one frozen projection for all depths (eq. 4, 6). Contribute: the relative change of
-the velocity when a layer's gate is set to 0 (eq. 8-9). Every attribution is shown beside a random-init control of the
-same architecture, because the first layers score high before any training; what exceeds it, training put there.
+Store: s_T(l) = cos(P_T z_l, e_T), one frozen projection for all depths (eq. 4, 6); and the R^2 with which a ridge
+regression, fitted anew at each depth, predicts e_T from z_l of clips left out. Contribute: the relative change of the
+velocity when a layer's gate is set to 0 (eq. 8-9), or when --ablation=mean or resample puts the mean update or another
+clip's in the place of its update. Every attribution is shown beside a random-init control of the same architecture,
+because the first layers score high before any training; what exceeds it, training put there.
 Intervals are 95 % bootstrap intervals over clips.
 
-B clips, T frames, M mel bins, L layers, G points of the t grid.
+B clips, T frames, M mel bins, D width, E teacher width, L layers, G points of the t grid.
 """
 
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ class ProbeArgs:
     top_k: Count = 3  # layers in a Top-K
     seed: int = 0  # draws the clips and the noise
     control: bool = True  # also probe a random-init copy
+    ablation: Literal["zero", "mean", "resample"] = "zero"  # what takes a layer's place for FoG-A; zero: nothing
     out_dir: str = ""  # where probe.json and probe.png go; empty: beside the checkpoint
     device: str = "auto"  # auto | cpu | cuda
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto takes bfloat16 where the machine has it
@@ -51,6 +54,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +91,7 @@ def time_points(n: int) -> list[float]:
     return [(i + 0.5) / n for i in range(n)]
 
 
-def at_times(score: Callable, model: FlowModel, batch: Batch, times: int, sigma: float = 0.5, seed: int = 0) -> Tensor:
+def at_times(score: Callable, model: FlowModel, batch: Batch, times: int, sigma=0.5, seed=0, **options) -> Tensor:
     """score(model, batch, cond, t, x_t, target) at each of `times` points of t, (G, ...): eval mode, the same noise."""
     with probing(model, seed):
         with torch.no_grad():
@@ -97,16 +101,33 @@ def at_times(score: Callable, model: FlowModel, batch: Batch, times: int, sigma:
         for point in time_points(times):
             torch.manual_seed(seed)  # so that a row differs from the next by t alone
             t = batch.mel.new_full((len(batch.frames),), point)
-            scores.append(score(model, batch, cond, t, *make_xt(model, batch.mel, t, sigma)))
+            scores.append(score(model, batch, cond, t, *make_xt(model, batch.mel, t, sigma), **options))
     return torch.stack(scores)
 
 
 @torch.no_grad()
-def foga_of_clips(model: FlowModel, batch: Batch, cond: Condition, t: Tensor, x_t: Tensor, target: Tensor) -> Tensor:
-    """What foga_scores says of every layer, (B, 1 + L), some clips at a time."""
-    (B, T), L = cond.mask.shape, len(model.blocks)
+def foga_of_clips(model, batch: Batch, cond: Condition, t: Tensor, x_t: Tensor, target, ablation="zero") -> Tensor:
+    """What foga_scores says of every layer, (B, 1 + L), some clips at a time; what takes the place of a layer's update
+    comes from all of them."""
+    (B, T), L, given = cond.mask.shape, len(model.blocks), ()
+    if ablation != "zero":
+        states = model.velocity(x_t, t, cond, hidden=True)[1]
+        given = (other_updates(states, cond.mask, batch.domain, ablation),)
     parts = torch.arange(B, device=t.device).split(max(1, SWEEP_FRAMES // (T * (L + 1))))
-    return torch.cat([foga_scores(model.ablated(x_t[p], t[p], cond.clips(p)), cond.mask[p]) for p in parts])
+    sweeps = (model.ablated(x_t[p], t[p], cond.clips(p), *(updates[:, p] for updates in given)) for p in parts)
+    return torch.cat([foga_scores(v, cond.mask[p]) for v, p in zip(sweeps, parts, strict=True)])
+
+
+def other_updates(states: Sequence[Tensor], mask: Tensor, domain: Tensor, ablation: str) -> Tensor:
+    """What takes the place of each update h_l - h_{l-1}, (L, B, T, D). mean: its mean over the valid frames of all the
+    domain's clips; resample: the update of the domain's next clip (after the last the first) at the same frame numbers,
+    zeros past that clip's end."""
+    updates = torch.stack([after - before for before, after in pairwise(states)]) * mask[..., None]
+    for d in domain.unique():
+        of_d = updates[:, domain == d]
+        mean = (of_d.sum((1, 2)) / mask[domain == d].sum())[:, None, None]
+        updates[:, domain == d] = of_d.roll(-1, dims=1) if ablation == "resample" else mean
+    return updates
 
 
 def foga_scores(velocities: Tensor, mask: Tensor) -> Tensor:
@@ -119,15 +140,36 @@ def foga_scores(velocities: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def lasp_of_clips(model: FlowModel, batch: Batch, cond: Condition, t: Tensor, x_t: Tensor, target: Tensor) -> Tensor:
+def z_of_clips(model: FlowModel, batch: Batch, cond: Condition, t: Tensor, x_t: Tensor, target: Tensor) -> Tensor:
+    """The descriptors z_0 .. z_L of every clip, (B, L + 1, D)."""
+    return torch.stack(descriptors(cond, model.velocity(x_t, t, cond, hidden=True)[1]), 1)
+
+
+@torch.no_grad()
+def lasp_of_clips(model: FlowModel, batch: Batch, z: Tensor) -> Tensor:
     """LASP (eq. 6): s_T(l) with the teacher of each clip's own domain, (B, L + 1); index 0 is BiT-C's interface."""
-    z = descriptors(cond, model.velocity(x_t, t, cond, hidden=True)[1])
-    scores = z[0].new_zeros(len(t), len(z))
+    scores = z.new_zeros(z.shape[:2])
     for d, (name, _) in enumerate(model.config.teachers):
         of_d = batch.domain == d
-        for l in range(len(z)):
-            scores[of_d, l] = cosine(model.projections[name](z[l][of_d]), batch.teacher[name][of_d])
+        for l in range(z.shape[1]):
+            scores[of_d, l] = cosine(model.projections[name](z[:, l][of_d]), batch.teacher[name][of_d])
     return scores
+
+
+def held_out_errors(z: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Squared errors of each clip's teacher vector when it is left out: (B, L + 1) of ridge regressions from z_l, and
+    (B,) of the mean of the other clips. z (B, L + 1, D), e (B, E). The penalty is a tenth of the mean eigenvalue of the
+    centred Z Z'; leaving a clip out divides its residual by 1 - H_bb. A lone clip cannot be left out: equal errors."""
+    z, e, B = np.asarray(z, np.float64), np.asarray(e, np.float64), len(z)
+    if B == 1:
+        return np.ones((1, z.shape[1])), np.ones(1)
+    e = e - e.mean(0)
+    z = (z - z.mean(0)).swapaxes(0, 1)  # (L + 1, B, D)
+    gram = z @ z.mT  # B x B, since clips are far fewer than D
+    penalty = 0.1 * np.trace(gram, axis1=1, axis2=2)[:, None, None] / B * np.eye(B)
+    hat = np.linalg.solve(gram + penalty + np.finfo(float).tiny * np.eye(B), gram) + 1 / B  # 1 / B: the intercept's
+    residual = (e - hat @ e) / (1 - np.diagonal(hat, axis1=1, axis2=2)[..., None])  # (L + 1, B, E)
+    return (residual**2).sum(2).T, ((e * B / (B - 1)) ** 2).sum(1)
 
 
 @torch.enable_grad()
@@ -166,12 +208,18 @@ def random_control(model: FlowModel, seed: int = 0) -> FlowModel:
     return control
 
 
-def control_scores(model: FlowModel, batch: Batch, times: int, sigma: float, seed: int = 0) -> dict:
+def control_scores(model: FlowModel, batch: Batch, times: int, sigma: float, seed=0, ablation="zero") -> dict:
     """FoG-A of the random-init control, as plain lists: {domain: {"foga": (L), "foga_clips": (B, L)}}."""
-    found = at_times(foga_of_clips, random_control(model, seed), batch, times, sigma, seed)
+    found = at_times(foga_of_clips, random_control(model, seed), batch, times, sigma, seed, ablation=ablation)
     scores = found[..., 1:].contiguous().mean(0)
     by_domain = {name: scores[batch.domain == d] for d, name in enumerate(DOMAINS)}
     return {name: {"foga": s.mean(0).tolist(), "foga_clips": s.tolist()} for name, s in by_domain.items() if len(s)}
+
+
+def control_of(result: dict) -> dict | None:
+    """The control that probe(control=True) saved with its result, as control_scores returns it."""
+    found = {name: result[name] for name in DOMAINS if "control" in result.get(name, {})}
+    return {name: {"foga": s["control"], "foga_clips": s["control_clips"]} for name, s in found.items()} or None
 
 
 def resampled(clips: int, draws: int = 1000, seed: int = 0) -> np.ndarray:
@@ -202,19 +250,30 @@ def top_overlap(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
     return (a[..., :, None] == b[..., None, :]).sum((-1, -2))
 
 
-def probe(model: FlowModel, batch: Batch, times: int, sigma: float, seed: int = 0, k: int = 3) -> dict:
+def probe(
+    model: FlowModel, batch: Batch, times: int, sigma: float, seed=0, k=3, ablation="zero", control=False, beside=False
+) -> dict:
     """All probes of one model on one batch, as plain lists for probe.json. Per domain: foga (L), foga_map (G, L),
-    foga_clips (B, L), lasp (L + 1), lasp_map (G, L + 1), bitc, gradnorm (L), velocity_norm; NAME_interval, [low, high]
-    over clips. rank_correlation and top_overlap, each [value, low, high], are the Store-Contribute Dissociation: LASP
-    of layers 1..L against FoG-A."""
-    start = time.time()
-    foga = at_times(foga_of_clips, model, batch, times, sigma, seed).cpu().numpy()
-    foga_seconds = time.time() - start
-    norms, foga = foga[..., 0].copy(), foga[..., 1:].copy()
-    lasp = at_times(lasp_of_clips, model, batch, times, sigma, seed).cpu().numpy()
-    products = at_times(gradients, model, batch, times, sigma, seed).numpy()
+    foga_clips (B, L), lasp (L + 1), lasp_map (G, L + 1), stores (L + 1) held-out R^2, bitc, gradnorm (L),
+    velocity_norm; NAME_interval, [low, high] over clips. rank_correlation and top_overlap, each [value, low, high], are
+    the Store-Contribute Dissociation: LASP of layers 1..L against FoG-A. With `control` also control (L) and
+    control_clips (B, L), FoG-A of random weights; with `beside` foga_resample (L) beside another ablation, where layers
+    and clips allow it. Raises ValueError where `ablation` itself is not possible."""
     domain, frames = batch.domain.cpu().numpy(), batch.frames.cpu().numpy()
     result = {"t": time_points(times), "k": k, "clips": [int((domain == d).sum()) for d in range(len(DOMAINS))]}
+    if ablation == "resample" and 1 in result["clips"]:
+        raise ValueError("ablation=resample takes another clip of the domain: probe at least two")
+    start = time.time()
+    points = model, batch, times, sigma, seed
+    foga = at_times(foga_of_clips, *points, ablation=ablation).cpu().numpy()
+    foga_seconds = time.time() - start
+    norms, foga = foga[..., 0].copy(), foga[..., 1:].copy()
+    z = at_times(z_of_clips, *points)
+    lasp = torch.stack([lasp_of_clips(model, batch, z_at_t) for z_at_t in z]).cpu().numpy()
+    products = at_times(gradients, *points).numpy()
+    beside = beside and ablation != "resample" and model.one_sweep and 1 not in result["clips"]
+    other = at_times(foga_of_clips, *points, ablation="resample").cpu().numpy() if beside else None
+    controls = control_scores(*points, ablation) if control else {}
     for d, name in enumerate(DOMAINS):
         of_d, n = domain == d, result["clips"][d]
         if not n:
@@ -225,6 +284,11 @@ def probe(model: FlowModel, batch: Batch, times: int, sigma: float, seed: int = 
         drawn["gradnorm"] = norms_of_batches(products[:, :, of_d][..., of_d], frames[of_d], counts)
         # a batch that repeats clips has a larger gradient throughout: only the spread of these draws is of use
         drawn["gradnorm"][1:] += drawn["gradnorm"][0] - drawn["gradnorm"][1:].mean(0)
+        e = batch.teacher[model.config.teachers[d][0]].cpu().numpy()[of_d]
+        errors, of_mean = held_out_errors(z.mean(0).cpu().numpy()[of_d], e)
+        drawn["stores"] = 1 - counts @ errors / np.maximum(counts @ of_mean, EPS)[:, None]
+        if beside:
+            drawn["foga_resample"] = counts @ other[:, of_d, 1:].mean(0) / n
         ranks = drawn["lasp"][:, 1:], drawn["foga"]
         both = {"rank_correlation": rank_correlation(*ranks), "top_overlap": top_overlap(*ranks, k)}
         result[name] = {
@@ -237,7 +301,9 @@ def probe(model: FlowModel, batch: Batch, times: int, sigma: float, seed: int = 
             **{f"{key}_interval": interval(values[1:]) for key, values in drawn.items()},
             **{key: [float(values[0]), *interval(values[1:])] for key, values in both.items()},
         }
-    return result | {"foga_seconds": foga_seconds, "seconds": time.time() - start}
+        if control:
+            result[name] |= {"control": controls[name]["foga"], "control_clips": controls[name]["foga_clips"]}
+    return result | {"ablation": ablation, "foga_seconds": foga_seconds, "seconds": time.time() - start}
 
 
 def check_strategy(config, n_layer: int) -> int:
@@ -254,7 +320,8 @@ def check_strategy(config, n_layer: int) -> int:
 def select(config, result: dict, n_layer: int) -> list[dict[int, list[float]]]:
     """S_d and lambda_l of eq. 10-11 by config.align and .weighting: for each domain {layer: weights over parts of t}.
     Weights come from FoG-A whatever selected the layers. With config.timestep_adaptive every point of the t grid
-    selects its own layers. Raises ValueError as check_strategy does, and when the velocity is numerically zero."""
+    selects its own layers. Raises ValueError as check_strategy does, when the velocity is numerically zero, and when
+    the probe lacks what the rule ranks."""
     if config.align == "none":
         return [{} for _ in DOMAINS]
     candidates, k = check_strategy(config, n_layer), config.top_k
@@ -262,17 +329,23 @@ def select(config, result: dict, n_layer: int) -> list[dict[int, list[float]]]:
     for s in (result[name] for name in DOMAINS):
         if not 1e-6 < s["velocity_norm"] < float("inf"):
             raise ValueError("the velocity is zero or not finite: FoG-A has no ranking; raise phase1_steps")
+        if config.align == "foga_excess" and "control" not in s:
+            raise ValueError("align=foga_excess ranks what exceeds the control: probe with control=True")
+        if config.align == "stores" and np.allclose(s["stores"], 0, atol=1e-9):
+            raise ValueError("align=stores leaves clips out: probe at least three of each domain")
         parts = []
         for foga in s["foga_map"] if config.timestep_adaptive else [s["foga"]]:
-            layers = {
-                "fixed": list(dict.fromkeys(config.align_layers)),
-                "random": sorted((rng.permutation(candidates)[:k] + 1).tolist()),
-                "lasp": top_layers(s["lasp"][1 : candidates + 1], k),
-                "gradnorm": top_layers(s["gradnorm"][:candidates], k),
-                "foga": top_layers(foga[:candidates], k),
-            }[config.align]
+            if config.align == "fixed":
+                layers = list(dict.fromkeys(config.align_layers))
+            elif config.align == "random":
+                layers = sorted((rng.permutation(candidates)[:k] + 1).tolist())
+            else:
+                excess = np.subtract(foga, s.get("control", 0))
+                ranked = {"foga": foga, "foga_excess": excess}.get(config.align, s.get(config.align))
+                layers = top_layers(ranked[-n_layer:][:candidates], k)  # LASP and stores begin with z_0, not a layer
             a = np.array([foga[l - 1] for l in layers])
-            weights = {"foga": a, "normalized": a / a.sum(), "equal": np.full(len(a), 1 / len(a))}[config.weighting]
+            # paper: lambda_l = align_weight * A_l
+            weights = {"paper": a, "normalized": a / a.sum(), "equal": np.full(len(a), 1 / len(a))}[config.weighting]
             parts.append(dict(zip(layers, (config.align_weight * weights).tolist(), strict=True)))
         union = dict.fromkeys(l for part in parts for l in part)
         selection.append({l: [part.get(l, 0.0) for part in parts] for l in union})
@@ -287,7 +360,11 @@ def table(result: dict, control: dict | None, selection: Selection = ()) -> str:
         aligned = {l for l, weights in selection[d].items() if any(weights)} if selection else ()
         columns = {"layer": [f"  {l:3d}{'*' if l in aligned else ' '}" for l in range(1, 1 + len(s["foga"]))]}
         columns["LASP"] = with_intervals(s["lasp"], s["lasp_interval"], "6.3f")[1:]
-        columns["FoG-A"] = with_intervals(s["foga"], s["foga_interval"], "6.4f")
+        columns["stores R2"] = with_intervals(s["stores"], s["stores_interval"], "5.2f")[1:]
+        named = f"FoG-A {result['ablation']}".removesuffix(" zero")
+        columns[named] = with_intervals(s["foga"], s["foga_interval"], "6.4f")
+        if "foga_resample" in s:
+            columns["FoG-A resample"] = with_intervals(s["foga_resample"], s["foga_resample_interval"], "6.4f")
         if c:
             excess = np.subtract(s["foga_clips"], c["foga_clips"])  # paired: the same clips and noise
             bounds = interval(resampled(len(excess)) @ excess / len(excess))
@@ -296,7 +373,7 @@ def table(result: dict, control: dict | None, selection: Selection = ()) -> str:
         columns["gradient norm"] = with_intervals(s["gradnorm"], s["gradnorm_interval"], "6.4f")
         rank, shared = s["rank_correlation"], s["top_overlap"]
         text += [
-            f"{name} ({result['clips'][d]} clips; BiT-C at the interface {s['bitc']:.3f})",
+            f"{name} ({result['clips'][d]} clips; at the interface BiT-C {s['bitc']:.3f}, R2 {s['stores'][0]:.2f})",
             common.table([list(columns), *zip(*columns.values(), strict=True)]),
             f"  top {k}: FoG-A {top_layers(s['foga'], k)}, LASP {top_layers(s['lasp'][1:], k)}, "
             f"gradient norm {top_layers(s['gradnorm'], k)}",
@@ -304,7 +381,8 @@ def table(result: dict, control: dict | None, selection: Selection = ()) -> str:
             f"top {k} share {shared[0]:.0f} [{shared[1]:.0f} {shared[2]:.0f}] of {k} layers",
         ]
         text += [f"  {against_control(s['foga'], c['foga'], k)}"] if c else []
-    return "\n".join(text)
+    legend = "stores R2: a ridge regression for each layer, held out; LASP's projection is trained at z_0 alone and"
+    return "\n".join([*text, f"{legend} means nothing at other depths"])
 
 
 def with_intervals(values: Sequence[float], bounds: Sequence, form: str) -> list[str]:
@@ -400,14 +478,14 @@ def main(args: ProbeArgs) -> None:
     batch = fixed_batch(dataset, args.clips, args.seed, 10**9 if args.weights else args.frames).to(device)
     if args.weights:
         batch = model.spell(batch, [dataset.name_and_text(i)[1] for i in batch.ids.tolist()])
-    results, control = {}, None
+    results, single = {}, len(models) == 1
+    control = args.control and single and not args.random_init
     with precision(device, args.dtype):
         for model, state, path in models:
             model.to(device).eval()
-            results[str(path)] = probe(model, batch, args.times, state["config"]["sigma"], args.seed, args.top_k)
-        model, state, path = models[-1]
-        if args.control and not args.random_init and len(results) == 1:
-            control = control_scores(model, batch, args.times, state["config"]["sigma"], args.seed)
+            settings = args.times, state["config"]["sigma"], args.seed, args.top_k, args.ablation
+            results[str(path)] = probe(model, batch, *settings, control=control, beside=single)
+    model, state, path = models[-1]
     out_dir = Path(args.out_dir or path.parent)
     out_dir.mkdir(parents=True, exist_ok=True)
     if len(results) > 1:
@@ -415,9 +493,10 @@ def main(args: ProbeArgs) -> None:
         print(f"{stability(results, args.top_k)}\nwrote {out_dir / 'stability.json'}")
         return
     result, selection, L = results[str(path)], state["selection"], model.config.n_layer
+    control = control_of(result)
     report(out_dir, result, control, selection)
     what = state.get("what") or f"{path}, step {state['step']}"
-    print(f"{what}; t on {args.times} points; * aligned in training; [95 % interval over clips]")
+    print(f"{what}; t on {args.times} points; ablation {args.ablation}; * aligned in training; [95 % over clips]")
     print(table(result, control, selection))
     passes, spent = (L + 1) * args.times, sum(p["result"]["seconds"] for p in state["probes"])
     work = f"{passes / 2:.0f} forward passes instead of {passes}" if model.one_sweep else f"{passes} forward passes"

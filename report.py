@@ -25,18 +25,76 @@ from common import DOMAINS, SPEECH, read_csv, table, write_json
 
 ASSETS = Path(__file__).resolve().parent / "assets"  # the pages' templates
 SHOWN = 6  # clips per domain on a run's page
+DRAWS = 400  # of a bootstrap
+PAIRED = {"WER %": ("wer", 100), "MCD, dB": ("mcd", 1), "cosine": ("cosine", 1)}  # heading: key in eval.json, scale
 COLUMNS = {  # of a comparison, name in table.json: heading, and how many decimals
     "held_out_speech": ("held-out FM, speech", 4),
     "held_out_audio": ("held-out FM, audio", 4),
     "wer": ("speech WER %", 1),
     "speech_fad": ("speech FAD", 2),
     "audio_fad": ("audio FAD", 2),
+    "speech_kad": ("speech KAD", 2),
+    "audio_kad": ("audio KAD", 2),
     "speech_mos": ("speech MOS", 2),
     "audio_mos": ("audio MOS", 2),
     "steps_to_target": ("steps to FAD", 0),
     "seconds_to_target": ("seconds to FAD", 0),
     "gain": ("gain %", 1),
 }
+
+
+def resampled(n: int) -> np.ndarray:
+    """How often each of n clips is drawn in each of DRAWS bootstrap samples, (DRAWS, n); always the same draws."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS)
+
+
+def interval(draws: np.ndarray) -> list[float]:
+    """The 95 % interval [low, high] of bootstrap draws (n,)."""
+    return np.nanpercentile(draws, [2.5, 97.5]).tolist()
+
+
+def paired_interval(difference: np.ndarray, weight: np.ndarray | float = 1.0) -> list[float]:
+    """[mean, low, high] of paired differences (S seeds, C clips), weighted by clip (C,), with the 95 % interval over
+    both: how the means of seeds and of clips vary, less the noise in both; Student's t with Satterthwaite's freedom. (A
+    bootstrap over three seeds calls a fifth of pairs without effect different.) One seed says nothing of trainings."""
+    weight = weight / np.mean(weight) * np.ones(difference.shape[1])
+    mean, (s, c) = float((difference * weight).mean()), difference.shape
+    rest = weight * (difference - mean)  # a ratio's, linearised
+    free = np.array([max(1, s - 1), c - 1])
+    parts = np.array([(rest.mean(1) ** 2).sum() / s, (rest.mean(0) ** 2).sum() / c]) / free
+    noise = ((rest - rest.mean(1, keepdims=True) - rest.mean(0)) ** 2).sum() / free.prod() / (s * c)
+    variance = max(*parts, parts.sum() - noise)
+    freedom = variance**2 / (parts**2 / free).sum() if variance else 1
+    half = float(scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance))
+    return [mean, mean - half, mean + half]
+
+
+def differences(paths: Sequence[Path]) -> dict[str, dict]:
+    """{name: {"speech MCD, dB": paired_interval}} of the runs NAME_sSEED less none_sSEED, over the clips they share."""
+    split = {p: re.fullmatch(r"(.*?)(_s\d+)?", p.name).groups() for p in paths}
+    runs = {split[p]: {c["id"]: c for c in read_eval(p).get("clips", {}).get("generated", [])} for p in paths}
+    result: dict[str, dict] = {}
+    for name in dict.fromkeys(name for name, seed in runs if name != "none" and ("none", seed) in runs):
+        pairs = [(runs[n, seed], runs["none", seed]) for n, seed in runs if n == name and ("none", seed) in runs]
+        for domain, (heading, (key, scale)) in itertools.product(DOMAINS, PAIRED.items()):
+            has = ({i for i, c in run.items() if c["domain"] == domain and key in c} for pair in pairs for run in pair)
+            ids = sorted(set.intersection(*has))
+            words = np.array([pairs[0][0][i]["words"] if key == "wer" else 1 for i in ids])
+            if len(ids) > 1:
+                d = np.array([[scale * (run[i][key] - base[i][key]) for i in ids] for run, base in pairs])
+                result.setdefault(name, {})[f"{domain} {heading}"] = paired_interval(d, words)
+    return result
+
+
+def differences_table(found: dict[str, dict]) -> str:
+    """The differences as an aligned Markdown table, in bold what does not include zero; empty without any."""
+    lines = [["less none, paired", *dict.fromkeys(c for row in found.values() for c in row)]]
+    for name, row in found.items():
+        lines.append([name, *[""] * (len(lines[0]) - 1)])
+        for column, (mean, low, high) in row.items():
+            bold = "**" if low > 0 or high < 0 else ""
+            lines[-1][lines[0].index(column)] = f"{bold}{mean:+.3f} [{low:.3f} {high:.3f}]{bold}"
+    return table(lines, markdown=True) if found else ""
 
 
 def read_eval(run: Path) -> dict:
@@ -52,7 +110,9 @@ def read_run(path: Path, fad_target: float | None, mos: dict[str, tuple]) -> dic
     result = read_eval(path)
     row = {"wer": 100 * result["wer"]["generated"]}
     row |= {f"held_out_{name}": value for name, value in result["held_out_fm"].items()}
-    row |= {f"{name}_fad": result["fad"][name]["generated"] for name in DOMAINS if "fad" in result}
+    fads = result.get("fad", {})
+    row |= {f"{name}_fad": fads[name]["generated"] for name in DOMAINS if fads}
+    row |= {f"{name}_kad": fads[name]["kad"]["generated"] for name in DOMAINS if "kad" in fads.get(name, {})}
     row |= {f"{name}_mos": score[0] for name, score in mos.items()}
     curve = [r for r in read_csv(path / "evals.csv") if r.get("speech_fad")]
     reached = [r for r in curve if fad_target is not None and float(r["speech_fad"]) <= fad_target]
@@ -66,7 +126,9 @@ def refuse_unlike(paths: Sequence[Path]) -> None:
     seen: dict[str, tuple] = {}
     for path in paths:
         result = read_eval(path)
-        used = {k: result[k] for k in ("data", "vocoder", "asr")} | {"WER clips": result["wer"]["clips"]}
+        used = {k: result.get(k) for k in ("data", "vocoder", "asr", "clip_seed")} | {
+            "WER clips": result["wer"]["clips"]
+        }
         used |= {k: v for k, v in result["sampler"].items() if k not in ("seed", "sigma")}
         used |= {"fad_model": result["fad"]["model"]} if "fad" in result else {}
         for key, value in used.items():
@@ -215,15 +277,32 @@ def mos_table(ratings: list[dict]) -> str:
 
 
 def score_table(result: dict) -> str:
-    """What eval.json holds of a checkpoint as text, a column a system."""
+    """What eval.json holds of a checkpoint as text, a column a system and the interval of `generated` over clips."""
     wer, fad = result["wer"], result.get("fad", {})
     systems = list(wer["utterances"])
+    rows = [["", *systems, "generated, 95 %"]]
+
+    def add(label: str, values: dict, digits: int, scale: float = 1, interval: Sequence[float] = ()) -> None:
+        cells = [f"{scale * values[s]:.{digits}f}" if s in values else "" for s in systems]
+        between = " ".join(f"{scale * edge:.{digits}f}" for edge in interval)
+        rows.append([label, *cells, f"[{between}]" if between else ""])
+
     label = f"speech WER %, n {wer['clips']} ({wer['words']} words)"
-    rows = [["", *systems], [label, *(f"{100 * wer[s]:.1f}" for s in systems)]]
+    add(label, wer, 1, 100, wer["interval"].get("generated", ()))
     for name in DOMAINS if fad else ():
-        label = f"{name} {fad['model']}-FAD, n {fad[name]['clips']}"
-        rows.append([label, *(f"{fad[name][s]:.2f}" for s in systems)])
-    rows += [[f"held-out FM loss, {name}", "", "", f"{loss:.4f}"] for name, loss in result["held_out_fm"].items()]
+        scores = fad[name]
+        add(f"{name} {fad['model']}-FAD, n {scores['clips']}", scores, 2)
+        for k, term in enumerate(("means", "covariances")):
+            add(f"  of it the {term}", {s: pair[k] for s, pair in scores["terms"].items()}, 2)
+        add(f"{name} {fad['model']}-KAD", scores["kad"], 2, 1, scores["kad_interval"]["generated"])
+    for name in DOMAINS:
+        for key, heading, digits in (("mcd", "mel-cepstral distance, dB", 2), ("cosine", "cosine to the original", 3)):
+            found = {s: [r[key] for r in c if r["domain"] == name and key in r] for s, c in result["clips"].items()}
+            means = {s: float(np.mean(values)) for s, values in found.items() if values}
+            if means:
+                add(f"{name} {heading}", means, digits)
+    for name, loss in result["held_out_fm"].items():
+        add(f"held-out FM loss, {name}", {"generated": loss}, 4)
     text = f"{table(rows)}\nreal-time factor {result['real_time_factor']:.2f} at nfe {result['sampler']['nfe']}"
     text += f", vocoder {result['vocoder']}, recogniser {result['asr']}"
     if fad.get("is_teacher"):

@@ -94,13 +94,16 @@ class Config:
     probe_times: Count = 8  # points of the t grid
     probe_frames: Count = 1000  # probe clips are cut to this
     bitc_weight: Amount = 1.0  # weight of L_BiTC
-    align: Literal["none", "fixed", "random", "lasp", "gradnorm", "foga"] = "foga"  # how layers are selected
+    align: Literal["none", "fixed", "random", "lasp", "stores", "gradnorm", "foga", "foga_excess"] = "foga"  # the rule
+    ablation: Literal["zero", "mean", "resample"] = "zero"  # what FoG-A puts in a layer's place; zero: the paper's
     align_head: Literal["mlp", "conv1d", "conv2d"] = "mlp"  # mlp on the pooled descriptor, conv on the sequence
     align_teacher: Literal["external", "self"] = "external"  # self: a deeper layer of the model, detached (LayerSync)
+    align_target: Literal["clip", "shuffled"] = "clip"  # teacher vector of the clip, or of another one, as a control
+    align_norm: Literal["raw", "centred", "zscore"] = "raw"  # of align_target, by its domain's training clips
     align_layers: tuple[int, ...] = ()  # the layers, 1..n_layer, for align=fixed
     top_k: Count = 3  # layers selected per domain
-    weighting: Literal["foga", "normalized", "equal"] = "foga"  # align_weight * score; with sum align_weight; or equal
-    align_weight: Amount = 2.0  # scale of the alignment weights
+    weighting: Literal["normalized", "equal", "paper"] = "paper"  # shares of align_weight by FoG-A, equal ones; eq. 11
+    align_weight: Amount = 2.0  # sum of a domain's weights, whatever the rule; weighting=paper: what multiplies FoG-A
     timestep_adaptive: bool = False  # select layers for each part of the t grid of the probe, for align=foga
     refresh_every: Natural = 0  # steps between new probes and selections in phase II; 0: selected once
     align_stop: Natural = 0  # step after which the alignment term is off (HASTE); 0: never
@@ -110,6 +113,7 @@ class Config:
     eval_every: Count = 2000  # steps between held-out losses
     eval_clips: Count = 64  # held-out clips per domain for the held-out loss
     save_every: Count = 2000  # steps between checkpoints
+    keep_every: Natural = 0  # steps between checkpoints that stay, as ckpt_000400.pt; 0: none
     evaluate_every: Natural = 0  # steps between runs of evaluate.py, for curves of FAD and WER; 0: only at the end
     # sampling and evaluation at the end of a run
     nfe: Count = 32  # velocity evaluations per clip
@@ -155,11 +159,11 @@ COLUMNS += tuple(f"held_out_{name}" for name in DOMAINS)
 # settings that a continued run may change, and those that a branch from the end of phase I may change as well
 MAY_DIFFER = (
     "out_dir branch_from device dtype compile checkpoint_activations loader_threads data_dir log_every eval_every "
-    "eval_clips save_every nfe cfg_scale sway vocoder asr fad_model evaluate evaluate_every"
+    "eval_clips save_every keep_every nfe cfg_scale sway vocoder asr fad_model evaluate evaluate_every"
 ).split() + data.CORPUS  # what data_dir was prepared from; Run.data says which preparation it is
 BRANCH_MAY_DIFFER = (
-    "align align_layers align_head align_teacher timestep_adaptive refresh_every align_stop top_k weighting "
-    "align_weight head_dim"
+    "align align_target align_norm align_layers align_head align_teacher timestep_adaptive refresh_every align_stop "
+    "top_k weighting align_weight head_dim"
 ).split()
 
 
@@ -170,6 +174,7 @@ def train(config: Config, machine: Machine) -> "Run":
     which every rank sees alike after the all-reduce, updates nothing."""
     run, dataset, held_out = open_run(config, machine)
     sampler = TrainingBatches(dataset, config, machine.rank, machine.world)
+    run.objective.expected = sampler.expected_clips(dataset.index["domain"])
     batches = Prefetcher(sampler, config.loader_threads, pin=machine.device.startswith("cuda"))
     probe_batch = fixed_batch(dataset, config.probe_clips, config.seed, config.probe_frames).to(machine.device)
     report = Report(run, machine, sampler, held_out) if machine.lead else None
@@ -202,16 +207,18 @@ def train(config: Config, machine: Machine) -> "Run":
         switch = run.step == config.phase1_steps and not run.selected
         refresh = bool(run.objective.heads) and due(run.step, config.refresh_every)
         if switch or refresh or (not run.selected and due(run.step, config.probe_every)):
-            run.probes.append({"step": run.step, "result": probe_now(run, probe_batch, machine)})
+            run.probes.append({"step": run.step, "result": probe_now(run, probe_batch, machine, switch or refresh)})
         if refresh:
             run.objective.select(probe.select(config, run.probes[-1]["result"], config.n_layer))
         if switch:
-            if machine.lead:
+            if report:
+                report.clock()  # phase1.pt tells a branch how long phase I took
                 save(run, "phase1.pt")
             intervene(run)
             objective = distributed(run, machine)
-            if machine.lead:
-                optional(lambda: report_phase1(run, probe_batch, machine))
+            if report:
+                optional(lambda: report_phase1(run))
+                report.clock(counts=False)
 
         # log, evaluate, save
         if report:
@@ -219,11 +226,14 @@ def train(config: Config, machine: Machine) -> "Run":
             report.count(numbers, sum(int(part.frames.sum()) for part in parts) * machine.world)
             end = run.step == config.max_steps
             curve = due(run.step, config.evaluate_every) and not end
-            held_out_due, save_due = (end or due(run.step, n) for n in (config.eval_every, config.save_every))
+            keep_due, held_out_due = due(run.step, config.keep_every), end or due(run.step, config.eval_every)
+            save_due = end or keep_due or due(run.step, config.save_every)
             if end or curve or held_out_due or save_due or due(run.step, config.log_every):
                 report.row(held_out_due)
             if save_due or curve:
                 save(run)
+            if keep_due:
+                save(run, f"ckpt_{run.step:06d}.pt")
             if curve:
                 evaluate_checkpoint(run, machine, ["evaluate.py"])
             if held_out_due or save_due or curve:
@@ -329,12 +339,13 @@ def trade(model: FlowModel, config: Config) -> None:
             block.compile(dynamic=True)
 
 
-def probe_now(run: Run, batch: Batch, machine: Machine) -> dict:
-    """Probes the model on rank 0, as it is (not its average, which lags early on), and shares the result."""
+def probe_now(run: Run, batch: Batch, machine: Machine, control: bool) -> dict:
+    """Probes the raw weights on rank 0, `control`: and random ones, and shares the result."""
     c, shared = run.config, [None]
     if machine.lead:
         with machine.precision():
-            shared = [probe.probe(run.objective.model, batch, c.probe_times, c.sigma, c.seed, c.top_k)]
+            how = (c.probe_times, c.sigma, c.seed, c.top_k, c.ablation, control)
+            shared = [probe.probe(run.objective.model, batch, *how)]
         for name in DOMAINS:
             scores = shared[0][name]
             top = " ".join(f"L{l} {scores['foga'][l - 1]:.3f}" for l in probe.top_layers(scores["foga"], c.top_k))
@@ -353,17 +364,15 @@ def intervene(run: Run, selection: Selection | None = None) -> None:
             run.optimizer.add_param_group(group)
 
 
-def report_phase1(run: Run, batch: Batch, machine: Machine) -> None:
+def report_phase1(run: Run) -> None:
     """Shows what the probes found, beside a random-init control, and what was selected; writes probe.json and .png."""
-    c, result, model = run.config, run.probes[-1]["result"], run.objective.model
-    with machine.precision():
-        control = probe.control_scores(model, batch, c.probe_times, c.sigma, c.seed)
-    print(probe.table(result, control, run.objective.selection))
-    for name, layers in zip(DOMAINS, run.objective.selection, strict=True):
+    result, selection = run.probes[-1]["result"], run.objective.selection
+    print(probe.table(result, probe.control_of(result), selection))
+    for name, layers in zip(DOMAINS, selection, strict=True):
         means = {l: sum(w) / len(w) for l, w in layers.items() if any(w)}
         chosen = ", ".join(f"L{l} (weight {w:.3f})" for l, w in means.items()) or "nothing"
         print(f"phase II aligns for {name}: {chosen}", flush=True)
-    probe.report(Path(c.out_dir), result, control, run.objective.selection)
+    probe.report(Path(run.config.out_dir), result, probe.control_of(result), selection)
 
 
 def save(run: Run, name: str = "ckpt.pt") -> None:
@@ -403,6 +412,11 @@ def open_run(config: Config, machine: Machine) -> tuple[Run, Dataset, Dataset]:
         restore(run, path)
     elif config.branch_from:
         restore(run, Path(config.branch_from))
+        rows = common.read_csv(Path(config.branch_from).with_name("evals.csv"))
+        rows = [r for r in rows if int(r["step"]) <= run.step]  # its curve begins with that of phase I
+        if machine.lead and rows:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            common.write_csv(path.with_name("evals.csv"), list(rows[0]), rows)
     if run.step == config.phase1_steps and not run.selected and run.probes:
         intervene(run)
     trade(run.objective.model, config)
@@ -451,7 +465,15 @@ class Report:
         )
 
     def restart_clock(self) -> None:
-        self.since, self.frames = time.time(), 0
+        self.since, self.spent, self.frames = time.time(), 0.0, 0
+
+    def clock(self, counts: bool = True) -> None:
+        """Adds the time since the last call to the run's and to that of the next row, where it counts as training."""
+        now = time.time()
+        if counts:
+            self.spent += now - self.since
+            self.run.seconds += now - self.since
+        self.since = now
 
     def count(self, numbers: dict[str, float], frames: int) -> None:
         """Takes in a step's losses and its frames over all ranks."""
@@ -460,11 +482,11 @@ class Report:
 
     def row(self, with_held_out: bool) -> None:
         """Writes the last step's row, of the steps since the row before; none when there was no step."""
-        run, spent = self.run, time.time() - self.since
+        run, last = self.run, self.run.config.max_steps
         if not self.frames:
             return
-        rate, last = self.frames / spent, run.config.max_steps
-        run.seconds += spent
+        self.clock()
+        rate = self.frames / self.spent
         self.restart_clock()
         held = held_out_loss(run.ema, self.eval_batch, run.config.sigma, self.machine) if with_held_out else {}
         phase = 1 + run.selected
@@ -498,6 +520,8 @@ def check(config: Config) -> None:
     """Refuses, before anything is read, what would fail many steps later. Raises ValueError."""
     if config.align != "none":
         probe.check_strategy(config, config.n_layer)
+    if config.align_teacher == "self" and (config.align_target, config.align_norm) != ("clip", "raw"):
+        raise ValueError("align_target and align_norm change the external teacher's vectors, not align_teacher=self")
     if config.n_embd % (2 * config.n_head):
         raise ValueError(f"n_embd={config.n_embd}, n_head={config.n_head}: a head needs a whole, even width")
     if config.phase1_steps >= config.max_steps and config.align != "none":

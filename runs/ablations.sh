@@ -15,7 +15,7 @@ for seed in $(seq 0 $((seeds - 1))); do
     run "$out/K${k}_s$seed" "$@" "${from[@]}" --top_k=$k
   done
   run "$out/equal_s$seed" "$@" "${from[@]}" --weighting=equal
-  run "$out/normalized_s$seed" "$@" "${from[@]}" --weighting=normalized
+  run "$out/paper_s$seed" "$@" "${from[@]}" "${paper[@]}"
   run "$out/conv1d_s$seed" "$@" "${from[@]}" --align_head=conv1d
   run "$out/conv2d_s$seed" "$@" "${from[@]}" --align_head=conv2d
   run "$out/self_foga_s$seed" "$@" "${from[@]}" --align_teacher=self

@@ -3,6 +3,7 @@
 #
 #   bash runs/table2.sh [config] [seeds] [--key=value ...]      e.g. bash runs/table2.sh config/demo.py 3
 #
+# All rules share one budget (runs/common.sh); `paper` is AG-REPA with the paper's own lambda, 2 A_l.
 # Finished runs are skipped and interrupted ones continue, so the same command resumes after Ctrl-C. Layer numbers are
 # the paper's, scaled by depth.
 set -euo pipefail
@@ -40,5 +41,6 @@ for seed in $(seq 0 $((seeds - 1))); do
   run "$out/lasp_s$seed" "$@" --seed="$seed" "$from" --align=lasp
   run "$out/gradnorm_s$seed" "$@" --seed="$seed" "$from" --align=gradnorm
   run "$out/agrepa_s$seed" "$@" --seed="$seed" "$from" --align=foga
+  run "$out/paper_s$seed" "$@" --seed="$seed" "$from" --align=foga "${paper[@]}"
 done
 python evaluate.py --compare $out/*_s*/

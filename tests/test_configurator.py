@@ -158,7 +158,7 @@ REFUSED = {
         ("--learning_rate=0", ["learning_rate = 0 ", "expected at least"]),
         ("--compile=maybe", ["compile = 'maybe'", "expected true or false"]),
         ("--compile=", ["compile = ''", "expected true or false"]),
-        ("--align=best", ["align = 'best'", "expected one of none, fixed, random, lasp, gradnorm, foga"]),
+        ("--align=best", ["align = 'best'", "expected one of none, fixed, random, lasp, stores, gradnorm, foga"]),
         ("--align_layers=4,x", ["align_layers = (4, 'x')", "expected a list of int"]),
         ("--align_layers=4,1.5", ["align_layers = (4, 1.5)", "expected a list of int"]),
         ("-seed=1", ["config file -seed=1: no such file"]),

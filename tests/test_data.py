@@ -172,6 +172,14 @@ def test_batches_are_a_function_of_seed_step_and_rank(many):
     assert any(a.ids(s).tolist() != other.ids(s).tolist() for s in range(5))
 
 
+def test_the_expected_clips_of_a_batch_are_those_of_an_epoch(many):
+    batches, domain = data.TrainingBatches(many, BATCHES), many.index["domain"]
+    groups = [domain[batches.ids(step)] for step in range(batches.steps_per_epoch)]
+    expected = [np.mean([(g == d).sum() for g in groups]) for d in (SPEECH, AUDIO)]
+    assert batches.expected_clips(domain) == pytest.approx(expected)
+    assert batches.expected_clips(np.zeros(300, np.int8))[AUDIO] == 0  # a corpus may lack a domain
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_an_epoch_without_overlap(many, world):
     ranks = [data.TrainingBatches(many, BATCHES, r, world) for r in range(world)]
@@ -237,6 +245,44 @@ def test_clips_are_trimmed_to_the_shortest_of_like_length(many):
     assert cuts == {False, True} and batches.left_out() == pytest.approx(lost / frames.sum())
     assert data.TrainingBatches(many, BATCHES).left_out() == 0
     assert batches.padding() < data.TrainingBatches(many, BATCHES).padding()
+
+
+@pytest.mark.parametrize("target", ["clip", "shuffled"])
+@pytest.mark.parametrize("norm", ["raw", "centred", "zscore"])
+def test_targets_are_those_of_the_clip_or_of_another_over_the_domains_statistics(many, target, norm):
+    """Against float64 over all vectors at once; BiT-C's own vectors stay. Clip i's vector is i + 0.5 throughout."""
+    config, domain = replace(BATCHES, align_target=target, align_norm=norm), many.index["domain"]
+    batches, plain, giver = data.TrainingBatches(many, config), data.TrainingBatches(many, BATCHES), {}
+    again = data.TrainingBatches(many, config, rank=0, world=1)
+    for step in range(2 * batches.steps_per_epoch):  # each clip twice
+        batch, without = batches(step), plain(step)
+        assert torch.equal(batch.mel, without.mel) and not without.target
+        if (target, norm) == ("clip", "raw"):
+            assert not batch.target
+            continue
+        assert batch.to("meta").target["aisfx"].device.type == "meta"
+        for d, name in enumerate(("whisper", "aisfx")):
+            own, x = batch.domain == d, batch.target[name].double()
+            assert torch.equal(batch.teacher[name], without.teacher[name]) and not x[~own].any()
+            values = np.flatnonzero(domain == d) + 0.5
+            mean, std = (0, 1) if norm == "raw" else (values.mean(), values.std() if norm == "zscore" else 1)
+            whose = x[own] * std + mean - 0.5
+            torch.testing.assert_close(whose, whose.round()[:, :1].expand(whose.shape), atol=1e-3, rtol=0)
+            for i, j in zip(batch.ids[own].tolist(), whose[:, 0].round().long().tolist(), strict=True):
+                assert domain[j] == d and giver.setdefault(i, j) == j
+        assert torch.equal(again(step).target["whisper"], batch.target["whisper"])
+    if giver:  # each vector has one clip that learns it: its own, or never
+        assert sorted(giver) == sorted(giver.values()) == list(range(300))
+        assert sum(i == j for i, j in giver.items()) == (300 if target == "clip" else 0)
+    if target == "shuffled":
+        seeds = [data.other_clips(domain, seed).tolist() for seed in (4, 4, 5)]
+        assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_one_clip_cannot_be_shuffled():
+    with pytest.raises(DataError, match="one audio clip to train on"):
+        data.other_clips(np.array([0, 0, 1]), 0)
+    assert data.other_clips(np.array([0, 0]), 0).tolist() == [1, 0]
 
 
 def test_fixed_batch(many):

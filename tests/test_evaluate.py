@@ -1,5 +1,6 @@
 """evaluate.py: the Frechet distance against the textbook formula, the word errors against a count by hand."""
 
+import itertools
 import json
 import math
 import shutil
@@ -7,15 +8,22 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 
 import evaluate
+import report
 import train
 from common import Machine, read_csv
-from evaluate import EvalArgs, frechet_distance
+from evaluate import EvalArgs, frechet_terms
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    return sum(frechet_terms(a, b))
 
 
 def textbook(a: np.ndarray, b: np.ndarray, root: Callable) -> float:
@@ -40,11 +48,12 @@ def test_more_samples_than_dimensions_take_the_same_value(rng):
     assert frechet_distance(*wide) == pytest.approx(frechet_distance(a, b), rel=1e-9)
 
 
-def test_frechet_distance_in_closed_form(rng):
+def test_frechet_terms_in_closed_form(rng):
     """Sets with the same covariance differ by their means alone; a scaled set by (s - 1)^2 of the variance."""
     a, shift = rng.normal(size=(80, 12)), rng.normal(size=12)
-    assert frechet_distance(a, a + shift) == pytest.approx((shift**2).sum(), rel=1e-8)
-    assert frechet_distance(a, 3 * a) == pytest.approx(4 * (a.var(0, ddof=1) + a.mean(0) ** 2).sum(), rel=1e-8)
+    assert frechet_terms(a, a + shift) == pytest.approx(((shift**2).sum(), 0), rel=1e-8, abs=1e-8)
+    expected = 4 * (a.mean(0) ** 2).sum(), 4 * a.var(0, ddof=1).sum()
+    assert frechet_terms(a, 3 * a) == pytest.approx(expected, rel=1e-8)
 
 
 def test_frechet_distance_of_fewer_samples_than_dimensions(rng):
@@ -73,6 +82,130 @@ def test_frechet_distance_of_nothing_to_compare_is_not_a_perfect_zero(rng):
     a = rng.normal(size=(10, 4))
     broken = np.where(np.arange(40).reshape(10, 4) == 14, np.nan, a)
     assert all(math.isnan(frechet_distance(*pair)) for pair in ((a, a[:1]), (a[:1], a), (a, broken)))
+
+
+def clips_of(rng, clips: int, alike: float = 0.0, shift: float = 0.0) -> list[np.ndarray]:
+    """One to four patches a clip, in 6 dimensions; patches of a clip share `alike` of their variance."""
+    noise = lambda n: rng.normal(size=(n, 6))  # noqa: E731
+    return [shift + alike**0.5 * noise(1) + (1 - alike) ** 0.5 * noise(rng.integers(1, 5)) for _ in range(clips)]
+
+
+def test_kad_equals_a_double_loop(rng, monkeypatch):
+    x, y = clips_of(rng, 9, shift=0.7), clips_of(rng, 14)
+    rows = np.concatenate(y)
+    sigma = np.median([np.linalg.norm(u - v) for i, u in enumerate(rows) for v in rows[i + 1 :]])
+
+    def mean_kernel(a: list, b: list, weights: np.ndarray) -> float:
+        """Over pairs of two clips, in lists of their own."""
+        total = pairs = 0.0
+        for (i, p), (j, q) in itertools.product(enumerate(a), enumerate(b)):
+            weight = (weights[i] if a is x else 1) * (weights[j] if b is x else 1)
+            for u, v in itertools.product(p, q) if not (a is b and i == j) else ():
+                total += weight * math.exp(-((u - v) ** 2).sum() / (2 * sigma**2))
+                pairs += weight
+        return total / pairs
+
+    def naive(weights: np.ndarray) -> float:
+        return 100 * (mean_kernel(x, x, weights) + mean_kernel(y, y, weights) - 2 * mean_kernel(x, y, weights))
+
+    drawn = rng.multinomial(9, np.full(9, 1 / 9), 5)
+    monkeypatch.setattr(report, "resampled", lambda n: drawn)
+    value, *interval = evaluate.kernel_distances({"s": x}, y)["s"]
+    assert value == pytest.approx(naive(np.ones(9)), rel=1e-9)
+    assert interval == pytest.approx(np.percentile([naive(w) for w in drawn], [2.5, 97.5]), rel=1e-9)
+    single = [[c[:1] for c in clips] for clips in (x, y)]  # the paper's: all pairs of patches but those with themselves
+    assert evaluate.kernel_distances({"s": [np.float32(c) for c in single[0]]}, single[1])["s"][0] > value / 2
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.8])
+def test_kad_of_two_draws_averages_to_zero(rng, alike):
+    """Also where the patches of a clip are alike; the pairs within clips would add several units."""
+    found = [
+        evaluate.kernel_distances({"s": clips_of(rng, 12, alike)}, clips_of(rng, 15, alike))["s"][0] for _ in range(150)
+    ]
+    assert abs(np.mean(found)) < 3 * np.std(found) / np.sqrt(150) and min(found) < 0 < max(found)
+    assert np.std(found) / np.sqrt(150) < 0.3
+
+
+def test_kad_of_nothing_to_compare_is_not_a_perfect_zero(rng):
+    assert math.isnan(evaluate.kernel_distances({"s": clips_of(rng, 1)}, clips_of(rng, 5))["s"][0])
+
+
+def test_interval_of_kad_covers_another_draw_and_large_differences_exclude_zero(rng):
+    reference = clips_of(rng, 60)
+    value, low, high = evaluate.kernel_distances({"s": clips_of(rng, 40, shift=1.0)}, reference)["s"]
+    others = [evaluate.kernel_distances({"s": clips_of(rng, 40, shift=1.0)}, reference)["s"][0] for _ in range(60)]
+    assert 0 < low < value < high and 0.5 < (high - low) / np.subtract(*np.percentile(others, [97.5, 2.5])) < 2
+
+
+def test_the_sample_hears_all_speakers():
+    """46 speakers one after the other, as LibriSpeech's paths sort them: the first 200 clips are of four."""
+    speaker, index = np.repeat(np.arange(46), 60), np.zeros(46 * 60 + 500, [("domain", "i8")])
+    index["domain"][46 * 60 :] = 1
+    dataset = SimpleNamespace(index=index)
+    drawn = evaluate.held_out_sample(dataset, 250, 0)
+    assert len(set(drawn.tolist())) == 500 and (index["domain"][drawn] == np.repeat([0, 1], 250)).all()
+    assert len(set(speaker[drawn[:250]])) == 46
+    assert (evaluate.held_out_sample(dataset, 20, 0)[:20] == drawn[:20]).all()  # more are those few and others
+    shorter = SimpleNamespace(index=index[: 46 * 60])  # the order of rows does not depend on what else there is
+    assert (evaluate.held_out_sample(shorter, 250, 0) == drawn[:250]).all()
+    assert set(evaluate.held_out_sample(dataset, 20, 1)) != set(drawn[:20])
+
+
+def test_mel_cepstral_distance_in_closed_form(rng):
+    """A ripple of one cosine over the bins of `size` nepers is size / sqrt(2) in the root mean square; loudness and
+    detail finer than 13 coefficients count as nothing."""
+    a, bins = torch.from_numpy(rng.normal(size=(7, 100))), (torch.arange(100).double() + 0.5) / 100
+    ripple = lambda k: torch.cos(math.pi * k * bins)  # noqa: E731
+    for k in (1, 13):
+        assert evaluate.mel_cepstral_distance(a, a + 0.3 * ripple(k)) == pytest.approx(8.6858896 * 0.3 / 2**0.5)
+    assert evaluate.mel_cepstral_distance(a, a + 2 + ripple(14)) == pytest.approx(0, abs=1e-6)
+    half = torch.where(torch.arange(7) < 3, 1.0, 0.0)[:, None] * ripple(2)
+    assert evaluate.mel_cepstral_distance(a, a + half) == pytest.approx(3 / 7 * 8.6858896 / 2**0.5)  # frames' mean
+
+
+def test_one_clip_by_hand():
+    tone = np.sin(np.arange(9000) / 9).astype(np.float32)
+    waves = {"original": {4: tone}, "vocoded": {4: tone[:8900]}, "generated": {4: tone[::-1].copy() * 0.5}}
+    embedded = {"original": np.float32([[1, 0], [1, 0]]), "vocoded": np.float32([[2, 0]]), "generated": np.eye(2) * 3}
+    wer = {"utterances": {s: [{"id": 4, "wer": 0.25, "words": 4}] for s in ("vocoded", "generated")}}
+    found = evaluate.score_clips(waves, wer, {s: {4: e} for s, e in embedded.items()}, -11.0)
+    assert found["vocoded"][0]["cosine"] == pytest.approx(1) and found["vocoded"][0]["mcd"] < 2
+    assert found["generated"][0]["cosine"] == pytest.approx(0.5**0.5)
+    assert found["generated"][0] | {"id": 4, "wer": 0.25, "words": 4} == found["generated"][0]
+    assert (
+        "cosine"
+        not in evaluate.score_clips(waves, {"utterances": {"vocoded": [], "generated": []}}, {}, -11.0)["vocoded"][0]
+    )
+
+
+def test_british_spelling_is_no_error():
+    assert evaluate.word_errors(["My favourite colour is grey"], ["my favorite color is gray"])[0] == 0
+
+
+def test_words_count_after_normalising():
+    """Stage directions and fillers are no words: four words said, or none, of five on paper."""
+    texts = {
+        1: "(3 seconds of silence)",
+        2: "[door slams] hm yes uh",
+        3: "Please press the pound key",
+        4: "mm one two three",
+    }
+    waves = {"original": dict.fromkeys(texts, np.zeros(100, np.float32))}
+    found = evaluate.score_wer(waves, texts, Listener())
+    assert found["clips"] == 1 and found["words"] == 5 and found["original"] == 1
+    assert found["utterances"]["original"][0]["id"] == 3 and found["interval"]["original"] == [1, 1]
+
+
+def test_interval_of_wer_is_that_of_resampled_clips(monkeypatch):
+    said = {k: "please press the key " + "again and again " * k for k in range(4)}
+    monkeypatch.setattr(Listener, "transcribe", lambda self, wavs: [said[0], "", said[2], ""])
+    found = evaluate.score_wer({"x": dict.fromkeys(said, np.zeros(100, np.float32))}, said, Listener())
+    words, wrong = np.array([4, 7, 10, 13]), np.array([0, 1, 0, 1])
+    draws = report.resampled(4)
+    naive = [sum(n * w * e for n, w, e in zip(row, words, wrong, strict=True)) / sum(row * words) for row in draws]
+    assert found["x"] == pytest.approx((words * wrong).sum() / words.sum()) and (draws.sum(1) == 4).all()
+    assert found["interval"]["x"] == pytest.approx(np.percentile(naive, [2.5, 97.5]))
 
 
 def test_word_errors_by_hand():
@@ -172,7 +305,14 @@ def test_a_run_is_evaluated_then_its_phase_1(evaluated, capsys):
     assert result["step"] == 2 and result["wer"]["generated"] == 0.5 and result["wer"]["clips"] == 3
     for name in ("speech", "audio"):
         assert result["fad"][name] | {"clips": 3, "patches": 12} == result["fad"][name]
-        assert all(np.isfinite(result["fad"][name][s]) for s in ("original", "vocoded", "generated"))
+        for system in ("original", "vocoded", "generated"):
+            low, high = result["fad"][name]["kad_interval"][system]
+            assert low <= high and np.isfinite([low, high, result["fad"][name]["kad"][system]]).all()
+            assert sum(result["fad"][name]["terms"][system]) == result["fad"][name][system]
+        for system in ("vocoded", "generated"):
+            rows = [r for r in result["clips"][system] if r["domain"] == name]
+            assert len(rows) == 3 and all(("wer" in r) == (name == "speech") for r in rows)
+            assert all(r["mcd"] >= 0 and -1 <= r["cosine"] <= 1.001 for r in rows)
     made = {p.stem for p in (evaluated / "samples").glob("*_????.wav")}
     assert made == {"speech_0000", "speech_0002", "speech_0004", "audio_0001", "audio_0003", "audio_0005"}
     files = [evaluated / "eval.json", evaluated / "index.html", *evaluated.glob("samples/*")]
@@ -190,7 +330,9 @@ def test_evaluated_runs_are_compared_and_heard(evaluated, tmp_path, capsys):
         shutil.copytree(evaluated, run)
     evaluate.main(EvalArgs(compare=(*map(str, runs), str(tmp_path / "unfinished"))))
     assert "not evaluated yet, left out:" in capsys.readouterr().err
-    assert list(json.loads((tmp_path / "table" / "table.json").read_text())) == ["none", "lasp"]
+    rows = json.loads((tmp_path / "table" / "table.json").read_text())
+    assert list(rows) == ["none", "lasp"] and rows["lasp"]["less_none"]["speech WER %"] == [0, 0, 0]
+    assert "+0.000 [0.000 0.000]" in (tmp_path / "table" / "table.md").read_text()
     assert (tmp_path / "table" / "table.png").read_bytes()[:4] == b"\x89PNG"
     evaluate.main(EvalArgs(listening_test=tuple(map(str, runs)), listening_clips=2, out=str(tmp_path / "heard")))
     key = json.loads((tmp_path / "heard" / "key.json").read_text()).values()

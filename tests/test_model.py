@@ -129,11 +129,11 @@ def test_a_clip_is_the_same_alone_and_padded(rng, second, interleave, head, teac
         fm += n * m.masked_mse(v_alone, target[at, :n], c.mask)
         d = int(batch.domain[b])
         bitc[d].append(m.bitc_loss(model, clip, c, (1.0, 1.0)))
-        align[d].append(m.alignment_loss(model, heads, clip, c.mask, h_alone, t[at], selection))
+        align[d].append(m.alignment_loss(model, heads, clip, c, h_alone, t[at], selection))
     close(m.masked_mse(v, target, cond.mask), fm / sum(FRAMES))
     mean = [torch.stack(s).mean() for s in bitc]
     close(m.bitc_loss(model, batch, cond), 0.5 * mean[0] + 1.0 * mean[1])
-    together = m.alignment_loss(model, heads, batch, cond.mask, states, t, selection)
+    together = m.alignment_loss(model, heads, batch, cond, states, t, selection)
     close(together, sum(torch.stack(s).mean() for s in align))
 
 
@@ -270,7 +270,11 @@ def test_flow_matching_loss_is_its_parts(rng, model, batch):
     error = [((v - x1 + x0)[b, :n] ** 2).mean(1) for b, n in enumerate(FRAMES)]
     close(losses["fm"], torch.cat(error).mean(), 1e-9)
     close(losses["bitc"], m.bitc_loss(model, batch, cond))
-    close(losses["align"], m.alignment_loss(model, heads, batch, cond.mask, states, t, selection))
+    close(losses["align"], m.alignment_loss(model, heads, batch, cond, states, t, selection))
+    torch.manual_seed(seed)
+    expected = m.flow_matching_loss(model, batch, 0.6, 0.4, heads, selection, (2.0, 0.0))  # 40 % lose their condition
+    close(expected["bitc"], m.bitc_loss(model, batch, cond, expected=(1.2, 0.0)))
+    close(expected["align"], m.alignment_loss(model, heads, batch, cond, states, t, selection, (1.2, 0.0)))
     assert set(m.flow_matching_loss(model, batch)) == {"fm", "bitc"}
 
 
@@ -281,6 +285,36 @@ def test_descriptor_is_equation_3(model, batch):
     for b, n in enumerate(FRAMES):
         for l, h in enumerate([cond.tokens, *states[1:]]):
             close(z[l][b], layer_norm(h[b, :n].mean(0)), 1e-11)
+
+
+@torch.no_grad()
+def test_a_clip_weighs_the_same_whoever_shares_its_batch(model, batch):
+    """Batches of 1 to 4 clips against a loop over clips: each is worth 1 / expected, nothing without its condition."""
+    heads, selection, expected = AlignHeads(CONFIG, [(1,), (3,)]).double(), [{1: [0.7]}, {3: [1.1]}], (2.5, 0.4)
+    cond = model.embed_condition(batch)._replace(kept=torch.tensor([True, True, False, True, True]))
+    t, (_, states) = (
+        torch.rand(len(FRAMES)),
+        model.velocity(batch.mel, torch.rand(len(FRAMES)).double(), cond, hidden=True),
+    )
+    alone, kept = [], cond.kept.tolist()
+    for b in CLIPS:
+        d = int(batch.domain[b])
+        name = CONFIG.teachers[d][0]
+        e, l = batch.teacher[name][b], (1, 3)[d]
+        p = model.projections[name].weight @ m.descriptor(cond.tokens, cond.mask)[b]
+        x = heads(d, l, states[l], cond.mask)[b]
+        wrong = [1 - (y @ e) / (y.norm() * e.norm()) for y in (p, x)]
+        alone.append(
+            [kept[b] * w * y / expected[d] for w, y in zip(((0.5, 1.0)[d], (0.7, 1.1)[d]), wrong, strict=True)]
+        )
+    for ids in ([0], [2], [1, 4], [0, 1, 3, 4], [*CLIPS]):
+        some, of = batch.map(lambda x, ids=ids: x[ids]), [h[ids] for h in states]
+        losses = (
+            m.bitc_loss(model, some, cond.clips(ids), expected=expected),
+            m.alignment_loss(model, heads, some, cond.clips(ids), of, t[ids], selection, expected),
+        )
+        for loss, of_clips in zip(losses, zip(*alone, strict=True), strict=True):
+            close(loss, sum(of_clips[b] for b in ids), 1e-6)
 
 
 @torch.no_grad()
@@ -332,7 +366,16 @@ def test_alignment_is_a_loop_over_clips(model, batch):
                 e = batch.teacher[CONFIG.teachers[d][0]][b]
                 weight = weights[min(int(t[b] * len(weights)), len(weights) - 1)]  # of the clip's own part of t
                 expected += weight * (1 - (x @ e) / (x.norm() * e.norm())) / len(clips)
-    close(m.alignment_loss(model, heads, batch, cond.mask, states, t, selection), expected)
+    close(m.alignment_loss(model, heads, batch, cond, states, t, selection), expected)
+
+
+def test_alignment_learns_the_batchs_target_and_bitc_its_teacher(model, batch):
+    heads, selection = AlignHeads(CONFIG, [(1,), (3,)]).double(), [{1: [0.7]}, {3: [1.1]}]
+    (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
+    other = {name: torch.randn_like(x) for name, x in batch.teacher.items()}
+    targeted, taught = replace(batch, target=other), replace(batch, teacher=other)
+    close(*(m.alignment_loss(model, heads, b, cond, states, t, selection) for b in (targeted, taught)))
+    close(m.bitc_loss(model, targeted, cond), m.bitc_loss(model, batch, cond))
 
 
 @pytest.mark.parametrize("kind, bands", [("conv1d", 1), ("conv2d", 16)])
@@ -363,7 +406,7 @@ def test_self_alignment_learns_from_a_deeper_layer_and_does_not_move_it(model, b
         own = batch.domain == d
         x = heads(d, 1, states[1], cond.mask)[own]
         expected += (1 - (x * deep[own]).sum(1) / (x.norm(dim=1) * deep[own].norm(dim=1))).mean()
-    loss = m.alignment_loss(model, heads, batch, cond.mask, states, t, [{1: [1.0]}, {1: [1.0]}])
+    loss = m.alignment_loss(model, heads, batch, cond, states, t, [{1: [1.0]}, {1: [1.0]}])
     close(loss, expected)
     loss.backward()
     assert any(p.grad is not None for p in model.blocks[0].parameters())
@@ -377,9 +420,7 @@ def test_a_missing_domain_adds_zero_but_its_heads_get_gradients(rng, model, pres
     (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
 
     there, away = ([s if (d == present) == kept else {} for d, s in enumerate(selection)] for kept in (True, False))
-    loss, same, zero = (
-        m.alignment_loss(model, heads, batch, cond.mask, states, t, s) for s in (selection, there, away)
-    )
+    loss, same, zero = (m.alignment_loss(model, heads, batch, cond, states, t, s) for s in (selection, there, away))
     assert loss == same and zero == 0
     loss.backward()
     for name, p in heads.named_parameters():  # DDP waits for every parameter

@@ -11,7 +11,7 @@ from test_model import CONFIG, FRAMES, awake, close, forward, layer_norm, random
 
 import probe
 from common import DOMAINS
-from model import DiT, bitc_loss, make_xt
+from model import DiT, FlowModel, bitc_loss, make_xt
 from train import Config
 
 L = CONFIG.n_layer
@@ -33,6 +33,11 @@ def numpy_scores(velocities: torch.Tensor, frames) -> np.ndarray:
         for l in range(1, L + 1):
             out[b, l] = np.sqrt(((v[0, b, :n] - v[l, b, :n]) ** 2).sum()) / (out[b, 0] + probe.EPS)
     return out
+
+
+def lasp_at_times(model: DiT, batch, times: int, *settings) -> torch.Tensor:
+    z = probe.at_times(probe.z_of_clips, model, batch, times, *settings)
+    return torch.stack([probe.lasp_of_clips(model, batch, z_at_t) for z_at_t in z])
 
 
 def noised(model: DiT, batch, t: float, sigma: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -129,7 +134,7 @@ def test_a_missing_domain_is_left_out(rng, present):
 @torch.no_grad()
 def test_lasp_is_the_cosine_with_the_clips_own_teacher(rng):
     model, batch, seed = awake(), random_batch(rng), int(rng.integers(1000))
-    got = probe.at_times(probe.lasp_of_clips, model, batch, 2, 0.6, seed)
+    got = lasp_at_times(model, batch, 2, 0.6, seed)
     assert got.shape == (2, len(FRAMES), L + 1)
     for i, t in enumerate(GRID):
         ts, x_t, _ = noised(model, batch, t, 0.6, seed)
@@ -143,10 +148,112 @@ def test_lasp_is_the_cosine_with_the_clips_own_teacher(rng):
                 close(got[i, b, l], p @ e / np.linalg.norm(p) / np.linalg.norm(e))
 
 
+def left_out(z: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The loop over clips and layers: a ridge regression on all other clips by least squares on rows that are added for
+    the penalty, its intercept in a column of its own without one; and the mean of the other clips."""
+    B, layers, D = z.shape
+    errors, of_mean = np.zeros((B, layers)), np.zeros(B)
+    for b in range(B):
+        rest = np.arange(B) != b
+        of_mean[b] = ((e[b] - e[rest].mean(0)) ** 2).sum()
+        for l in range(layers):
+            penalty = 0.1 * ((z[:, l] - z[:, l].mean(0)) ** 2).sum() / B
+            A = np.block([[z[rest, l], np.ones((B - 1, 1))], [np.sqrt(penalty) * np.eye(D), np.zeros((D, 1))]])
+            W = np.linalg.lstsq(A, np.concatenate([e[rest], np.zeros((D, e.shape[1]))]), rcond=None)[0]
+            errors[b, l] = ((e[b] - z[b, l] @ W[:-1] - W[-1]) ** 2).sum()
+    return errors, of_mean
+
+
+@pytest.mark.parametrize("clips, width", [(2, 5), (12, 40), (40, 3)])
+def test_held_out_ridge_is_the_loop_over_left_out_clips(rng, clips, width):
+    z, e = rng.normal(size=(clips, 3, width)) + 2, rng.normal(size=(clips, 7)) - 1
+    e[:, :2] += 30 * z[:, 1, :2]  # the middle layer stores some of it
+    for got, expected in zip(probe.held_out_errors(z, e), left_out(z, e), strict=True):
+        close(got, expected, 1e-8)
+    z[:, 2] = 1.5  # nothing in it but a constant: the mean of the others is the best guess
+    errors, of_mean = probe.held_out_errors(z, e)
+    close(errors[:, 2], of_mean, 1e-12)
+    assert clips <= width or errors[:, 1].sum() < of_mean.sum() / 2 < errors[:, 0].sum()
+
+
+def test_a_lone_clip_has_nothing_held_out(rng):
+    errors, of_mean = probe.held_out_errors(rng.normal(size=(1, 3, 5)), rng.normal(size=(1, 7)))
+    assert (1 - errors / of_mean[:, None] == 0).all()
+
+
+def naive_replaced(model: DiT, x_t, t, cond, domain, how: str) -> torch.Tensor:
+    """One pass for every layer: from the intact h_{l-1} with another update, then the layers after it."""
+    v, states = model.velocity(x_t, t, cond, hidden=True)
+    context, frames, out = model.stem(x_t, t, cond)[1], cond.mask.sum(1).tolist(), [v]
+    for l in range(1, L + 1):
+        h = states[l - 1].clone()
+        for d in range(2):
+            clips = [b for b in range(len(x_t)) if domain[b] == d]
+            updates = [(states[l] - states[l - 1])[b, : frames[b]] for b in clips]
+            for b, other in zip(clips, updates[1:] + updates[:1], strict=True):
+                if how == "mean":
+                    h[b] += torch.cat(updates).mean(0)
+                else:
+                    n = min(frames[b], len(other))
+                    h[b, :n] += other[:n]
+        for block in model.blocks[l:]:
+            h = block(h, context)
+        out.append(model.head(h, context))
+    return torch.stack(out)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("room", [1, 40_000])
+@pytest.mark.parametrize("how", ["mean", "resample"])
+def test_replaced_updates_are_the_naive_loop(rng, monkeypatch, how, room):
+    """Also a clip at a time, where the clip that gives its update is not in the growing batch."""
+    monkeypatch.setattr(probe, "SWEEP_FRAMES", room)
+    model, batch, seed = awake(), random_batch(rng), int(rng.integers(1000))
+    got = probe.at_times(probe.foga_of_clips, model, batch, 2, 0.7, seed, ablation=how)
+    zero, cond = probe.at_times(probe.foga_of_clips, model, batch, 2, 0.7, seed), model.embed_condition(batch)
+    assert torch.equal(got[..., 0], zero[..., 0]) and not torch.isclose(got, zero)[..., 1:].any()
+    for i, t in enumerate(GRID):
+        ts, x_t, _ = noised(model, batch, t, 0.7, seed)
+        close(got[i], numpy_scores(naive_replaced(model, x_t, ts, cond, batch.domain, how), FRAMES))
+
+
+def test_ablation_is_named_and_goes_into_the_control(rng):
+    model, batch = awake(), random_batch(rng)
+    zero = probe.probe(model, batch, 2, 0.5, control=True, beside=True)
+    other = probe.probe(model, batch, 2, 0.5, ablation="resample", control=True, beside=True)
+    assert (zero["ablation"], other["ablation"]) == ("zero", "resample")
+    for how, result in (("zero", zero), ("resample", other)):
+        assert probe.control_of(result) == probe.control_scores(model, batch, 2, 0.5, ablation=how)
+    for name in DOMAINS:
+        assert zero[name]["foga_resample"] == other[name]["foga"] != zero[name]["foga"]
+        assert zero[name]["foga_resample_interval"] == other[name]["foga_interval"]
+        assert "foga_resample" not in other[name] and zero[name]["control"] != other[name]["control"]
+    plain = probe.probe(model, batch, 2, 0.5)
+    assert probe.control_of(plain) is None and "foga_resample" not in plain[DOMAINS[0]]
+    assert "FoG-A resample" not in probe.table(plain, None) and "FoG-A resample" in probe.table(zero, None)
+    header = probe.table(other, None).splitlines()[1]
+    assert header.count("FoG-A") == header.count("FoG-A resample") == 1
+
+
+def test_another_clips_update_needs_another_clip(rng):
+    model, batch = awake(), random_batch(rng, domain=torch.tensor([0, 1, 1, 1, 1]))
+    with pytest.raises(ValueError, match="at least two"):
+        probe.probe(model, batch, 1, 0.5, ablation="resample")
+    assert "foga_resample" not in probe.probe(model, batch, 1, 0.5, beside=True)["audio"]
+
+
+def test_a_model_whose_layers_can_only_be_closed_says_so(rng):
+    model, batch = awake(), random_batch(rng)
+    model.ablated = lambda *inputs: FlowModel.ablated(model, *inputs)
+    with pytest.raises(ValueError, match="ablation=zero"):
+        probe.probe(model, batch, 1, 0.5, ablation="mean")
+    probe.probe(model, batch, 1, 0.5)
+
+
 @torch.no_grad()
 def test_lasp_at_the_interface_is_bitc(rng):
     model, batch = awake(), random_batch(rng)
-    lasp, cond = probe.at_times(probe.lasp_of_clips, model, batch, 2), model.embed_condition(batch)
+    lasp, cond = lasp_at_times(model, batch, 2), model.embed_condition(batch)
     assert torch.equal(lasp[0, :, 0], lasp[1, :, 0])  # the interface does not depend on t
     result = probe.probe(model, batch, 2, 0.5)
     for d, name in enumerate(DOMAINS):
@@ -225,15 +332,17 @@ def result(rng) -> dict:
     """Scores of 6 layers whose three rankings differ."""
 
     def domain() -> dict:
-        foga, lasp, grad = (rng.permutation(6) + rng.uniform(0.1, 0.9, 6) for _ in range(3))
-        lasp = [99.0, *lasp.tolist()]  # the interface is not a layer, however well it scores
-        return {"foga": foga.tolist(), "lasp": lasp, "gradnorm": grad.tolist(), "velocity_norm": 1.0}
+        keys = ("foga", "lasp", "stores", "gradnorm", "control")
+        scores = {key: (rng.permutation(6) + rng.uniform(0.1, 0.9, 6)).tolist() for key in keys}
+        for key in ("lasp", "stores"):
+            scores[key] = [99.0, *scores[key]]  # the interface is not a layer, however well it scores
+        return scores | {"velocity_norm": 1.0}
 
     return {name: domain() for name in DOMAINS}
 
 
-@pytest.mark.parametrize("weighting", ["foga", "normalized", "equal"])
-@pytest.mark.parametrize("align", ["fixed", "random", "lasp", "gradnorm", "foga"])
+@pytest.mark.parametrize("weighting", ["paper", "normalized", "equal"])
+@pytest.mark.parametrize("align", ["fixed", "random", "lasp", "stores", "gradnorm", "foga", "foga_excess"])
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_select(result, align, weighting, k):
     layers = tuple(range(6, 6 - k, -1)) if align == "fixed" else ()
@@ -246,12 +355,24 @@ def test_select(result, align, weighting, k):
         if align == "fixed":
             assert tuple(chosen) == layers
         elif align != "random":
-            by_score = scores["lasp"][1:] if align == "lasp" else scores[align]
+            scores["foga_excess"] = [a - c for a, c in zip(scores["foga"], scores["control"], strict=True)]
+            by_score = scores[align][1:] if align in ("lasp", "stores") else scores[align]
             threshold = sorted(by_score)[-k]
             assert set(chosen) == {l for l in range(1, 7) if by_score[l - 1] >= threshold}
         a = np.array([scores["foga"][l - 1] for l in chosen])
-        expected = {"foga": 1.7 * a, "normalized": 1.7 * a / a.sum(), "equal": [1.7 / k] * k}[weighting]
+        expected = {"paper": 1.7 * a, "normalized": 1.7 * a / a.sum(), "equal": [1.7 / k] * k}[weighting]
         close(list(chosen.values()), np.array(expected)[:, None], 1e-12)
+
+
+def test_a_rule_needs_what_it_ranks(result):
+    for name in DOMAINS:
+        del result[name]["control"]
+        result[name]["stores"] = [1e-17] * 7  # of one or two clips
+    with pytest.raises(ValueError, match="control=True"):
+        probe.select(Config(align="foga_excess"), result, 6)
+    with pytest.raises(ValueError, match="three"):
+        probe.select(Config(align="stores"), result, 6)
+    assert len(probe.select(Config(align="foga"), result, 6)[0]) == Config.top_k
 
 
 def test_random_layers_depend_on_the_seed_and_reach_every_layer(result):
@@ -296,19 +417,21 @@ def test_probe_is_its_parts(rng):
     result = probe.probe(model, batch, 3, 0.5, 2)
     close(result["t"], [1 / 6, 1 / 2, 5 / 6], 1e-15)
     assert result["clips"] == [int((batch.domain == d).sum()) for d in range(2)]
-    kinds = (probe.foga_of_clips, probe.lasp_of_clips, probe.gradients)
-    foga, lasp, products = (probe.at_times(kind, model, batch, 3, 0.5, 2) for kind in kinds)
+    foga, products = (probe.at_times(kind, model, batch, 3, 0.5, 2) for kind in (probe.foga_of_clips, probe.gradients))
+    lasp, z = lasp_at_times(model, batch, 3, 0.5, 2), probe.at_times(probe.z_of_clips, model, batch, 3, 0.5, 2)
     for d, name in enumerate(DOMAINS):
         s, of_d = result[name], batch.domain == d
         close(s["foga"], foga[:, of_d, 1:].mean((0, 1)).tolist(), 1e-6)
         close(s["velocity_norm"], foga[:, of_d, 0].mean().item(), 1e-6)
         close(s["lasp"], lasp[:, of_d].mean((0, 1)).tolist(), 1e-6)
+        errors, of_mean = left_out(z.mean(0)[of_d].numpy(), batch.teacher[CONFIG.teachers[d][0]][of_d].numpy())
+        close(s["stores"], 1 - errors.sum(0) / of_mean.sum(), 1e-6)
         close(s["gradnorm"], probe.norms_of_batches(products.numpy(), np.array(FRAMES), of_d[None])[0], 1e-12)
         assert np.shape(s["foga_clips"]) == (int(of_d.sum()), L)
         close(np.mean(s["foga_clips"], 0), s["foga"], 1e-6)
-        for key in ("foga", "lasp", "gradnorm"):
+        for key in ("foga", "lasp", "stores", "gradnorm"):
             low, high = map(np.array, s[f"{key}_interval"])
-            assert (low <= s[key]).all() and (s[key] <= high).all() and (low < high).any()
+            assert (low <= np.array(s[key]) + 1e-12).all() and (s[key] <= high + 1e-12).all() and (low < high).any()
         close(s["rank_correlation"][0], scipy.stats.spearmanr(s["lasp"][1:], s["foga"]).statistic, 1e-6)
         shared = set(probe.top_layers(s["foga"], 3)) & set(probe.top_layers(s["lasp"][1:], 3))
         assert s["top_overlap"][0] == len(shared)
@@ -327,6 +450,7 @@ def test_table_has_a_row_for_every_layer(probed):
             starred = [line.split()[0] for line in lines if line.strip() and line.split()[0].endswith("*")]
             assert starred == ([f"{(2, 4)[d]}*"] if "control" in text else [])
             for l in range(L):
+                assert f"{result[name]['stores'][l + 1]:5.2f}" in block
                 assert f"{result[name]['foga'][l]:.4f}" in block and f"{result[name]['lasp'][l + 1]:.3f}" in block
                 assert "control" not in text or f"{control[name]['foga'][l]:.4f}" in block
     assert "same as before any training" in probe.table(result, result)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import re
 import time
@@ -20,16 +21,22 @@ def result_of(speech_fad=10.0, wer=0.1, loss=0.2) -> dict:
     """What eval.json holds of a run."""
     heard = {"original": [], "vocoded": [], "generated": [{"id": 3, "text": "a <b>", "heard": "a & b", "wer": 0.5}]}
     wers = {"clips": 3, "words": 17, "original": 0.01, "vocoded": 0.0625, "generated": wer, "utterances": heard}
+    wers["interval"] = {"generated": [0.4, 0.6]}
+    clips = [{"id": 3, "domain": "speech", "wer": 0.5, "words": 4, "mcd": 6.5, "cosine": 0.5}]
     fad = {"clips": 7, "original": 10.0, "vocoded": 11.0, "from text": 13.0}
+    systems = ("original", "vocoded", "generated", "from text")
+    fad |= {"terms": {s: [2.5, 7.5] for s in systems}, "kad": dict.fromkeys(systems, 1.25)}
+    fad["kad_interval"] = {s: [0.75, 2.0] for s in systems}
     fads = {"model": "yamnet", "speech": fad | {"generated": speech_fad}, "audio": fad | {"generated": 5.0}}
     used = {
         "vocoder": "griffin_lim",
         "asr": "demo",
         "data": "abcd",
+        "clip_seed": 0,
         "sampler": {"nfe": 16, "cfg_scale": 2.0, "seed": 1},
     }
     numbers = {"step": 100, "real_time_factor": 0.5, "held_out_fm": {"speech": loss, "audio": 2 * loss}}
-    return numbers | used | {"wer": wers, "fad": fads}
+    return numbers | used | {"wer": wers, "fad": fads, "clips": {"vocoded": clips, "generated": clips}}
 
 
 def make_run(path: Path, speech_fad=10.0, wer=0.1, curve=(), loss=0.2, **changed) -> Path:
@@ -61,7 +68,51 @@ def test_compare_by_hand(tmp_path):
     assert len({len(line) for line in table}) == 1 and len(table) == 4
     cells = [c.strip() for c in table[2].split("|")][1:-1]
     assert cells == ["none", "2", "0.2000 ± 0.0000", "0.4000 ± 0.0000", "15.0 ± 5.0", "12.00 ± 2.00", "5.00 ± 0.00",
-                     "", "", "", "", "0.0"]  # fmt: skip
+                     "1.25 ± 0.00", "1.25 ± 0.00", "", "", "", "", "0.0"]  # fmt: skip
+
+
+def test_differences_of_systems_alike_but_for_noise(rng):
+    """Runs that share clips and differ by noise seed, or in how each training went: of 200 pairs a twentieth is called
+    different, and a real effect nearly always. A bootstrap over three seeds calls a fifth of the second kind so."""
+    called = {}
+    for kind in ("one seed", "clips", "trainings", "effect"):
+        called[kind] = 0
+        for _ in range(200):
+            seeds, words = 1 if kind == "one seed" else 3, rng.integers(4, 20, 24)
+            difficulty = rng.beta(1, 4, 24)  # of the clips, for both runs
+            wrong = rng.binomial(words, difficulty, (2, seeds, 24)) / words
+            d = wrong[0] - wrong[1] + (kind == "trainings") * rng.normal(0, 0.1, (seeds, 1)) + 0.3 * (kind == "effect")
+            mean, low, high = report.paired_interval(d, words)
+            assert mean == pytest.approx((d * words).sum() / words.sum() / seeds) and low <= mean <= high
+            called[kind] += low > 0 or high < 0
+    assert called.pop("effect") > 190 and max(called.values()) <= 20, called
+
+
+def test_interval_of_one_seed_is_the_paired_t_test(rng):
+    d = rng.normal(0.3, 1, 24)
+    expected = scipy.stats.ttest_1samp(d, 0).confidence_interval()
+    assert report.paired_interval(d[None]) == pytest.approx([d.mean(), expected.low, expected.high])
+    trainings = np.repeat(rng.normal(size=(4, 1)), 24, 1)  # nothing but how trainings went
+    expected = scipy.stats.ttest_1samp(trainings[:, 0], 0).confidence_interval()
+    assert report.paired_interval(trainings)[1:] == pytest.approx([expected.low, expected.high])
+    assert report.paired_interval(np.zeros((1, 5))) == [0, 0, 0]
+
+
+def test_differences_are_paired_by_clip_and_seed(rng, tmp_path):
+    level = rng.normal(8, 3, 12)
+    runs = []
+    for name, seed in itertools.product(("none", "foga"), (0, 1)):
+        mcd = level + 0.5 * seed + (name == "foga") * (rng.normal(0, 0.01, 12) - 0.25)  # level and seed cancel
+        rows = [{"id": i, "domain": "audio", "mcd": m, "cosine": 0.5} for i, m in enumerate(mcd)]
+        runs.append(make_run(tmp_path / f"{name}_s{seed}", clips={"generated": rows[:: (-1) ** seed]}))
+    runs.append(make_run(tmp_path / "lasp_s7"))  # none has no seed 7
+    found = report.differences(runs)
+    assert list(found) == ["foga"] and found["foga"]["audio MCD, dB"] == pytest.approx([-0.25] * 3, abs=0.05)
+    lines = report.differences_table(found).splitlines()
+    cells = [c.strip() for c in lines[2].split("|")][1:-1]
+    assert lines[0].count("|") == 4 and cells[0] == "foga" and cells[2] == "+0.000 [0.000 0.000]"
+    assert re.fullmatch(r"\*\*-0\.2\d\d \[-0\.2\d\d -0\.2\d\d\]\*\*", cells[1])
+    assert report.differences_table(report.differences(runs[:2])) == ""
 
 
 def test_one_evaluation_says_nothing_about_when(tmp_path):
@@ -77,7 +128,7 @@ def test_what_was_not_measured_stays_empty(tmp_path):
 
 
 CHANGES = {"fad_model": {"fad": {"model": "vggish"}}, "vocoder": {"vocoder": "v"}, "asr": {"asr": "pocketsphinx"}}
-CHANGES |= {"data": {"data": "0123"}, "nfe": {"sampler": {"nfe": 8, "cfg_scale": 2.0}}}
+CHANGES |= {"data": {"data": "0123"}, "clip_seed": {"clip_seed": 1}, "nfe": {"sampler": {"nfe": 8, "cfg_scale": 2.0}}}
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -219,14 +270,16 @@ def test_rate_reload_export_score_in_a_browser(systems, tmp_path):
 def test_table_holds_every_number():
     result = result_of(speech_fad=12.0, wer=0.5, loss=0.1234)
     text = report.score_table(result)
-    for part in ("1.0      6.2       50.0", "n 3 (17 words)", "10.00    11.00      12.00", "0.1234"):
+    for part in ("1.0      6.2       50.0      [40.0 60.0]", "n 3 (17 words)", "10.00    11.00      12.00", "0.1234",
+                 "7.50     7.50       7.50\n", "1.25     1.25       1.25      [0.75 2.00]", "6.50"):  # fmt: skip
         assert part in text, text
     assert "warning" not in text
     result["fad"]["is_teacher"] = True
     assert "warning: yamnet taught this run" in report.score_table(result)
     result["wer"] |= {"from text": 0.75, "utterances": result["wer"]["utterances"] | {"from text": []}}
     lines = report.score_table(result).splitlines()
-    assert [line.split()[-1] for line in lines[:2]] == ["text", "75.0"] and lines[2].endswith("13.00")
+    assert "from text" in lines[0] and "75.0" in lines[1] and lines[2].endswith("13.00")
+    assert max(map(len, lines[:-1])) <= 120
     del result["fad"]
     assert "FAD" not in report.score_table(result)
 

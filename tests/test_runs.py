@@ -38,9 +38,9 @@ def play(script: str, folder: Path, evaluates: bool, *args: str) -> tuple[int, l
 @pytest.mark.parametrize(
     "script, args, runs, layers",  # the paper's layers of 24, scaled to 8
     [
-        ("table2.sh", ("config/demo.py", "2"), 22, {(), (1,), (3,), (4,), (1, 3, 4), (7,)}),
+        ("table2.sh", ("config/demo.py", "2"), 24, {(), (1,), (3,), (4,), (1, 3, 4), (7,)}),
         ("ablations.sh", ("config/demo.py", "1"), 13, {(), (1, 2, 3)}),
-        ("table5.sh", ("config/f5tts_demo.py", "f5tts matcha"), 6, {(), (1, 2, 3)}),
+        ("table5.sh", ("config/f5tts_demo.py", "f5tts matcha"), 8, {(), (1, 2, 3)}),
     ],
 )
 def test_every_run_once_from_the_phase_one_of_its_seed(tmp_path, script, args, runs, layers):
@@ -50,6 +50,11 @@ def test_every_run_once_from_the_phase_one_of_its_seed(tmp_path, script, args, r
     configs = [configure(Config, "", words[1:]) for words in trained]
     assert len({c.out_dir for c in configs}) == runs and all(c.max_steps == 400 for c in configs)
     assert {c.align_layers for c in configs} == layers
+    for c in configs:  # every rule at one sum of lambda, but for the one row of the paper's own
+        paper = "/paper_s" in c.out_dir
+        assert c.weighting == ("paper" if paper else "equal" if "/equal_s" in c.out_dir else "normalized")
+        assert c.align_weight == (2.0 if paper else 0.5)
+    assert sum(c.weighting == "paper" for c in configs) == len([c for c in configs if c.align == "none"] or [0])
     for c in (c for c in configs if c.branch_from):
         assert f"none_s{c.seed}/phase1.pt" in c.branch_from and c.backbone in c.branch_from
     code, calls = play(script, tmp_path, True, *args, "--max_steps=400")
@@ -61,6 +66,6 @@ def test_a_run_without_its_evaluation_is_not_finished(tmp_path):
     old.parent.mkdir(parents=True)
     old.touch()
     _, calls = play("table5.sh", tmp_path, False, "config/f5tts_demo.py", "f5tts")
-    assert len(calls) == 4 and not list(tmp_path.glob("out/**/finished"))  # the others go on
+    assert len(calls) == 5 and not list(tmp_path.glob("out/**/finished"))  # the others go on
     code, calls = play("table5.sh", tmp_path, True, "config/f5tts_demo.py", "f5tts")
     assert code == 0 and "--align=none" in calls[0]

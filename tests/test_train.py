@@ -87,7 +87,9 @@ def norm(gradients: dict[str, torch.Tensor]) -> float:
 def started(config, **changes) -> tuple[train.Run, data.TrainingBatches]:
     """A run at step 0 and its batches."""
     run = train.new_run(config, data.read_meta(config.data_dir), MACHINE)
-    return run, data.TrainingBatches(data.Dataset(config.data_dir, "train"), config, **changes)
+    batches = data.TrainingBatches(data.Dataset(config.data_dir, "train"), config, **changes)
+    run.objective.expected = batches.expected_clips(batches.dataset.index["domain"])
+    return run, batches
 
 
 def test_branches_of_one_phase1(tiny_config, tmp_path):
@@ -130,6 +132,7 @@ VARIANTS = {
     "refresh": {"refresh_every": 2, "top_k": 1},
     "stop": {"align_stop": 9},
     "lasp": {"align": "lasp", "weighting": "equal"},
+    "targets": {"align_target": "shuffled", "align_norm": "zscore"},
 }
 
 
@@ -301,6 +304,7 @@ def test_wide_compiled_blocks_train_under_ddp(tiny_config, tmp_path, monkeypatch
         ({"align": "fixed"}, "align_layers=\\(\\): name layers from 1 to 4"),
         ({"align": "fixed", "align_layers": (5,)}, "name layers from 1 to 4"),
         ({"align": "lasp", "timestep_adaptive": True}, "timestep_adaptive needs align=foga"),
+        ({"align_teacher": "self", "align_norm": "zscore"}, "not align_teacher=self"),
         ({"n_head": 3}, "n_head=3: a head needs a whole, even width"),
         ({"phase1_steps": 12}, "max_steps=12 ends within phase I"),
         ({"vocoder": "out/my/vocos", "evaluate": True}, "vocoder=out/my/vocos: no such folder"),
@@ -331,8 +335,39 @@ def test_evaluating_and_saving_are_not_training_time(tiny_config, monkeypatch):
         monkeypatch.setattr(train, name, slow(getattr(train, name)))
     run = train.train(replace(tiny_config, eval_every=3), MACHINE)
     rows = common.read_csv(Path(run.config.out_dir) / "log.csv")
-    assert spent["other"] > 2 and run.seconds < time.time() - spent["all"] - spent["other"] + 0.35  # phase1.pt's save
+    assert spent["other"] > 2 and run.seconds < time.time() - spent["all"] - spent["other"] + 0.05
     assert all(float(r["frames_per_s"]) > 300 / 0.3 for r in rows[6:])  # no step of phase II has waited for a save
+
+
+def test_a_branchs_clock_starts_with_the_whole_of_phase_one(tiny_config, monkeypatch, tmp_path):
+    """Every step takes 0.1 s more and no row is written before phase1.pt; what is done after it is no step's time."""
+    honest = train.clip_and_step
+    monkeypatch.setattr(train, "clip_and_step", lambda *args: (time.sleep(0.1), honest(*args))[1])
+    monkeypatch.setattr(train, "report_phase1", lambda *args: time.sleep(3))
+    start = time.time()
+    run = train.train(replace(tiny_config, log_every=100, eval_every=100, save_every=100), MACHINE)
+    phase1, _ = common.load(Path(tiny_config.out_dir) / "phase1.pt")
+    assert 0.6 < phase1["seconds"] < run.seconds - 0.6 and run.seconds < time.time() - start - 3
+    (row,) = common.read_csv(Path(tiny_config.out_dir) / "log.csv")  # of all 12 steps
+    frames = float(row["frames_per_s"]) * run.seconds
+    batches = started(tiny_config)[1]
+    assert frames == pytest.approx(sum(int(batches(k).frames.sum()) for k in range(12)), rel=0.01)
+
+
+def test_a_branch_begins_with_the_curve_of_phase_one_and_keeps_numbered_checkpoints(tiny_config, tmp_path):
+    train.train(replace(tiny_config, max_steps=12), MACHINE)
+    source = Path(tiny_config.out_dir)
+    (source / "evals.csv").write_text("step,seconds,speech_fad\n3,1.0,9.5\n6,2.0,9.25\n9,3.0,7.0\n")
+    branch = replace(tiny_config, branch_from=str(source / "phase1.pt"), out_dir=str(tmp_path / "b"), keep_every=4)
+    train.train(branch, MACHINE)
+    assert (tmp_path / "b" / "evals.csv").read_text().split() == ["step,seconds,speech_fad", "3,1.0,9.5", "6,2.0,9.25"]
+    (tmp_path / "b" / "evals.csv").write_text("step\n12\n")
+    train.train(branch, MACHINE)  # finished: its own curve stays
+    assert (tmp_path / "b" / "evals.csv").read_text() == "step\n12\n"
+    kept = {p.name: common.load(p)[0] for p in (tmp_path / "b").glob("ckpt_*.pt")}
+    assert {name: state["step"] for name, state in kept.items()} == {"ckpt_000008.pt": 8, "ckpt_000012.pt": 12}
+    last, _ = common.load(tmp_path / "b" / "ckpt.pt")
+    assert same(kept["ckpt_000012.pt"]["model"], last["model"]) and not list(source.glob("ckpt_*.pt"))
 
 
 def test_a_stopped_run_logs_its_last_step(tiny_config, monkeypatch):
