@@ -207,6 +207,7 @@ ROWS |= {key: partial(against, key=key) for key in COMPARED}
 
 
 def main(args: BenchArgs) -> None:
+    """Prints each measurement as it is made and writes the table to args.out, whole after each row."""
     b, lines = Bench(args), [("what", "number", "unit")]
     size = f"{args.n_layer} layers x {args.n_embd}, {args.dtype} precision{', compiled' if args.compile else ''}"
     head = f"{b.device_name}, torch {torch.__version__}; {size}; median of {args.runs} runs [lowest, highest]"

@@ -29,6 +29,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -135,6 +136,11 @@ def leave_group(machine: Machine) -> None:
 def step_seed(*place: int) -> int:
     """The seed of a step's randomness, a function of (seed, step, place) alone."""
     return hash(place) % 2**63
+
+
+def resampled(clips: int, draws: int = 1000, seed: int = 0) -> np.ndarray:
+    """How often each clip is drawn in each bootstrap sample, (draws, clips)."""
+    return np.random.default_rng(seed).multinomial(clips, np.full(clips, 1 / clips), draws)
 
 
 def count_parameters(module: nn.Module) -> int:

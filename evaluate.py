@@ -80,6 +80,7 @@ from prepare import demo
 from sample import Stage1, from_dataset, settings, synthesise
 from teachers import Teacher, checked
 
+DRAWS = 400  # bootstrap samples behind an interval
 MIN_WORDS = 4  # a WER over single words says little
 LARGEST, PATCHES = 2000, 32  # most reference clips of KAD, which costs their square, and most patches of a clip
 
@@ -154,7 +155,7 @@ def kernel_distances(systems: dict[str, list], reference: list[np.ndarray]) -> d
     same = mean_kernel(reference, reference, bandwidth, np.ones((1, len(reference))))
     for system, patches in systems.items():
         clips = [c[:: 1 + len(c) // PATCHES] for c in patches]
-        drawn = np.concatenate([np.ones((1, len(clips))), report.resampled(len(clips))])
+        drawn = np.concatenate([np.ones((1, len(clips))), common.resampled(len(clips), DRAWS)])
         across = mean_kernel(clips, reference, bandwidth, drawn)
         values = 100 * (mean_kernel(clips, clips, bandwidth, drawn) + same - 2 * across)
         result[system] = [float(values[0]), *report.interval(values[1:])]
@@ -173,7 +174,8 @@ def score_wer(waves: dict[str, dict], texts: dict[int, str], recogniser) -> dict
     {system: {a clip's row in its split: waveform (L,) at 24 kHz}}; `texts`: {row: what the clip says}."""
     counts = {i: len(normaliser()(text).split()) for i, text in texts.items()}
     texts = {i: text for i, text in texts.items() if counts[i] >= MIN_WORDS}
-    words, drawn = np.array([counts[i] for i in texts], int), report.resampled(len(texts)) if texts else np.ones((1, 0))
+    words = np.array([counts[i] for i in texts], int)
+    drawn = common.resampled(len(texts), DRAWS) if texts else np.ones((1, 0))
     result = {"clips": len(texts), "words": int(words.sum()), "interval": {}, "utterances": {}}
     for system, clips in waves.items():
         speech = [audio.resample(clips[i], audio.SAMPLE_RATE, recogniser.sample_rate) for i in texts]

@@ -427,6 +427,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
 
 
 def main(config: LMConfig) -> int:
+    """Trains, after the style vectors are there; returns the exit code, INTERRUPTED for a run that a signal stopped."""
     machine = common.join_group(config)
     # every rank starts it: they share the work, or wait at its lock, where a barrier would time out
     if not data.has_styles(config.data_dir) and (code := common.run_script("prepare", f"--styles={config.data_dir}")):

@@ -222,11 +222,6 @@ def control_of(result: dict) -> dict | None:
     return {name: {"foga": s["control"], "foga_clips": s["control_clips"]} for name, s in found.items()} or None
 
 
-def resampled(clips: int, draws: int = 1000, seed: int = 0) -> np.ndarray:
-    """How often each clip is drawn in each bootstrap sample, (draws, clips)."""
-    return np.random.default_rng(seed).multinomial(clips, np.full(clips, 1 / clips), draws)
-
-
 def interval(values: np.ndarray) -> list:
     """The 95 % percentile interval over the first axis: [low, high]."""
     return np.quantile(values, (0.025, 0.975), axis=0).tolist()
@@ -279,7 +274,7 @@ def probe(
         if not n:
             continue
         # row 0 is the clips as they are, so values and their intervals come from one formula
-        counts = np.concatenate([np.ones((1, n), int), resampled(n, seed=seed)])
+        counts = np.concatenate([np.ones((1, n), int), common.resampled(n, seed=seed)])
         drawn = {"foga": counts @ foga[:, of_d].mean(0) / n, "lasp": counts @ lasp[:, of_d].mean(0) / n}
         drawn["gradnorm"] = norms_of_batches(products[:, :, of_d][..., of_d], frames[of_d], counts)
         # a batch that repeats clips has a larger gradient throughout: only the spread of these draws is of use
@@ -367,7 +362,7 @@ def table(result: dict, control: dict | None, selection: Selection = ()) -> str:
             columns["FoG-A resample"] = with_intervals(s["foga_resample"], s["foga_resample_interval"], "6.4f")
         if c:
             excess = np.subtract(s["foga_clips"], c["foga_clips"])  # paired: the same clips and noise
-            bounds = interval(resampled(len(excess)) @ excess / len(excess))
+            bounds = interval(common.resampled(len(excess)) @ excess / len(excess))
             columns["control"] = [f"{score:.4f}" for score in c["foga"]]
             columns["excess over it"] = with_intervals(excess.mean(0), bounds, "+7.4f")
         columns["gradient norm"] = with_intervals(s["gradnorm"], s["gradnorm_interval"], "6.4f")
@@ -471,6 +466,7 @@ def without_checkpoint(args: ProbeArgs) -> tuple[FlowModel, dict, Path]:
 
 
 def main(args: ProbeArgs) -> None:
+    """Prints and writes the probes of one model, or how far the rankings of several checkpoints agree."""
     device = pick_device(args.device)
     models = [without_checkpoint(args)] if args.random_init or args.weights else open_checkpoints(args)
     model, state, _ = models[0]

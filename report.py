@@ -25,7 +25,6 @@ from common import DOMAINS, SPEECH, read_csv, table, write_json
 
 ASSETS = Path(__file__).resolve().parent / "assets"  # the pages' templates
 SHOWN = 6  # clips per domain on a run's page
-DRAWS = 400  # of a bootstrap
 PAIRED = {"WER %": ("wer", 100), "MCD, dB": ("mcd", 1), "cosine": ("cosine", 1)}  # heading: key in eval.json, scale
 COLUMNS = {  # of a comparison, name in table.json: heading, and how many decimals
     "held_out_speech": ("held-out FM, speech", 4),
@@ -41,11 +40,6 @@ COLUMNS = {  # of a comparison, name in table.json: heading, and how many decima
     "seconds_to_target": ("seconds to FAD", 0),
     "gain": ("gain %", 1),
 }
-
-
-def resampled(n: int) -> np.ndarray:
-    """How often each of n clips is drawn in each of DRAWS bootstrap samples, (DRAWS, n); always the same draws."""
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS)
 
 
 def interval(draws: np.ndarray) -> list[float]:

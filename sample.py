@@ -217,6 +217,7 @@ def make_requests(args: SampleArgs, model: FlowModel, state: dict, device: str) 
 
 
 def main(args: SampleArgs) -> None:
+    """Writes what is asked for as wav files, each with a .json of how it was made; prints the real-time factor."""
     state, used = common.load(args.ckpt)
     if "model_config" not in state:
         raise ValueError(f"{used} is not a checkpoint of train.py")

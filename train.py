@@ -154,8 +154,7 @@ from data import Batch, Dataset, Prefetcher, TrainingBatches, fixed_batch
 from model import DiTConfig, FlowModel, Objective, Selection, make_xt, masked_mse
 
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # t of the held-out loss
-COLUMNS = ("step", "phase", "loss", "fm", "bitc", "align", "grad_norm", "lr", "frames_per_s", "seconds")
-COLUMNS += tuple(f"held_out_{name}" for name in DOMAINS)
+COLUMNS = "step phase loss fm bitc align grad_norm lr frames_per_s seconds held_out_speech held_out_audio".split()
 # settings that a continued run may change, and those that a branch from the end of phase I may change as well
 MAY_DIFFER = (
     "out_dir branch_from device dtype compile checkpoint_activations loader_threads data_dir log_every eval_every "
@@ -206,8 +205,9 @@ def train(config: Config, machine: Machine) -> "Run":
         # phase I probes; at its end layers are selected and their heads join, at a refresh they are selected anew
         switch = run.step == config.phase1_steps and not run.selected
         refresh = bool(run.objective.heads) and due(run.step, config.refresh_every)
+        control = switch or (refresh and config.align == "foga_excess")  # shown at the switch, else only selected by
         if switch or refresh or (not run.selected and due(run.step, config.probe_every)):
-            run.probes.append({"step": run.step, "result": probe_now(run, probe_batch, machine, switch or refresh)})
+            run.probes.append({"step": run.step, "result": probe_now(run, probe_batch, machine, control)})
         if refresh:
             run.objective.select(probe.select(config, run.probes[-1]["result"], config.n_layer))
         if switch:

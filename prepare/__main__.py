@@ -459,6 +459,7 @@ def verify(data_dir: str) -> list[str]:
 
 
 def main(args: PrepareArgs) -> int:
+    """Prepares, verifies or adds styles; returns the exit code. Raises DataError as they do."""
     if args.verify:
         if problems := verify(args.verify):
             raise DataError(f"{len(problems)} files of {args.verify} are not sound:\n  " + "\n  ".join(problems[:20]))

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from test_teachers import expected_log_mel, htk_filters, noise, spectra
 
 import common
-import evaluate
 from common import DataError
 from prepare import demo
 
@@ -361,15 +360,3 @@ def test_missing_weights_are_one_clear_line(load, name, tmp_path):
         assert "\n" not in str(error.value) and str(source) in str(error.value)
     with pytest.raises(ValueError, match="whisper, beats, aisfx"):
         demo.load_teacher("beast", "x.whl")
-
-
-def test_sphinx_hears_words(speech):
-    pytest.importorskip("pocketsphinx", reason="pocketsphinx is not installed")
-    heard = evaluate.Sphinx().transcribe([*speech.values(), np.zeros(16000, np.float32)])
-    assert "message" in heard[0] and len(heard) == 4
-
-
-def test_sphinx_is_optional(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
-    with pytest.raises(ValueError, match="pip install pocketsphinx"):
-        evaluate.Sphinx()

@@ -16,7 +16,6 @@ import scipy.linalg
 import torch
 
 import evaluate
-import report
 import train
 from common import Machine, read_csv
 from evaluate import EvalArgs, frechet_terms
@@ -109,7 +108,7 @@ def test_kad_equals_a_double_loop(rng, monkeypatch):
         return 100 * (mean_kernel(x, x, weights) + mean_kernel(y, y, weights) - 2 * mean_kernel(x, y, weights))
 
     drawn = rng.multinomial(9, np.full(9, 1 / 9), 5)
-    monkeypatch.setattr(report, "resampled", lambda n: drawn)
+    monkeypatch.setattr(evaluate.common, "resampled", lambda n, draws: drawn)
     value, *interval = evaluate.kernel_distances({"s": x}, y)["s"]
     assert value == pytest.approx(naive(np.ones(9)), rel=1e-9)
     assert interval == pytest.approx(np.percentile([naive(w) for w in drawn], [2.5, 97.5]), rel=1e-9)
@@ -202,7 +201,7 @@ def test_interval_of_wer_is_that_of_resampled_clips(monkeypatch):
     monkeypatch.setattr(Listener, "transcribe", lambda self, wavs: [said[0], "", said[2], ""])
     found = evaluate.score_wer({"x": dict.fromkeys(said, np.zeros(100, np.float32))}, said, Listener())
     words, wrong = np.array([4, 7, 10, 13]), np.array([0, 1, 0, 1])
-    draws = report.resampled(4)
+    draws = evaluate.common.resampled(4, evaluate.DRAWS)
     naive = [sum(n * w * e for n, w, e in zip(row, words, wrong, strict=True)) / sum(row * words) for row in draws]
     assert found["x"] == pytest.approx((words * wrong).sum() / words.sum()) and (draws.sum(1) == 4).all()
     assert found["interval"]["x"] == pytest.approx(np.percentile(naive, [2.5, 97.5]))

@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 from test_model import CONFIG, FRAMES, awake, close, forward, layer_norm, random_batch, rows
 
+import common
 import probe
 from common import DOMAINS
 from model import DiT, FlowModel, bitc_loss, make_xt
@@ -471,7 +472,7 @@ def test_agreement_against_scipy_and_sets(rng):
 def test_bootstrap_interval_of_a_mean(rng):
     """The percentile interval of a mean is about two standard errors either side."""
     values = rng.normal(size=200)
-    counts = probe.resampled(200, 4000)
+    counts = common.resampled(200, 4000)
     assert (counts.sum(1) == 200).all() and counts.shape == (4000, 200)
     low, high = probe.interval(counts @ values / 200)
     close([low, high], values.mean() + 1.96 * values.std() / 200**0.5 * np.array([-1, 1]), 0.15)
