@@ -7,8 +7,10 @@
 L samples, T mel frames (one each HOP samples), M = 100 mel bins.
 """
 
+import contextlib
 import importlib
 import io
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -24,6 +26,8 @@ import torch
 SAMPLE_RATE, N_FFT, HOP, N_MELS = 24000, 1024, 256, 100
 LOG_CLIP = 1e-7  # Vocos' own floor under the logarithm
 FRAME_RATE = SAMPLE_RATE / HOP  # mel frames per second
+MAX_SAMPLES = 2**26  # of all channels: the most that one clip may cost to decode, 256 MiB
+LOUDEST = 1e6  # a float file may hold anything: beyond this a power spectrum comes near what float32 holds
 PYAV_SUFFIXES = {".g722", ".m4a", ".mp4", ".webm", ".aac"}  # what libsndfile cannot read
 
 
@@ -45,51 +49,83 @@ def resample(wav: np.ndarray, rate: int, to: int) -> np.ndarray:
     return np.ascontiguousarray(soxr.resample(wav, rate, to) if rate != to else wav, np.float32)
 
 
-def decode(source: str | Path | bytes, name: str = "") -> tuple[np.ndarray, int]:
-    """Decodes a file (or its bytes, `name` giving the suffix) to mono float32 (L,) and its own sample rate: libsndfile
-    wav, flac, ogg, opus and mp3, PyAV G.722 and what AudioSet is stored in. Raises AudioError for anything undecodable,
-    empty, silent or not finite."""
+def decode(source: str | Path | bytes, name="", start=0.0, end=None, longest=math.inf) -> tuple[np.ndarray, int]:
+    """Decodes the seconds `start` to `end` of a file (or its bytes, `name` giving the suffix) to mono float32 (L,) and
+    its own sample rate: libsndfile wav, flac, ogg, opus and mp3, PyAV G.722 and what AudioSet is stored in. Raises
+    AudioError for anything undecodable, empty, silent or absurd, and for what lasts over `longest` seconds or costs
+    over MAX_SAMPLES, before it is decoded where the header tells."""
     suffix = Path(name or (source if not isinstance(source, bytes) else "")).suffix.lower()
-    data = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    reader = _read_av if suffix in PYAV_SUFFIXES else _read_soundfile
     try:
-        wav, rate = _read_av(data, suffix) if suffix in PYAV_SUFFIXES else _read_soundfile(data)
+        if not isinstance(source, bytes) and not Path(source).is_file():  # opening a FIFO would wait for ever
+            raise AudioError("not a regular file" if Path(source).exists() else "no such file", "pass a recording")
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            wav, rate = reader(file, suffix, start, math.inf if end is None else end, longest)  # (L, channels)
     except AudioError:
         raise
     except Exception as error:  # decoders raise a dozen types of their own
-        raise AudioError("cannot be decoded", f"{type(error).__name__} {error}") from error
+        reason = getattr(error, "error_string", error)  # libsndfile's, without the name of our buffer
+        raise AudioError("cannot be decoded", f"{type(error).__name__} {reason}") from error
     if wav.shape[0] == 0:
-        raise AudioError("empty")
-    wav = wav.mean(axis=1)  # before the checks: two channels may cancel
-    if not np.isfinite(wav).all():
-        raise AudioError("samples not finite")
-    if np.abs(wav).max() < 1e-4:  # under -80 dB of full scale
+        raise AudioError("empty", f"it ends before {start:g} s" if start else "")
+    with np.errstate(over="ignore", invalid="ignore"):
+        wav = wav.mean(axis=1)  # before the checks: two channels may cancel
+        peak = float(np.abs(wav).max())
+    if not peak < LOUDEST:
+        raise AudioError("samples not finite", f"or absurd, up to {peak:.3g}")
+    if peak < 1e-4:  # under -80 dB of full scale
         raise AudioError("silent")
     return wav, rate
 
 
-def _read_soundfile(data) -> tuple[np.ndarray, int]:
-    with soundfile.SoundFile(data) as file:
-        if not 1000 <= file.samplerate <= 768_000 or file.channels > 32:
-            raise AudioError("absurd header", f"{file.samplerate} Hz, {file.channels} channels")
-        return file.read(dtype="float32", always_2d=True), file.samplerate
+def _refuse_costly(frames: int, rate: int, channels: int, longest: float) -> None:
+    if frames / rate > longest:
+        raise AudioError("too long", f"{frames / rate:.2f} s")
+    if frames * channels > MAX_SAMPLES:
+        raise AudioError("too large", f"{frames / rate:.0f} s of {channels} channels at {rate} Hz")
 
 
-def _read_av(data, suffix: str) -> tuple[np.ndarray, int]:
+def _read_soundfile(file: BinaryIO, _: str, start: float, end: float, longest: float) -> tuple[np.ndarray, int]:
+    with soundfile.SoundFile(file) as sound:
+        rate, channels = sound.samplerate, sound.channels
+        if not 1000 <= rate <= 768_000 or channels > 32:
+            raise AudioError("absurd header", f"{rate} Hz, {channels} channels")
+        first, last = int(start * rate), int(min(end * rate, sound.frames))
+        if last > 2**62:  # a FLAC that was streamed
+            raise AudioError("cannot be decoded", "its header gives no length: encode it again")
+        _refuse_costly(last - first, rate, channels, longest)
+        sound.seek(min(first, sound.frames))
+        return sound.read(max(0, last - first), dtype="float32", always_2d=True), rate
+
+
+def _read_av(file: BinaryIO, suffix: str, start: float, end: float, longest: float) -> tuple[np.ndarray, int]:
     import av
 
-    with av.open(data, format="g722" if suffix == ".g722" else None) as container:
-        stream = container.streams.audio[0]
-        resampler = av.AudioResampler(format="fltp", layout="mono")
-        frames = [f.to_ndarray() for raw in container.decode(stream) for f in resampler.resample(raw)]
-        rate = stream.codec_context.sample_rate
-    return np.concatenate(frames, axis=1).T if frames else np.zeros((0, 1), np.float32), rate
+    chunks, rate = [], 1
+    sought = start > 1 and suffix not in (".g722", ".aac")  # bare frames have no clock
+    with av.open(file, format="g722" if suffix == ".g722" else None) as container:
+        stream, resampler = container.streams.audio[0], av.AudioResampler(format="fltp", layout="mono")
+        if sought:  # a second before, for what a codec remembers
+            container.seek(int((start - 1) * av.time_base))
+        for raw in container.decode(stream):
+            if not chunks:
+                rate, clock = raw.sample_rate, (raw.pts - (stream.start_time or 0)) * raw.time_base if sought else 0
+                at, first, last = round(clock * rate), int(start * rate), int(min(end * rate, 2**62))
+            for x in (f.to_ndarray() for f in resampler.resample(raw)):  # (1, samples)
+                chunks.append(x[:, max(0, first - at) : max(0, last - at)])
+                at += x.shape[1]
+            _refuse_costly(min(at, last) - first, rate, raw.layout.nb_channels, longest)
+            if at >= last:
+                break
+    return np.concatenate(chunks, axis=1).T if chunks else np.zeros((0, 1), np.float32), rate
 
 
 def write(target: str | Path | BinaryIO, wav: np.ndarray, sample_rate: int = SAMPLE_RATE, kind: str = "WAV") -> None:
     """Writes (L,) float samples as 16-bit WAV or FLAC; a peak above 1 is scaled down rather than clipped."""
     wav = np.asarray(wav, np.float32)
     wav = wav / max(1.0, float(np.abs(wav).max(initial=0)))
-    soundfile.write(target, wav, sample_rate, subtype="PCM_16", format=kind)
+    with open(target, "wb") if isinstance(target, (str, Path)) else contextlib.nullcontext(target) as file:
+        soundfile.write(file, wav, sample_rate, subtype="PCM_16", format=kind)
 
 
 @cache
@@ -176,19 +212,16 @@ def load_vocoder(name: str, device: str = "cpu") -> Callable[[torch.Tensor], np.
         parts = yaml.safe_load(Path(config).read_text())
         classes = {part: parts[part]["class_path"] for part in VOCOS_CLASSES}
         foreign = [part for part, allowed in VOCOS_CLASSES.items() if classes[part] not in allowed]
-        vocos = None if foreign else Vocos.from_hparams(str(config))
-        if vocos:
+        if not foreign:
+            vocos = Vocos.from_hparams(str(config))
             vocos.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise ValueError(
-            f"vocoder {name!r}: neither a folder with config.yaml and pytorch_model.bin nor a reachable hub name "
-            f"({type(error).__name__}); --vocoder=griffin_lim needs no weights"
-        ) from error
-    for part in foreign:
-        allowed = ", ".join(sorted(VOCOS_CLASSES[part]))
-        raise ValueError(
-            f"vocoder {name!r}: {part} in config.yaml is {classes[part]}, not one of {allowed}; no other code is run"
-        )
+        what = f"neither a folder with config.yaml and pytorch_model.bin nor a hub name ({type(error).__name__})"
+        raise ValueError(f"vocoder {name!r}: {what}; --vocoder=griffin_lim needs no weights") from error
+    if foreign:
+        wanted = ", ".join(sorted(VOCOS_CLASSES[foreign[0]]))
+        what = f"{foreign[0]} in config.yaml is {classes[foreign[0]]}, not one of {wanted}; no other code is run"
+        raise ValueError(f"vocoder {name!r}: {what}")
     vocos = vocos.to(device).eval()
 
     @torch.inference_mode()

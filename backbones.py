@@ -1,9 +1,11 @@
-"""Other people's velocity models behind the methods of our own: F5-TTS, Voicebox, CosyVoice, Matcha (tables 4 and 5).
+"""Other people's velocity models behind the methods of our own: F5-TTS, Voicebox, CosyVoice, Matcha (tables 4 and 5),
+and yours (examples/my_model.py).
 
     pip install --no-deps -r requirements-backbones.txt
     python probe.py --backbone f5tts --random_init
-    python probe.py --backbone f5tts --weights F5TTS_v1_Base/model_1250000.safetensors
+    python probe.py --backbone f5tts_text --random_init --init_from F5TTS_v1_Base/model_1250000.safetensors
     python train.py config/f5tts_demo.py
+    python probe.py --backbone=my_model.py:MyModel --random_init --check       # or package.module:Class
 
 The packages are used as they were published. What is ours: a token table where they have none, the mel's statistics,
 BiT-C's projections, and hooks that close a layer, read a hidden state, or let a batch grow, all taken off again.
@@ -12,13 +14,13 @@ B clips, T frames, M mel bins, D width, L layers.
 
 import contextlib
 import importlib.resources
-import pickle
+import inspect
+import runpy
 import sys
 import types
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.torch
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import audio
+import common
 from common import DataError
 from data import Batch
 from model import Condition, DiT, DiTConfig, FlowModel
@@ -41,7 +44,24 @@ class Gate(NamedTuple):
     closed: str  # input | zero
 
     def hook(self, module, args, kwargs, output) -> Tensor:
-        return torch.zeros_like(output) if self.closed == "zero" else (args or list(kwargs.values()))[0]
+        if self.closed == "zero":
+            return torch.zeros_like(output)
+        given = first_input(args, kwargs)
+        if getattr(output, "shape", None) != given.shape:
+            raise ValueError(
+                f"{type(module).__name__} is no residual block: it does not return the like of its first input"
+            )
+        return given
+
+
+def first_input(args: tuple, kwargs: dict) -> Tensor:
+    return (args or list(kwargs.values()))[0]
+
+
+def gates_of(layers: Iterable[nn.Module | Iterable[nn.Module]]) -> list[list[Gate]]:
+    """The gates of anyone's layers: of each a residual block, or the list of its branches."""
+    many = (list, tuple, nn.ModuleList)
+    return [[Gate(b, "zero") for b in x] if isinstance(x, many) else [Gate(x, "input")] for x in layers]
 
 
 def close(layer: Sequence[Gate]) -> list[RemovableHandle]:
@@ -68,6 +88,7 @@ class Backbone(FlowModel):
     """
 
     name, pip = "", ""
+    chained = True  # whether h_l is all that layer l + 1 reads of layer l
     unused: Sequence[str] = ()  # modules that the package imports and a velocity model never calls
 
     def __init__(self, config: DiTConfig):
@@ -88,7 +109,7 @@ class Backbone(FlowModel):
         if any(g not in (0, 1) for g in gates or ()):
             raise ValueError("the gates of a published model are open (1) or closed (0)")
         states, handles = [], []
-        for layer, gate in zip(self.layers, gates or [1] * len(self.layers), strict=True):
+        for layer, gate in zip(self.layers, gates or [1] * self.config.n_layer, strict=True):
             handles += [] if gate else close(layer)
         handles += self.readers(states, x_t.shape[1]) if hidden else []  # after: they read what a closed layer gives
         with held(handles):
@@ -97,7 +118,11 @@ class Backbone(FlowModel):
 
     def readers(self, states: list[Tensor], T: int) -> list[RemovableHandle]:
         """Hooks that append h_0 .. h_L, (B, T, D) each, to `states` in a call of run()."""
-        return [m.register_forward_pre_hook(lambda _, args: states.append(args[0][:, -T:])) for m in self.inputs]
+
+        def keep(module, args, kwargs):
+            states.append(first_input(args, kwargs)[:, -T:])
+
+        return [module.register_forward_pre_hook(keep, with_kwargs=True) for module in self.inputs]
 
     def reset_parameters(self) -> None:
         self.init_projections()
@@ -115,9 +140,9 @@ class F5TTS(Backbone):
 
     name, pip, one_sweep = "f5tts", "f5-tts", True
     unused = ("f5_tts.model.trainer", "librosa", "librosa.filters")
-    text_dim, text_layers = 0, 0  # of its text embedding; 0: width D, and no layers
+    text_dim, text_layers, characters = 0, 0, 0  # of its text embedding; 0: width D, no layers, a row for each code
     tokens = property(lambda self: self.net.text_embed.text_embed)
-    layers = property(lambda self: [[Gate(block, "input")] for block in self.net.transformer_blocks])
+    layers = property(lambda self: gates_of(self.net.transformer_blocks))
     inputs = property(lambda self: [*self.net.transformer_blocks, self.net.norm_out])
 
     def __init__(self, config: DiTConfig):
@@ -128,7 +153,7 @@ class F5TTS(Backbone):
         c, dit = self.config, package(self.name, "f5_tts.model.backbones.dit").DiT
         size = {"dim": c.n_embd, "depth": c.n_layer, "heads": c.n_head, "dim_head": c.n_embd // c.n_head}
         size |= {"ff_mult": c.ff_mult, "mel_dim": c.n_mels, "dropout": c.dropout, "attn_mask_enabled": True}
-        size |= {"text_num_embeds": sum(c.codes), "text_dim": self.text_dim or c.n_embd}
+        size |= {"text_num_embeds": self.characters or sum(c.codes), "text_dim": self.text_dim or c.n_embd}
         return dit(**size, conv_layers=self.text_layers)
 
     def run(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -158,35 +183,31 @@ class F5TTS(Backbone):
         return (v * cond.mask[..., None]).float()
 
 
-class PublishedF5TTS(F5TTS):
-    """F5-TTS v1 with its published weights. It reads the characters of a clip's text through its own text layers, so a
-    batch goes through `spell` first; it was trained with noise of spread 1 on mels without statistics."""
+class F5Text(F5TTS):
+    """F5-TTS as it was published, for --init_from: it reads the letters of a clip's text (pinyin for Chinese) by
+    text layers of its own, trained on whole clips, with noise of spread 1 and mels without statistics. v1 Base is
+    n_layer=22, n_head=16, n_embd=1024, ff_mult=2."""
 
-    def __init__(self, weights: dict[str, Tensor], teachers: Sequence[tuple[str, int]]):
-        rows, self.text_dim = weights["text_embed.text_embed.weight"].shape
-        self.text_layers = sum(key.endswith(".dwconv.weight") for key in weights)
-        depth = sum(key.endswith(".attn.to_q.weight") for key in weights)
-        hidden, D = weights["transformer_blocks.0.ff.ff.0.0.weight"].shape
-        size = {"n_layer": depth, "n_head": D // 64, "n_embd": D, "ff_mult": hidden // D}
-        super().__init__(DiTConfig(**size, dropout=0.0, codes=(rows - 1,), teachers=teachers))
-        self.net.load_state_dict(weights)
+    name, text_layers = "f5tts_text", 4
 
-    def spell(self, batch: Batch, texts: Sequence[str]) -> Batch:
-        """The batch with each clip's characters, pinyin for Chinese, by the package's vocabulary as its tokens."""
+    def __init__(self, config: DiTConfig):
         utils = package(self.name, "f5_tts.model.utils")
         vocabulary = importlib.resources.files("f5_tts") / "infer/examples/vocab.txt"
-        table, size = utils.get_tokenizer(str(vocabulary), "custom")
-        if size != sum(self.config.codes):
-            raise ValueError(f"the weights have {sum(self.config.codes)} characters, f5-tts's vocabulary has {size}")
-        tokens = utils.list_str_to_idx(utils.convert_char_to_pinyin(list(texts)), table)  # (B, N), -1 on padding
-        return replace(batch, tokens=tokens.to(batch.mel.device), token_len=(tokens >= 0).sum(1).to(batch.mel.device))
+        self.rows, self.characters = utils.get_tokenizer(str(vocabulary), "custom")
+        self.spell, self.to_rows, self.text_dim = (
+            utils.convert_char_to_pinyin,
+            utils.list_str_to_idx,
+            config.n_embd // 2,
+        )
+        super().__init__(config)
 
     def tokens_at_frames(self, batch: Batch) -> Tensor:
         """Its text embedding, with zeros up to width D: a character a frame, then fillers, as it was trained. A clip at
         a time, because its text layers' normalisation over time would count padding."""
+        rows = self.to_rows(self.spell(list(batch.texts)), self.rows).to(batch.mel.device)  # (B, N), -1 on padding
         e = batch.mel.new_zeros(*batch.mel.shape[:2], self.config.n_embd)
         for b, n in enumerate(batch.frames.tolist()):
-            e[b, :n, : self.text_dim] = self.net.text_embed(batch.tokens[b : b + 1], seq_len=n)[0]
+            e[b, :n, : self.text_dim] = self.net.text_embed(rows[b : b + 1], seq_len=n)[0]
         return e
 
 
@@ -199,7 +220,7 @@ class Voicebox(Backbone):
     unused = ["voicebox_pytorch.trainer", "audiolm_pytorch", "spear_tts_pytorch", "naturalspeech2_pytorch"]
     unused += [f"naturalspeech2_pytorch.{m}" for m in "aligner utils utils.tokenizer naturalspeech2_pytorch".split()]
     tokens = property(lambda self: self.net.to_cond_emb)
-    layers = property(lambda self: [[Gate(x[3], "zero"), Gate(x[5], "zero")] for x in self.net.transformer.layers])
+    layers = property(lambda self: gates_of([x[3], x[5]] for x in self.net.transformer.layers))
     inputs = property(lambda self: [*(x[2] for x in self.net.transformer.layers), self.net.transformer.final_norm])
 
     def build(self) -> nn.Module:
@@ -221,7 +242,7 @@ class Matcha(Backbone):
     with two stages. Ours: a token table, and a linear map of its embedding to the M channels of `mu`. A hidden state at
     half the frame rate is repeated."""
 
-    name, pip = "matcha", "cosyvoice2-eu"  # which brings matcha along
+    name, pip, chained = "matcha", "cosyvoice2-eu", False  # which brings matcha along
     decoder, stacked = "matcha.models.components.decoder:Decoder", 2  # how many mels are its input
 
     def __init__(self, config: DiTConfig):
@@ -244,7 +265,7 @@ class Matcha(Backbone):
 
     @property
     def layers(self) -> list[list[Gate]]:
-        return [[Gate(u.block2, "zero") if hasattr(u, "res_conv") else Gate(u, "input")] for u in self.blocks]
+        return gates_of([u.block2] if hasattr(u, "res_conv") else u for u in self.blocks)
 
     def run(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         T, room = x_t.shape[1], -x_t.shape[1] % 4  # the U-net halves the frames
@@ -270,7 +291,65 @@ class CosyVoice(Matcha):
     decoder, stacked = "cosyvoice.flow.decoder:ConditionalDecoder", 4
 
 
-BACKBONES = {b.name: b for b in (F5TTS, Voicebox, CosyVoice, Matcha)}
+NEEDS = {
+    "forward": "forward(x_t, t, cond): it returns the velocity (B, T, M) of x_t (B, T, M) at t (B,), cond (B, T, D)",
+    "layers": "layers(): it returns a residual block for each of L layers, or the list of its branches; or pass "
+    "--backbone_layers=PATH of its list of blocks",
+    "states": "states(): it returns the L + 1 modules whose first input is h_0 .. h_L, which branches do not show",
+}
+
+
+class Yours(Backbone):
+    """A class by FILE.py:Class or package.module:Class, built as Class(n_mels=M, dim=D, depth=L) and called as
+    model(x_t, t, cond); `cond` is our token table's embedding plus a linear map of the prompt. x_t and cond are zero on
+    padding; a forward that names `mask` is given (B, T), True on valid frames. `path` stands for layers()."""
+
+    def __init__(self, config: DiTConfig, name: str, kind: type[nn.Module], path: str = ""):
+        self.name, self.kind, self.path = name, kind, path
+        super().__init__(config)
+        self.tokens = nn.Embedding(sum(config.codes), config.n_embd)
+        self.prompt_in = nn.Linear(config.n_mels, config.n_embd, bias=False)
+
+    def build(self) -> nn.Module:
+        self.need(NEEDS["forward"], self.kind.forward is not nn.Module.forward)
+        size = {"n_mels": self.config.n_mels, "dim": self.config.n_embd, "depth": self.config.n_layer}
+        try:
+            return self.kind(**size)
+        except TypeError as error:
+            raise ValueError(f"backbone={self.name} cannot be built with {size}: {error}") from error
+
+    def need(self, what: str, there: bool) -> None:
+        if not there:
+            raise ValueError(f"backbone={self.name} has no {what}")
+
+    @property
+    def layers(self) -> list[list[Gate]]:
+        listed = dict(self.net.named_modules()).get(self.path)
+        self.need(self.path or NEEDS["layers"], listed is not None if self.path else hasattr(self.kind, "layers"))
+        return gates_of(listed.children() if self.path else self.net.layers())
+
+    @property
+    def inputs(self) -> list[nn.Module]:
+        first, stated = [layer[0] for layer in self.layers], hasattr(self.net, "states")
+        self.need(NEEDS["states"], stated or all(gate.closed == "input" for gate in first))
+        return self.net.states() if stated else [gate.module for gate in first]
+
+    def run(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        valid, takes = cond.mask[..., None], inspect.signature(self.net.forward).parameters
+        more = {"mask": cond.mask} if "mask" in takes else {}
+        v = self.net(x_t * valid, t, (cond.tokens + self.prompt_in(cond.prompt)) * valid, **more)
+        if getattr(v, "shape", None) != x_t.shape:
+            raise ValueError(f"backbone={self.name} needs {NEEDS['forward']}, not {getattr(v, 'shape', type(v))}")
+        return v
+
+    def readers(self, states: list[Tensor], T: int) -> list[RemovableHandle]:
+        handles, last = super().readers(states, T), self.layers[-1][0].module
+        if not hasattr(self.net, "states"):  # the blocks themselves: h_L is what the last one returns
+            handles.append(last.register_forward_hook(lambda module, args, out: states.append(out)))
+        return handles
+
+
+BACKBONES = {"": DiT} | {b.name: b for b in (F5TTS, F5Text, Voicebox, CosyVoice, Matcha)}  # and any FILE.py:Class
 
 
 def package(name: str, module: str) -> types.ModuleType:
@@ -297,34 +376,93 @@ def package(name: str, module: str) -> types.ModuleType:
             del sys.modules[other]
 
 
-def build(name: str, config: DiTConfig) -> FlowModel:
-    """The model called `name`, our own for "". Raises DataError for one whose package is not installed."""
-    return BACKBONES[name](config) if name else DiT(config)
-
-
-def published(name: str, path: str, teachers: Sequence[tuple[str, int]]) -> PublishedF5TTS:
-    """The backbone with the weights that its project publishes. Raises ValueError for a file that is not that, and for
-    projects whose weights do not fit our mel."""
-    if name != "f5tts":
-        why = "its project publishes none" if name == "voicebox" else "they are for 80-bin mels at 22.05 kHz"
-        raise ValueError(f"weights of backbone {name!r} cannot be used: {why}; pass --backbone=f5tts and its weights")
+def find(name: str, layers: str = "") -> Callable[[DiTConfig], FlowModel]:
+    """What builds the model called `name`: of BACKBONES, or FILE.py:Class or package.module:Class, with `layers`, where
+    given, the path of its blocks. Raises ValueError where there is none."""
+    where, _, wanted = name.rpartition(":")
+    if not where and name in BACKBONES and not layers:
+        return BACKBONES[name]
+    if not where:
+        known = f"empty for ours{', '.join(BACKBONES)}, or FILE.py:Class, which alone has backbone_layers"
+        raise ValueError(f"backbone={name!r}, backbone_layers={layers!r}: backbone is {known}")
     try:
-        if Path(path).suffix == ".safetensors":
-            tensors = safetensors.torch.load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)["ema_model_state_dict"]
-        weights = {k.split("transformer.", 1)[1]: v.float() for k, v in tensors.items() if "transformer." in k}
-        return PublishedF5TTS(weights, teachers)
-    except DataError:  # the package is missing
-        raise
-    except FileNotFoundError:
-        raise ValueError(f"weights={path}: no such file") from None
-    except (KeyError, RuntimeError, safetensors.SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(f"weights={path} are not F5-TTS v1's: {' '.join(str(error).split())[:200]}") from error
+        found = runpy.run_path(where) if where.endswith(".py") else vars(importlib.import_module(where))
+    except (FileNotFoundError, ModuleNotFoundError) as error:
+        raise ValueError(f"backbone={name}: {error}") from error
+    if not isinstance(kind := found.get(wanted), type) or not issubclass(kind, nn.Module):
+        raise ValueError(f"backbone={name}: {where} has no torch.nn.Module called {wanted!r}")
+    return partial(Yours, name=name, kind=kind, path=layers)
+
+
+def build(name: str, config: DiTConfig, layers: str = "") -> FlowModel:
+    """find(name, layers), built. Raises DataError where its package is not installed, ValueError for what it lacks."""
+    return find(name, layers)(config)
+
+
+@torch.no_grad()
+def check(model: FlowModel) -> list[str]:
+    """What is wrong with the gates of a model in eval mode, a line each, on random input with padding: a closed layer
+    passes on what enters it and changes the velocity, open ones are as without hooks, `ablated` is the loop."""
+    c, layers, wrong = model.config, range(model.config.n_layer), []
+    mask = torch.arange(40) < torch.tensor([[40], [29]])
+    tokens, prompt = (torch.randn(2, 40, size) * mask[..., None] for size in (c.n_embd, c.n_mels))
+    given = torch.randn(2, 40, c.n_mels), torch.tensor([0.3, 0.7]), Condition(tokens, prompt, mask, mask[:, 0])
+    whole, states = model.velocity(*given, hidden=True)
+    if (found := [tuple(h.shape) for h in states]) != [(2, 40, c.n_embd)] * (c.n_layer + 1):
+        return [f"its hidden states are {found}, not n_layer + 1 of (B, T, D) = {(2, 40, c.n_embd)}"]
+    for l in layers:
+        try:
+            v, closed = model.velocity(*given, [float(k != l) for k in layers], hidden=True)
+        except (TypeError, ValueError) as error:
+            wrong.append(f"layer {l + 1} does not close: {error}")
+            continue
+        if torch.equal(v, whole):
+            wrong.append(f"layer {l + 1} does not close: the velocity stays as it is")
+        elif getattr(model, "chained", True) and not torch.equal(closed[l], closed[l + 1]):
+            wrong.append(f"layer {l + 1} does not close: what comes after it is not what entered it (is it a branch?)")
+    if not torch.equal(model.velocity(*given), whole):
+        wrong.append("with all layers open hooks change the velocity, or it is random in eval mode")
+    if not wrong and not torch.allclose(model.ablated(*given), FlowModel.ablated(model, *given), 1e-3, 1e-4):
+        wrong.append("ablated() is not the loop over closed layers")
+    return wrong
+
+
+def init_from(model: FlowModel, path: str, partial: bool = False) -> str:
+    """Starts `model` from a file of weights, ours (the averaged ones) or as a project publishes them, where names may
+    have a prefix and may be those of `net`; says with how much. Raises ValueError that lists other names and shapes,
+    which `partial` leaves as they are; CheckpointError for a file that is damaged or not there."""
+    try:
+        state = safetensors.torch.load_file(path) if path.endswith(".safetensors") else common.load(path)[0]
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"init_from={path} cannot be read: {error}") from error
+    inside = [state.get(k) for k in ("ema", "ema_model_state_dict", "model_state_dict", "state_dict", "model")]
+    tensors = next((x for x in inside if isinstance(x, dict)), state)
+    tensors, own = {k: x for k, x in tensors.items() if isinstance(x, Tensor)}, model.state_dict()
+    names = [(to, name.removeprefix(to)) for to in ("", "net.") for name in own if name.startswith(to)]
+    places = Counter((to, k.removesuffix(name)) for to, name in names for k in tensors if k.endswith(name))
+    if not places:
+        raise ValueError(f"init_from={path}: none of its {len(tensors)} names is the model's")
+    (to, prefix), _ = places.most_common(1)[0]
+    given = {to + k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+    wanted = {k: x for k, x in own.items() if k.startswith(to)}  # the rest, ours beside the network, is nowhere else
+    shapes = {k: [list(side[k].shape) if k in side else "none" for side in (given, wanted)] for k in wanted | given}
+    other = {k: f"{k} {there}, here {here}" for k, (there, here) in shapes.items() if there != here}
+    told = f"init_from={path}: {len(given.keys() - other.keys())} of the model's {len(own)} tensors"
+    if other:
+        more = f" and {len(other) - 20} more" if len(other) > 20 else ""
+        told += f"; not {'; '.join(list(other.values())[:20])}{more}"
+        if not partial:
+            raise ValueError(f"{told}; --init_partial leaves these as they are")
+    model.load_state_dict({k: x for k, x in given.items() if k not in other}, strict=False)
+    return told
 
 
 def load_model(state: dict, ema: bool = True, device: str = "cpu") -> FlowModel:
-    """The model of a checkpoint's state, in eval mode; the averaged weights unless ema=False."""
-    loaded = build(state["config"]["backbone"], DiTConfig(**state["model_config"]))
-    loaded.load_state_dict(state["ema" if ema else "model"])
+    """The model of a checkpoint's state, in eval mode; the averaged weights unless ema=False. Raises CheckpointError
+    when its weights and sizes do not fit."""
+    config, sizes, weights = state["config"], DiTConfig(**state["model_config"]), state["ema" if ema else "model"]
+    make = partial(build, config["backbone"], sizes, config.get("backbone_layers", ""))
+    common.check_weights(make, sizes.n_layer, weights, f"the checkpoint of step {state.get('step')}")
+    loaded = make()
+    loaded.load_state_dict(weights)
     return loaded.to(device).eval()

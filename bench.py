@@ -1,8 +1,8 @@
 """Measured speed and memory: every number a median of several runs with its spread, beside the device's name.
 
     python bench.py config/demo.py                    # prints the rows, writes them as a table to out/bench.md
-    python bench.py config/unified_b.py --frames=38400 --compile        # on a GPU
     python bench.py config/demo.py --only=step        # only the rows whose name contains this
+    bash runs/gpu.sh                                  # on a GPU, at the paper's size, with what bounds a step
 
 Model, batch and sampler are of the config's size, on random clips: no data are read. What cannot be measured (F5-TTS is
 not installed, memory is short) gets a line that says so. B clips, T mel frames, L layers.
@@ -61,6 +61,7 @@ class Bench:
         cpu = f"{torch.get_num_threads()} cores of {torch.cpu.get_capabilities().get('cpu_name', 'a CPU')}"
         self.device_name = torch.cuda.get_device_name() if self.device.startswith("cuda") else cpu
         self.machine = common.Machine(0, 1, self.device, args.dtype)
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in training
         self.B, self.T = max(1, args.frames // args.clip_frames), args.clip_frames  # of a training step
         demo = args.audio_teacher == "demo"
         self.teachers = [("whisper", 384), ("aisfx", 512)] if demo else [("whisper", 1280), ("beats", 768)]
@@ -134,7 +135,11 @@ def step_row(b: Bench) -> Iterator[Measure]:
     yield "model FLOPs of that", lambda: flops / b.seconds(work) / 1e12, "TFLOP/s"
     peak = next((p for name, p in PEAK.items() if name in b.device_name), None)
     if peak and common.takes_bfloat16(b.device, b.args.dtype):
-        yield "MFU (bfloat16 peak of the data sheet)", lambda: 100 * flops / b.seconds(work) / peak, "%"
+        yield (
+            f"MFU at {b.T} frames a clip (bfloat16 peak of the data sheet)",
+            lambda: 100 * flops / b.seconds(work) / peak,
+            "%",
+        )
 
 
 def against(b: Bench, key: str) -> Iterator[Measure]:
@@ -209,6 +214,11 @@ ROWS |= {key: partial(against, key=key) for key in COMPARED}
 def main(args: BenchArgs) -> None:
     """Prints each measurement as it is made and writes the table to args.out, whole after each row."""
     b, lines = Bench(args), [("what", "number", "unit")]
+
+    def skip(what: str, error: Exception) -> None:
+        lines.append((what, f"not measured: {(str(error) or type(error).__name__).splitlines()[0]}", ""))
+        print(f"{what}: {lines[-1][1]}", flush=True)
+
     size = f"{args.n_layer} layers x {args.n_embd}, {args.dtype} precision{', compiled' if args.compile else ''}"
     head = f"{b.device_name}, torch {torch.__version__}; {size}; median of {args.runs} runs [lowest, highest]"
     print(head)
@@ -216,14 +226,17 @@ def main(args: BenchArgs) -> None:
     for name in (name for name in ROWS if args.only in name):
         try:
             for what, measure, unit in ROWS[name](b):
-                measure()  # once unmeasured: allocations, caches, compilation
-                values = [measure() for _ in range(args.runs)]
+                try:
+                    measure()  # once unmeasured: allocations, caches, compilation
+                    values = [measure() for _ in range(args.runs)]
+                except (RuntimeError, MemoryError) as error:  # short of memory, or this machine has no such kernel
+                    skip(what, error)
+                    continue
                 number = f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
                 lines.append((what, number, unit))
                 print(f"{what}: {number} {unit}", flush=True)
-        except (common.DataError, ValueError, torch.OutOfMemoryError, MemoryError) as error:
-            lines.append((name, f"not measured: {(str(error) or type(error).__name__).splitlines()[0]}", ""))
-            print(f"{name}: {lines[-1][1]}", flush=True)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            skip(name, error)
         gc.collect()  # a row's models, which cycles hold
         with common.whole_file(args.out) as file:
             file.write(f"{head}\n\n{common.table(lines, markdown=True)}\n")

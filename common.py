@@ -1,9 +1,7 @@
 """What every script shares: where it runs, files that appear whole, checkpoints, one update of the weights, reporting.
 
-    machine = join_group(config)                   # under torchrun or alone
     save(path, {"step": 3, "model": model.state_dict()})
     state, used = load(path)                       # used is the previous file when the newest is damaged
-    numbers = clip_and_step(module, optimizer, step, config)    # after backward
     command(main, ARGS)                            # a script's last line: what a user can mend is one line on stderr
 
 A checkpoint holds tensors and plain values only, so reading one runs no code (weights_only); torch.save writes a CRC-32
@@ -12,16 +10,21 @@ for every tensor, which torch.load does not check and load() does.
 
 import contextlib
 import csv
+import ctypes
 import errno
+import faulthandler
 import fcntl
 import gc
 import hashlib
 import json
 import math
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -40,7 +43,10 @@ from configurator import script_name
 DOMAINS = ("speech", "audio")  # a clip's domain is an index into this
 SPEECH, AUDIO = 0, 1
 INTERRUPTED = 75  # exit code of a run stopped by a signal after saving (EX_TEMPFAIL: run it again)
+TRAINED = ("config", "model_config", "ema")  # what a checkpoint or an export of train.py holds
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
+STARTED_BY = "AG_REPA_STARTED_BY"  # environment: the process whose run_script started this one
+PART = "agrepa-part"  # suffix of a file that is being written
 
 
 class DataError(RuntimeError):
@@ -53,18 +59,56 @@ class CheckpointError(RuntimeError):
 
 def command(main: Callable[[Any], int | None], args: Any) -> None:
     """Runs a script's main and exits with its code; an error that the user can mend becomes one line on stderr."""
+    end_with_parent()
+    faulthandler.enable()  # a word on SIGBUS, of a file that shrinks while it is mapped
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as configure left it, for the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main(args))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except (DataError, CheckpointError, FloatingPointError, OSError, ValueError) as error:
         sys.exit(f"{script_name()}: {error}")
 
 
 def run_script(name: str, *words: str) -> int:
     """Runs a script of this project (or `prepare`) in a process of its own, so that its memory and its failures are not
-    ours; returns its exit code."""
+    ours; returns its exit code. SIGTERM and Ctrl-C are passed on to it, and the code is INTERRUPTED then: the caller is
+    to stop. A second Ctrl-C kills it."""
     root = Path(__file__).resolve().parent
     what = [str(root / name)] if name.endswith(".py") else ["-m", name]
-    return subprocess.run([sys.executable, *what, *words], env=os.environ | {"PYTHONPATH": str(root)}).returncode
+    env = os.environ | {"PYTHONPATH": str(root), STARTED_BY: str(os.getpid())}
+    stop = StopRequest()
+    # in a group of its own, so that the terminal's Ctrl-C reaches it once, through us
+    process = subprocess.Popen([sys.executable, *what, *words], env=env, process_group=0)
+    try:
+        while process.poll() is None and not stop.asked:
+            time.sleep(0.05)
+        process.send_signal(stop.asked)  # nothing is sent to one that has ended
+        code = process.wait()
+        return INTERRUPTED if stop.asked else code
+    finally:
+        process.kill()
+        stop.close()
+
+
+def end_with_parent() -> None:
+    """Has the system, where it can (Linux), send SIGTERM to this process when the one that started it dies, be it by
+    SIGKILL: for what run_script or torchrun started. Of a torchrun that is dead already join_group finds no store."""
+    parent = os.environ.get(STARTED_BY) or ("TORCHELASTIC_RUN_ID" in os.environ and os.getppid())
+    if parent and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(parent):
+            sys.exit(INTERRUPTED)
+
+
+def optional(work: Callable[[], Any], otherwise: Any = None) -> Any:
+    """What `work` returns, whose failure must not stop training: a warning and `otherwise` then."""
+    try:
+        return work()
+    except Exception as error:
+        print(f"warning: {type(error).__name__}: {error}", file=sys.stderr)
+        return otherwise
 
 
 def is_absent(name: str) -> bool:
@@ -152,7 +196,7 @@ def whole_file(path: str | Path, mode: str = "w", keep: Path | None = None) -> I
     """A file that appears whole or not at all: written beside `path`, flushed to disk, then renamed into place. What
     was there before goes to `keep`, where given."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{PART}")
     try:
         with open(part, mode, newline=None if "b" in mode else "") as file:
             yield file
@@ -170,7 +214,7 @@ def whole_file(path: str | Path, mode: str = "w", keep: Path | None = None) -> I
 
 def remove_leftovers(folder: str | Path) -> None:
     """Removes the temporary files that a killed whole_file has left behind."""
-    for part in Path(folder).glob(".*.part"):
+    for part in Path(folder).glob(f".*.{PART}"):
         part.unlink()
 
 
@@ -181,11 +225,21 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """The rows of a CSV file, none when it is not there."""
+    """The rows of a CSV file, none when it is not there. Of one whose first column is step, which is ours and which a
+    crash may have torn, what is no whole row of another step is left out, with a warning."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    head, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) or [""]
+    if not head.startswith("step,"):
+        return list(csv.DictReader([head, *lines]))
+    columns, rows = head.strip().split(","), {}
+    for line in lines:
+        cells = line.strip().split(",")
+        if re.fullmatch(r"\d+(,[^\x00-\x1f,\ufffd]*)*\n", line) and len(cells) == len(columns):
+            rows.setdefault(int(cells[0]), dict(zip(columns, cells, strict=True)))
+    if len(rows) < len(lines):
+        print(f"warning: {path}: {len(lines) - len(rows)} torn or garbled rows left out", file=sys.stderr)
+    return list(rows.values())
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
@@ -205,25 +259,38 @@ def sha256(path: Path) -> str:
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Holds a lock among processes, given back by the system even when its holder is killed; yields whether it is ours,
-    which it always is with `wait`. Who is done with what it guards may delete the file, and its folder."""
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "w")  # noqa: SIM115  (closed below)
-            break
-        except FileNotFoundError:  # the folder was deleted in between
-            continue
+    which it always is with `wait`. The file names its holder, who may delete it, and its folder, when all is done."""
+    file = None
+    while file is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # the folder was deleted in between
+            file = open(path, "a")  # noqa: SIM115  (closed below)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
         yield True
 
 
-def changed_settings(now: dict, before: dict) -> str:
-    """The settings of `now` that differ in `before`, in words."""
+@contextlib.contextmanager
+def alone_in(out_dir: str | Path) -> Iterator[None]:
+    """Keeps others from training in `out_dir` until this process, or this rank, is done or dead. Raises DataError that
+    names who is at it, OSError where nothing can be written."""
+    lock = Path(out_dir) / f".rank{os.environ.get('RANK', 0)}.lock"
+    with locked(lock, wait=False) as ours:
+        if not ours:
+            raise DataError(f"{out_dir} is in use by {lock.read_text()}; end it first, or pass another --out_dir")
+        yield
+
+
+def changed_settings(now: dict, before: dict, config: Any = None) -> str:
+    """The settings of `now` that differ in `before`, in words; what an older one lacks has the default of `config`."""
+    before = (asdict(type(config)()) if config else {}) | before
     return "; ".join(f"{k}: {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v)
 
 
@@ -246,16 +313,18 @@ def exists(path: str | Path) -> bool:
 def read_checked(path: Path) -> dict[str, Any]:
     """What save() wrote; of another content it raises one of many errors."""
     with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise zipfile.BadZipFile("it holds less than it promises")
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"checksum of {damaged} does not match")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load(path: str | Path, set_aside: bool = False) -> tuple[dict[str, Any], Path]:
+def load(path: str | Path, set_aside: bool = False, needs: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
     """The state and the file it came from: `path`, or the previous one with a warning when `path` is damaged, which
     `set_aside`, for those who will save there again, renames to NAME.damaged.pt, so that it cannot take the previous
-    good one's place. Raises CheckpointError when neither holds a checkpoint, and when a file is there but the machine
-    cannot read it, which is no reason to go back to an older one."""
+    good one's place. Raises CheckpointError when neither holds a checkpoint, when one has not all that `needs` names,
+    and when the machine cannot read it, which both are no reason to go back to an older one."""
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; pass the file in it: {path / 'ckpt.pt'}")
@@ -269,16 +338,17 @@ def load(path: str | Path, set_aside: bool = False) -> tuple[dict[str, Any], Pat
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             if machine_failed(error):
                 raise CheckpointError(f"{file} cannot be read here ({reason}); mend that and try again") from error
-            problems.append(f"{file}: damaged ({reason})")
+            problems.append(f"{file}: damaged or not one of ours ({reason})")
         else:
+            if missing := [k for k in needs if k not in state] if isinstance(state, dict) else ["settings"]:
+                raise CheckpointError(f"{file} is another kind of checkpoint (it has no {missing[0]}); pass another")
             if problems:
                 print(f"warning: {problems[0]}; using {file}", file=sys.stderr)
                 if set_aside:
                     with contextlib.suppress(FileNotFoundError):  # it is missing, or another rank was first
                         os.replace(path, path.with_stem(f"{path.stem}.damaged"))
             return state, file
-    damaged = any(": damaged (" in p for p in problems)
-    todo = "delete what is damaged to start anew, or pass another file" if damaged else "pass the path of a checkpoint"
+    todo = "pass another file, or delete what is damaged to start anew"
     raise CheckpointError(f"{'; '.join(problems)}; {todo}")
 
 
@@ -290,11 +360,31 @@ def machine_failed(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "allocate memory" in str(error)  # torch raises RuntimeError for it
 
 
-def same_run(config, fingerprint: str, state: dict, may_differ: Sequence[str], used: Path) -> None:
-    """Raises CheckpointError when `used`, which holds `state`, was made with other settings than those of `config`, or
-    on another preparation than `fingerprint` names."""
-    if changed := changed_settings({k: v for k, v in asdict(config).items() if k not in may_differ}, state["config"]):
-        raise CheckpointError(f"{used} was made with other settings ({changed}); undo them or pass another --out_dir")
+def check_weights(build: Callable[[], nn.Module], layers: int, weights: dict[str, torch.Tensor], used: Any) -> None:
+    """Raises CheckpointError, which names the first, when the weights of `used` have not the names and shapes of what
+    `build` makes, of at least `layers` tensors. It is called without memory, so that any size is refused at once."""
+    if layers > len(weights):
+        raise CheckpointError(f"{used} does not fit its settings: {len(weights)} tensors for {layers} layers")
+    with torch.device("meta"):
+        wanted = build().state_dict()
+    for name in wanted | weights:
+        there, needed = (tuple(side[name].shape) if name in side else "not there" for side in (weights, wanted))
+        if there != needed:
+            raise CheckpointError(f"{used} does not fit its settings: {name} is {there}, expected {needed}")
+
+
+def same_run(config, fingerprint: str, state: dict, may_differ: Sequence[str], used: Path, world: int, todo="") -> None:
+    """Raises CheckpointError when `used`, which holds `state`, was made with other settings than those of `config`, on
+    another preparation than `fingerprint` names, or with another number of batches a step, world * accumulate."""
+    settings = {k: v for k, v in asdict(config).items() if k not in may_differ}
+    if changed := changed_settings(settings, state["config"], config):
+        raise CheckpointError(f"{used} has other settings ({changed}); {todo or 'undo them or pass another --out_dir'}")
+    accumulate = getattr(config, "accumulate", 1)
+    batches = state.get("batches", world * state["config"].get("accumulate", 1))  # an older one does not say
+    if batches != world * accumulate:
+        fits = hasattr(config, "accumulate") and batches % world == 0
+        todo = f"--accumulate={batches // world}" if fits else f"torchrun --nproc_per_node={batches}"
+        raise CheckpointError(f"{used} takes {batches} batches a step, {world} x {accumulate} here; pass {todo}")
     if state.get("data") != fingerprint:
         what = f"{used} was trained on another preparation than {config.data_dir} holds now"
         raise CheckpointError(f"{what}; pass its --data_dir, or another --out_dir to start anew")
@@ -419,20 +509,24 @@ class StopRequest:
 
     def __init__(self, device: str = "cpu"):
         self.device, self.asked = device, False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(self, number: int, frame) -> None:
-        self.asked = True
+        self.asked = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agreed(self) -> bool:
         """True on every rank as soon as one was asked."""
         if not dist.is_initialized():
-            return self.asked
+            return bool(self.asked)
         flag = torch.tensor(float(self.asked), device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
+
+    def close(self) -> None:
+        """After the last step signals do again what they did before the first."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Log:

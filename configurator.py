@@ -10,6 +10,7 @@ field's type says its range (Count, Share, ...); `renamed` in a dataclass is {an
 import difflib
 import inspect
 import re
+import signal
 import sys
 import traceback
 import types
@@ -21,7 +22,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
 Count = Annotated[int, (1, None)]  # a type, then the lowest and the highest value
-Natural = Annotated[int, (0, None)]
+Natural = Annotated[int, (0, 2**32 - 1)]  # what every generator takes as a seed
+Name = Annotated[str, (1, None)]  # the range of a text is that of its length
 Positive = Annotated[float, (1e-12, None)]
 Amount = Annotated[float, (0, None)]
 Share = Annotated[float, (0, 1)]
@@ -36,6 +38,8 @@ def configure(cls: type[T], doc: str, argv: Sequence[str] | None = None) -> T:
     """The settings of a script: `cls` is its dataclass, `doc` its docstring, shown by --help. Words without dashes are
     config files, `--key=value` and `--key value` override them, the last one wins; a tuple or list takes several words
     or commas. Exits with code 2 and one line on stderr when anything does not fit."""
+    if argv is None and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # silent while a script imports; then common.command sets it
     argv = list(sys.argv[1:] if argv is None else argv)
     if {"--help", "-h"} & set(argv):
         print(help_text(cls, doc))
@@ -54,8 +58,7 @@ def script_name() -> str:
 
 
 def _parse(cls: type, argv: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    i = 0
+    values, i = {}, 0
     while i < len(argv):
         word, i = argv[i], i + 1
         if not word.startswith("--"):
@@ -89,8 +92,7 @@ def _read_file(path: str) -> dict[str, Any]:
             lines = [error.lineno]
         at = f", line {lines[0]}" if lines else ""
         raise ConfigError(f"config file {path}{at}: {type(error).__name__}: {error}") from error
-    helper = {k for k, v in namespace.items() if callable(v) or isinstance(v, types.ModuleType)}
-    return {k: v for k, v in namespace.items() if not k.startswith("_") and k not in helper}
+    return {k: v for k, v in namespace.items() if not (k[0] == "_" or callable(v) or isinstance(v, types.ModuleType))}
 
 
 def _hint(cls: type, key: str, where: str) -> Any:
@@ -147,8 +149,10 @@ def _fit(hint: Any, value: Any) -> Any:
         fits = value in args if kind is Literal else isinstance(value, kind) and (kind, type(value)) != (int, bool)
     if not fits:
         raise TypeError
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise ValueError(f"at least {low:g}" if high is None else f"from {low:g} to {high:g}")
+    size = len(value) if kind is str else value
+    if (low is not None and size < low) or (high is not None and size > high):
+        text = f"at least {low:g}" if high is None else f"from {low:g} to {high:.10g}"
+        raise ValueError("a name" if kind is str else text)
     return float(value) if kind is float else value
 
 
@@ -156,23 +160,20 @@ def _name(hint: Any) -> str:
     kind, args, _ = _parts(hint)
     if kind in (tuple, list, typing.Union):
         return f"{_name(args[0])} or None" if kind is typing.Union else f"a list of {_name(args[0])}"
-    return (
-        "one of " + ", ".join(map(str, args)) if kind is Literal else "true or false" if kind is bool else kind.__name__
-    )
+    names = {bool: "true or false", Literal: "one of " + ", ".join(map(str, args))}
+    return names.get(kind) or kind.__name__
 
 
 def help_text(cls: type, doc: str) -> str:
     """The script's docstring, then every field with its type, default and comment, as they stand in the source."""
     defaults, lines = {f.name: f.default for f in fields(cls)}, [doc.strip(), ""]
-    sources = [inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c)]  # a base class's fields first
+    sources = (inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c))  # a base class's fields first
     for line in "".join(sources).splitlines():
         field = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
         if line.startswith("    # "):
             lines.append(f"\n{line.strip()[2:]}:")
-        elif field and field[1] in defaults:
-            lines.append(
-                f"  --{field[1]}={defaults[field[1]]!r}  ({_name(_hint(cls, field[1], ''))})\n        {field[2] or ''}"
-            )
+        elif field and (name := field[1]) in defaults:
+            lines.append(f"  --{name}={defaults[name]!r}  ({_name(_hint(cls, name, ''))})\n        {field[2] or ''}")
     return "\n".join(lines)
 
 

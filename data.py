@@ -11,9 +11,10 @@ python -m prepare CONFIG writes the folder:
     train.npy, held_out.npy one INDEX record a clip
     {domain}_codebook.npy   (codes, W), of each tokenizer that is ours
     meta.json               written last: without it the folder is unfinished
-python -m prepare --styles=FOLDER adds style.npy (clips, 16, E) to each shard, and last of all styles.json.
+python -m prepare --styles=FOLDER adds style.npy (clips, 16, E) to each shard, and last of all styles.json;
+--features=FOLDER --target_rate=R adds features_{domain}_{R}.npy (rows, E), R a second, to training's, features_{R}.json
 
-B clips, T frames, N tokens, M = 100 mel bins, E teacher width.
+B clips, T frames, N tokens or rows of features, M = 100 mel bins, E teacher width.
 """
 
 import functools
@@ -32,13 +33,15 @@ from torch.nn.utils.rnn import pad_sequence
 import audio
 from common import DOMAINS, DataError, changed_settings
 
-OPEN_SHARDS = 64  # shards that a dataset keeps mapped, of 6 open files each
+OPEN_SHARDS = 64  # shards that a dataset keeps mapped, of 6 open files each, 8 with features
 JITTER = 0.02  # of a clip's length: enough for new neighbours each epoch, little enough to keep padding low
 # of a clip: its shard and its row there; first row and length in mel.bin and in tokens.bin; first byte and length in
 # text.bin of its name, a newline and its text; row in teacher_{domain}.npy; domain
 FIELDS = "shard row mel frames token tokens text text_len teacher domain".split()
 INDEX = np.dtype(list(zip(FIELDS, "<i4 <i4 <i8 <i4 <i8 <i4 <i8 <i4 <i4 <i1".split(), strict=True)))
 CORPUS = "speech_dir audio_dir librispeech_dir audioset_dir manifest".split()  # of no concern to a finished folder
+STORED = ("crop", "frames")  # values of align_target that need stored features
+FEATURES = "features_{}_{:g}.npy"  # of a domain, at a rate
 # what a prepared folder depends on: a run with other values of these must not use it
 PREPARED_WITH = (
     "min_seconds max_seconds held_out data_seed reference_clips whisper audio_teacher speech_tokenizer s3 "
@@ -59,7 +62,9 @@ class Batch:
     teacher: dict[str, torch.Tensor]  # {name: (B, E)}, zero rows for clips of the other domain
     prompt: torch.Tensor  # (B,) frames of reference mel given to the model
     ids: torch.Tensor  # (B,) rows of the split's index
-    target: dict[str, torch.Tensor] = field(default_factory=dict)  # as teacher, what alignment learns; empty: teacher
+    target: dict[str, torch.Tensor] = field(default_factory=dict)  # as teacher or (B, N, E), to align; empty: teacher
+    target_len: torch.Tensor | None = None  # (B,) valid rows of a target (B, N, E)
+    texts: tuple[str, ...] = ()  # (B,) what is said or heard, for models that read it; empty: unknown
     padded: bool | None = None  # whether a clip is shorter than T; found here, on the host, so that no step asks a GPU
 
     def __post_init__(self):
@@ -72,8 +77,8 @@ class Batch:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The same with every tensor changed."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "padded"}
-        whole = {k: change(x) for k, x in values.items() if not isinstance(x, dict)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        whole = {k: change(x) for k, x in values.items() if isinstance(x, torch.Tensor)}
         return replace(self, **whole | {k: {n: change(x) for n, x in values[k].items()} for k in ("teacher", "target")})
 
 
@@ -93,12 +98,17 @@ def has_styles(data_dir: str | Path) -> bool:
     return (Path(data_dir) / "styles.json").exists()
 
 
+def has_features(data_dir: str | Path, rate: float) -> bool:
+    """Whether every training shard has its teacher features at `rate` per second: features_{rate}.json comes last."""
+    return (Path(data_dir) / f"features_{rate:g}.json").exists()
+
+
 def check_prepared(config) -> dict:
     """The meta of config.data_dir. Raises DataError for a folder of other settings or another corpus than is named."""
     meta, wanted = read_meta(config.data_dir), settings_of(config)
     corpus = meta.get("corpus", {})
     named = {k: path for k, path in wanted["corpus"].items() if path and k in corpus}
-    if changed := changed_settings(wanted["prepared_with"] | named, meta["prepared_with"] | corpus):
+    if changed := changed_settings(wanted["prepared_with"] | named, meta["prepared_with"] | corpus, config):
         todo = "leave them out to use it as it is, or pass --data_dir=ANOTHER_FOLDER to prepare beside it"
         raise DataError(f"{config.data_dir} was prepared with other settings ({changed}); {todo}")
     return meta
@@ -108,7 +118,10 @@ def read_meta(data_dir: str | Path) -> dict:
     """What a finished preparation says of itself. Raises DataError for a folder that is none."""
     path = Path(data_dir) / "meta.json"
     try:
-        return json.loads(path.read_text())
+        meta = json.loads(path.read_text())
+        if not isinstance(meta, dict) or "streams" not in meta:
+            raise ValueError("it is another file")
+        return meta
     except FileNotFoundError:
         raise DataError(f"data_dir={data_dir} is not prepared; python -m prepare CONFIG makes it") from None
     except ValueError as error:
@@ -126,16 +139,35 @@ def fingerprint(meta: dict) -> str:
     return hashlib.sha256(json.dumps(meta.get("sha256", {}), sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Shard:
-    """One shard's files by memory map; nothing is read yet."""
+def open_array(path: Path, kind: type | str | None = None, shape: tuple[int, ...] = ()) -> np.ndarray:
+    """A .npy file, or a binary one of `kind` and `shape`, by memory map. Raises DataError that names it when it is
+    missing, too short or something else."""
+    try:
+        return np.memmap(path, kind, "r", shape=shape) if kind else np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is damaged ({error}); python -m prepare --verify=DATA_DIR lists what is") from error
 
-    def __init__(self, path: Path, streams: int):
-        self.mel = np.memmap(path / "mel.bin", np.float16, "r").reshape(-1, audio.N_MELS)  # (frames, M)
-        self.tokens = np.memmap(path / "tokens.bin", "<i4", "r").reshape(-1, streams)
-        self.text = np.memmap(path / "text.bin", np.uint8, "r")
-        self.teachers = [np.load(path / f"teacher_{d}.npy", mmap_mode="r") for d in range(len(DOMAINS))]  # (clips, E)
+
+class Shard:
+    """One shard's files by memory map, whose sizes and tokens are checked by its index and the codebooks' sizes."""
+
+    def __init__(self, path: Path, streams: int, codes: tuple[int, ...]):
+        rows = open_array(path / "index.npy")
+        self.mel = open_array(path / "mel.bin", np.float16, (int(rows["frames"].sum()), audio.N_MELS))
+        self.tokens = open_array(path / "tokens.bin", "<i4", (int(rows["tokens"].sum()), streams))
+        self.text = open_array(path / "text.bin", np.uint8, (int(rows["text_len"].sum()),))
+        self.teachers = [open_array(path / f"teacher_{d}.npy") for d in range(len(DOMAINS))]  # (clips, E)
+        most = np.repeat(np.array(codes)[rows["domain"]], rows["tokens"])
+        if self.tokens.min() < 0 or (self.tokens[:, 0] >= most).any():
+            raise DataError(f"{path / 'tokens.bin'} is damaged: it holds codes beyond the codebook")
         style = path / "style.npy"
         self.style = np.load(style, mmap_mode="r") if style.exists() else None  # (clips, 16, E) float16
+
+
+def open_features(path: Path, d: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """Domain d's features (rows, E) at `rate` in the shard at `path`, by memory map, and its clips' edges there."""
+    counts = [token_count(r["frames"], rate) for r in open_array(path / "index.npy") if r["domain"] == d]
+    return open_array(path / FEATURES.format(d, rate)), np.cumsum([0, *counts])
 
 
 class Dataset:
@@ -143,10 +175,12 @@ class Dataset:
 
     def __init__(self, data_dir: str | Path, split: str):
         self.root, self.split, self.meta = Path(data_dir), split, read_meta(data_dir)
-        self.index = np.load(self.root / f"{split}.npy", mmap_mode="r")
+        self.index = open_array(self.root / f"{split}.npy")
         self.rates, self.streams = self.meta["token_rates"], self.meta["streams"]
+        codes = tuple(self.meta.get("prepared_with", {}).get(f"{name}_codes", 2**31) for name in DOMAINS)
         # safe among threads; a map is closed when the last view of it is gone
-        self.opened = functools.lru_cache(OPEN_SHARDS)(functools.partial(Shard, streams=self.streams))
+        self.opened = functools.lru_cache(OPEN_SHARDS)(functools.partial(Shard, streams=self.streams, codes=codes))
+        self.opened_features = functools.lru_cache(2 * OPEN_SHARDS)(open_features)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -185,16 +219,28 @@ class Dataset:
 
     def wav_path(self, i: int) -> Path:
         """Where clip i's waveform is, for those that have one."""
-        r = self.index[i]
-        return self.path(int(r["shard"])) / "wav" / f"{r['row']:05d}.wav"
+        return self.path(int(self.index[i]["shard"])) / "wav" / f"{self.index[i]['row']:05d}.wav"
 
-    def teacher(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
-        """(B, E) vectors of clips `ids` by each teacher, zeros in the rows that are not of its domain."""
-        vectors = [torch.zeros(len(ids), width) for _, width in self.meta["teachers"]]
-        for b, i in enumerate(ids.tolist()):
-            r, shard = self.at(i)
-            vectors[r["domain"]][b] = torch.from_numpy(np.array(shard.teachers[r["domain"]][r["teacher"]]))
-        return {name: x for (name, _), x in zip(self.meta["teachers"], vectors, strict=True)}
+    def vector(self, i: int) -> torch.Tensor:
+        """(E,) what clip i's teacher says of the whole clip."""
+        r, shard = self.at(i)
+        return torch.from_numpy(np.array(shard.teachers[r["domain"]][r["teacher"]]))
+
+    def features(self, i: int, rate: float, first: int, frames: int) -> torch.Tensor:
+        """(N, E) features of clip i by its teacher under `frames` mel frames from `first` on, stored at `rate`."""
+        r = self.index[i]
+        rows, edges = self.opened_features(self.path(int(r["shard"])), int(r["domain"]), rate)
+        start, end = edges[r["teacher"] : r["teacher"] + 2]
+        row, count = token_span(first, frames, rate, end - start)
+        return torch.from_numpy(rows[start + row : start + row + count].astype(np.float32))
+
+    def by_teacher(self, ids: np.ndarray, targets: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """{teacher: (B, E) or (B, N, E)} of each clip's (E,) or (n, E), zeros on padding and for the other domain."""
+        longest = [max(map(len, targets))] if targets[0].dim() == 2 else []
+        padded = [torch.zeros(len(ids), *longest, width) for _, width in self.meta["teachers"]]
+        for b, (d, x) in enumerate(zip(self.index["domain"][ids].tolist(), targets, strict=True)):
+            padded[d][b][: len(x)] = x
+        return {name: x for (name, _), x in zip(self.meta["teachers"], padded, strict=True)}
 
     def batch(self, ids: np.ndarray, crops: np.ndarray | None = None, prompts: np.ndarray | None = None) -> Batch:
         """Clips `ids` (B,) as one padded Batch; `crops` (B, 2): first frame and frames; `prompts` (B,): reference."""
@@ -210,7 +256,9 @@ class Dataset:
         mel, tokens = (pad_sequence(clips, batch_first=True) for clips in (mels, codes))
         tokens = tokens if self.streams > 1 else tokens[..., 0]
         domain, prompt, rows = map(torch.from_numpy, (records["domain"].astype(np.int64), prompts, np.asarray(ids)))
-        return Batch(mel, frames, tokens, token_len, domain, self.teacher(ids), prompt, rows)
+        teacher = self.by_teacher(ids, [self.vector(i) for i in ids.tolist()])
+        texts = tuple(self.name_and_text(i)[1] for i in ids.tolist())
+        return Batch(mel, frames, tokens, token_len, domain, teacher, prompt, rows, texts=texts)
 
 
 def crop_unit(rates: list[int]) -> int:
@@ -234,7 +282,7 @@ class LengthBatchSampler:
 
     A step takes world * accumulate groups; place = micro * world + rank says which is whose, so that two ranks, or one
     that accumulates twice, take the same groups. Every epoch has as many steps: slots are cut once from the sorted
-    lengths, and an epoch deals clips to slots in the order of their jittered length, then shuffles the slots."""
+    lengths; an epoch deals clips to them by jittered length, neighbours to a step, and shuffles the steps."""
 
     def __init__(self, lengths: np.ndarray, config, budget: str, rank=0, world=1, accumulate=1, trim=0.0):
         """`config` has seed, batch_size and, named `budget`, a group's padded length. DataError: a clip is longer."""
@@ -255,10 +303,12 @@ class LengthBatchSampler:
         self.dealt = functools.lru_cache(2)(self.deal)  # two epochs, as threads may be at either side of an end
 
     def taken(self, ids: np.ndarray) -> np.ndarray:
-        """How much of each clip of a group: as much as the shortest has, where none loses more than share `trim`."""
+        """How much of each clip of a group: as much as the shortest has, where none loses more than share `trim`; then,
+        unless that is 0, a multiple of 16 of it, where an eighth at most is lost."""
         lengths = self.lengths[ids]
-        alike = lengths.min() >= (1 - self.trim) * lengths.max()
-        return np.full_like(lengths, lengths.min()) if alike else lengths
+        most = lengths.min() if lengths.min() >= (1 - self.trim) * lengths.max() else lengths.max()
+        rest = most % 16 if self.trim else 0  # few shapes of batches: a GPU plans its attention anew for each
+        return np.minimum(lengths, most - rest if 8 * rest <= most else most)
 
     def padding(self) -> float:
         """Share of padding in the batches of the first epoch."""
@@ -271,10 +321,11 @@ class LengthBatchSampler:
         return 1 - sum(self.taken(ids).sum() for ids in groups) / sum(self.lengths[ids].sum() for ids in groups)
 
     def deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Clips and slots in the order of an epoch."""
+        """Clips in the order of an epoch, and the slots of its steps (steps, world * accumulate)."""
         rng = np.random.default_rng([self.config.seed, epoch])
-        jitter = rng.uniform(1 - JITTER, 1 + JITTER, len(self.lengths))
-        return np.argsort(self.lengths * jitter, kind="stable"), rng.permutation(len(self.edges) - 1)
+        order = np.argsort(self.lengths * rng.uniform(1 - JITTER, 1 + JITTER, len(self.lengths)), kind="stable")
+        drawn = np.resize(rng.permutation(len(self.edges) - 1), (self.steps_per_epoch, self.world * self.accumulate))
+        return order, np.sort(drawn, axis=None).reshape(drawn.shape)[drawn[:, 0].argsort().argsort()]
 
     def expected_clips(self, domain: np.ndarray) -> tuple[float, ...]:
         """How many clips of each domain a group holds in the mean over epochs; `domain` (clips,) as `lengths`."""
@@ -290,20 +341,27 @@ class LengthBatchSampler:
         step, place = self.place(k)
         epoch, step = divmod(step, self.steps_per_epoch)
         order, slots = self.dealt(epoch)
-        slot = slots[(step * self.world * self.accumulate + place) % len(slots)]
+        slot = slots[step, place]
         return order[self.edges[slot] : self.edges[slot + 1]]
 
 
-def teacher_moments(dataset: Dataset, d: int, norm: str) -> tuple:
-    """What align_norm=`norm` takes from domain d's teacher vectors and then divides them by, (E,) each or numbers: mean
-    and standard deviation over the split, a shard at a time."""
-    if norm == "raw":
+def teacher_moments(dataset: Dataset, d: int, config) -> tuple:
+    """What config.align_norm takes from domain d's targets and then divides them by, (E,) each or numbers: mean and
+    standard deviation over the split's vectors, over clips' mean features for crop, over features for frames."""
+    if config.align_norm == "raw":
         return 0.0, 1.0
-    shards = (dataset.opened(dataset.root / name).teachers[d] for name in dataset.meta[dataset.split]["shards"])
-    sums = ((len(x), x.sum(0), np.square(x).sum(0)) for x in (x.astype(np.float64) for x in shards))
+
+    def targets(name: str) -> np.ndarray:
+        if config.align_target not in STORED:
+            return dataset.opened(dataset.root / name).teachers[d].astype(np.float64)
+        rows, edges = dataset.opened_features(dataset.root / name, d, config.target_rate)
+        x = rows.astype(np.float64)
+        return x if config.align_target == "frames" else np.add.reduceat(x, edges[:-1]) / np.diff(edges)[:, None]
+
+    sums = ((len(x), x.sum(0), np.square(x).sum(0)) for x in map(targets, dataset.meta[dataset.split]["shards"]))
     n, total, squares = (sum(column) for column in zip(*sums, strict=True))
     mean, square = (torch.from_numpy(x / max(n, 1)) for x in (total, squares))
-    return mean.float(), (square - mean**2).clamp_min(1e-12).sqrt().float() if norm == "zscore" else 1.0
+    return mean.float(), (square - mean**2).clamp_min(1e-12).sqrt().float() if config.align_norm == "zscore" else 1.0
 
 
 def other_clips(domain: np.ndarray, seed: int) -> np.ndarray:
@@ -325,17 +383,22 @@ class TrainingBatches(LengthBatchSampler):
         frames = dataset.index["frames"]
         lengths = np.minimum(frames, config.crop_frames) if config.crop_frames else frames
         super().__init__(lengths, config, "batch_frames", rank, world, config.accumulate, config.trim)
-        shuffled = config.align_target == "shuffled"
-        self.others = other_clips(dataset.index["domain"], config.seed) if shuffled else np.arange(len(frames))
-        self.moments = [teacher_moments(dataset, d, config.align_norm) for d in range(len(DOMAINS))]
-        self.own_target = (config.align_target, config.align_norm) == ("clip", "raw")  # it is the batch's teacher
+        self.others = other_clips(dataset.index["domain"], config.seed) if config.align_target == "shuffled" else None
+        self.targeted = config.align != "none" and config.align_teacher == "external"
+        self.moments = [teacher_moments(dataset, d, config) for d in range(len(DOMAINS))] if self.targeted else []
 
-    def target(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
-        """What alignment learns of clips `ids`, by config.align_target and .align_norm; as Dataset.teacher."""
-        domain, vectors = self.dataset.index["domain"][ids], self.dataset.teacher(self.others[ids])
-        for d, (name, (mean, std)) in enumerate(zip(vectors, self.moments, strict=True)):
-            vectors[name] = (vectors[name] - mean) / std * torch.from_numpy(domain == d)[:, None]
-        return vectors
+    def target(self, i: int, first: int, frames: int) -> torch.Tensor:
+        """What alignment learns of clip i cropped to `frames` from `first` on: (E,), or (n, E) of align_target=frames,
+        whose zscore is over these rows, as iREPA's (arXiv:2512.10794)."""
+        c, (mean, std) = self.config, self.moments[self.dataset.index["domain"][i]]
+        if c.align_target not in STORED:
+            return (self.dataset.vector(i if self.others is None else int(self.others[i])) - mean) / std
+        x = self.dataset.features(i, c.target_rate, first, frames)
+        if c.align_target == "crop":
+            x = x.mean(0)
+        elif c.align_norm == "zscore":
+            mean, std = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
+        return (x - mean) / std
 
     def __call__(self, k: int) -> Batch:
         ids = self.ids(k)
@@ -344,8 +407,13 @@ class TrainingBatches(LengthBatchSampler):
         room = np.maximum(self.dataset.index["frames"][ids] - lengths, 0) // self.unit
         first = rng.integers(0, room + 1) * self.unit
         share = rng.uniform(0, self.config.prompt_max, len(ids)) * (rng.random(len(ids)) >= self.config.prompt_drop)
-        batch = self.dataset.batch(ids, np.stack([first, lengths], 1), (share * lengths).astype(np.int64))
-        return batch if self.own_target else replace(batch, target=self.target(ids))
+        crops = np.stack([first, lengths], 1)
+        batch = self.dataset.batch(ids, crops, (share * lengths).astype(np.int64))
+        if self.targeted:
+            targets = [self.target(i, *crop) for i, crop in zip(ids.tolist(), crops.tolist(), strict=True)]
+            batch.target = self.dataset.by_teacher(ids, targets)
+            batch.target_len = torch.tensor([len(x) for x in targets]) if targets[0].dim() == 2 else None
+        return batch
 
 
 class Prefetcher:
@@ -374,7 +442,7 @@ def first_of_each_domain(dataset: Dataset, n: int) -> np.ndarray:
 def fixed_batch(dataset: Dataset, per_domain: int, seed: int, max_frames: int) -> Batch:
     """`per_domain` clips of each domain, the same for the same seed, cropped to their first max_frames."""
     rng = np.random.default_rng(seed)
-    rows = (np.flatnonzero(dataset.index["domain"] == d) for d in range(len(DOMAINS)))
-    ids = np.concatenate([rng.permutation(r)[:per_domain] for r in rows])
+    of_domains = (dataset.index["domain"] == d for d in range(len(DOMAINS)))
+    ids = np.concatenate([rng.permutation(np.flatnonzero(own))[:per_domain] for own in of_domains])
     lengths = np.minimum(dataset.index["frames"][ids], max_frames)
     return dataset.batch(ids, np.stack([np.zeros_like(lengths), lengths], 1))

@@ -1,67 +1,62 @@
-"""WER, FAD and the held-out loss of a checkpoint, each beside its two references.
+"""WER, FAD, KAD and the held-out loss of a checkpoint, each beside its two references.
 
     python evaluate.py --ckpt out/demo/ckpt.pt            # table, eval.json, samples/, index.html beside the checkpoint
-    python evaluate.py --ckpt out/demo/ckpt.pt --lm out/lm_demo/ckpt.pt   # and a column for text -> tokens -> speech
+    python evaluate.py --ckpt out/demo/ckpt.pt --lm out/lm_demo/ckpt.pt   # also text -> tokens -> speech
+    python evaluate.py --ckpt out/demo/ckpt.pt --worst=5  # what was heard least well, from eval.json
     python evaluate.py --compare out/table2/*/            # the table over runs and seeds; table.md, .json, .png
     python evaluate.py --listening_test out/none out/lasp # a blind listening test, one page; and key.json
-    python evaluate.py --mos ratings/*.csv                # its scores and paired t-tests; with --compare, two columns
+    python evaluate.py --mos ratings/*.csv                # its scores and differences; with --compare, two columns
 
-Every number stands beside the same number for the original recordings, and for the originals through the same mel and
-vocoder: the floor that no model behind this vocoder can pass. Generated clips come from held-out tokens alone. WER:
-Whisper transcribes, its English normaliser and jiwer score clips of at least MIN_WORDS words. FAD and KAD: against the
-original training recordings, under a network that taught nobody; FAD of few clips is biased upwards, KAD is not. Each
-clip's word errors, mel-cepstral distance and cosine to its original are what --compare takes differences of, paired by
-clip and seed, from the run named none. [low high] is a 95 % interval over clips. Every evaluation adds a row to
-evals.csv; eval.json, samples/ and index.html are the latest's. C clips, P patches, E dimensions, T frames.
+Every number stands beside that of the original recordings, and of the originals through the same mel and vocoder: the
+floor that no model behind this vocoder can pass. Generated clips come from held-out tokens alone. WER: Whisper, its
+normaliser and jiwer, of clips of at least MIN_WORDS words. FAD and KAD: against the original training recordings, under
+a network that taught nobody; FAD of few clips is biased upwards, KAD is not. [low high] is a 95 % interval over clips.
+--compare takes differences of each clip's loss, word errors and SCORES, by clip and seed, from the run named none. Only
+an evaluation as the run's own settings say adds to evals.csv and writes eval.json, samples/ and index.html, any other
+eval_NAME.json and samples_NAME/. C clips, P patches, E dimensions, T frames.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-from configurator import Count, configure
+from configurator import Count, Natural, configure, differences
+from options import SynthesisArgs
 
 
 @dataclass
-class EvalArgs:
-    """Settings of `python evaluate.py`; an empty or None value is the one the model was trained with."""
+class EvalArgs(SynthesisArgs):
+    """Settings of `python evaluate.py`: those of options.py, with --lm also text -> tokens -> waveform, and:"""
 
-    ckpt: str = "out/demo/ckpt.pt"  # a checkpoint of train.py
-    data_dir: str = ""  # prepared data; empty: the one the checkpoint was trained on
-    lm: str = ""  # a checkpoint of lm.py: also evaluate text -> tokens -> waveform
-    nfe: Count | None = None  # velocity evaluations per clip
-    cfg_scale: float | None = None  # guidance scale; 1 is none
-    sway: float | None = None  # sway sampling coefficient
-    epss: bool = False  # F5-TTS's schedule for few steps, for nfe 5, 6, 7, 10, 12 or 16
-    method: Literal["euler", "midpoint"] = "euler"  # integrator; midpoint spends two evaluations a step
-    vocoder: str = ""  # hub name or folder of a Vocos, or griffin_lim
-    asr: str = ""  # recogniser: hub name or folder of a Whisper; "demo": tiny.en; pocketsphinx, where installed
+    name: str = ""  # of an evaluation unlike the run's own, or of those to compare; empty: by what differs
+    eval_seeds: Count | None = None  # noise seeds per clip, from `seed` on
+    language: str = ""  # of the speech, as Whisper's code
+    asr: str = ""  # recogniser: hub name or folder of a Whisper; "demo": tiny.en
     fad_model: Literal["", "yamnet", "vggish", "aisfx", "whisper", "none"] = ""  # network under FAD
     fad_weights: str = ""  # its weights, a path; empty: the demo's packages, for vggish a download
-    seed: int = 0  # seeds tokens and noise
-    max_clips: Count = 200  # most held-out clips per domain
-    clip_seed: int = 0  # draws them
-    worst: int = 0  # list this many of the worst transcriptions
+    max_clips: Count | None = None  # most held-out clips per domain
+    clip_seed: Natural = 0  # draws them
+    worst: int = 0  # list this many of the worst transcriptions; alone: of what eval.json holds
     compare: tuple[str, ...] = ()  # run directories NAME_sSEED to compare; nothing is evaluated anew
+    scores: str = ""  # a CSV file of others' scores to compare as well: columns run, clip (as in samples/), any others
     fad_target: float | None = None  # speech FAD whose first reaching is compared; None: that of the run named none
     listening_test: tuple[str, ...] = ()  # evaluated run directories to hear side by side
     listening_clips: Count = 10  # clips per domain of a listening test
     mos: tuple[str, ...] = ()  # the listeners' CSV files
     mos_key: str = "out/listening/key.json"  # the key.json written with their listening test
     out: str = ""  # where a comparison or a listening test goes; empty: beside the runs, and out/listening
-    device: str = "auto"  # auto | cpu | cuda | mps
-
-    renamed: ClassVar[dict] = {"cfg": "cfg_scale"}
 
 
 if __name__ == "__main__":
     ARGS = configure(EvalArgs, __doc__)  # a typo is answered before torch is imported
 
-import itertools
 import json
 import math
+import re
 import sys
 import time
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 
@@ -72,17 +67,22 @@ from scipy.spatial.distance import pdist
 
 import audio
 import common
+import probe
 import report
 from backbones import load_model
-from common import DOMAINS, SPEECH, command, pick_device, read_csv, step_seed, write_csv, write_json
+from common import DOMAINS, SPEECH, command, pick_device, precision, step_seed, write_json
 from data import Dataset, fingerprint
+from model import FlowModel
 from prepare import demo
 from sample import Stage1, from_dataset, settings, synthesise
-from teachers import Teacher, checked
+from teachers import Teacher
+from train import Config
 
-DRAWS = 400  # bootstrap samples behind an interval
+DRAWS, FAD_DRAWS = 400, 100  # bootstrap samples behind an interval; FAD's cost more
 MIN_WORDS = 4  # a WER over single words says little
 LARGEST, PATCHES = 2000, 32  # most reference clips of KAD, which costs their square, and most patches of a clip
+NO_SPACES = {"zh", "ja", "th", "lo", "my", "yue", "km"}  # languages that write none between words
+TIMES, LOSS_CLIPS = 5, 8  # points of t under a clip's flow-matching loss, and clips that share a batch for it
 
 
 def held_out_sample(dataset: Dataset, per_domain: int, seed: int) -> np.ndarray:
@@ -92,21 +92,25 @@ def held_out_sample(dataset: Dataset, per_domain: int, seed: int) -> np.ndarray:
 
 
 @cache
-def normaliser():
-    """Whisper's English normaliser with its table of spellings; it drops what stands in brackets."""
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+def normaliser(language: str = "en"):
+    """Whisper's, which drops what stands in brackets: of English with its table of spellings; of languages that write
+    no spaces each character becomes a word, so that a word error rate is the character error rate."""
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
+    if language != "en":
+        return BasicTextNormalizer(split_letters=language in NO_SPACES)
     spellings = resources.files("whisper_normalizer") / "normalizers/english.json"
     return EnglishTextNormalizer(json.loads(spellings.read_text(encoding="utf-8")))
 
 
-def word_errors(references: list[str], hypotheses: list[str]) -> tuple[float, list[float]]:
-    """Corpus WER and the WER of each utterance, after Whisper's English normaliser (jiwer). NaN of none."""
+def word_errors(references: list[str], hypotheses: list[str], language="en", rate="wer") -> tuple[float, list[float]]:
+    """Corpus error rate, "wer" or "cer", and that of each utterance, after the normaliser (jiwer). NaN of none."""
     import jiwer
 
-    pairs = [(normaliser()(r), normaliser()(h)) for r, h in zip(references, hypotheses, strict=True)]
-    corpus = jiwer.wer([r for r, _ in pairs], [h for _, h in pairs]) if pairs else float("nan")
-    return corpus, [jiwer.wer(r, h) for r, h in pairs]
+    measure, clean = getattr(jiwer, rate), normaliser(language)
+    pairs = [(clean(r), clean(h)) for r, h in zip(references, hypotheses, strict=True)]
+    corpus = measure([r for r, _ in pairs], [h for _, h in pairs]) if pairs else float("nan")
+    return corpus, [measure(r, h) for r, h in pairs]
 
 
 def frechet_terms(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
@@ -125,6 +129,26 @@ def frechet_terms(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
         xa, xb = np.linalg.qr(xa, mode="r"), np.linalg.qr(xb, mode="r")  # the same A and B from fewer rows
     covariances = traces - 2 * np.linalg.svd(xa @ xb.T, compute_uv=False).sum()
     return float(((mean_a - mean_b) ** 2).sum()), max(0.0, float(covariances))
+
+
+def frechet_interval(clips: list[np.ndarray], reference: np.ndarray) -> list[float]:
+    """95 % bootstrap interval over clips (P, E) of their Frechet distance from `reference` (m, E). The singular values
+    of X_a X_b^T come from its smaller Gram matrix. A sample that repeats clips has less rank and a larger distance
+    throughout, so only the spread of the draws is of use."""
+    rows, mean_b = np.concatenate(clips).astype(np.float64), reference.mean(0, dtype=np.float64)
+    if not np.isfinite(value := sum(frechet_terms(rows, reference))) or len(clips) < 2:
+        return [float("nan")] * 2
+    xb = (reference - mean_b) / np.sqrt(len(reference) - 1)
+    across = rows @ (np.linalg.qr(xb, mode="r") if len(xb) > xb.shape[1] else xb).T  # (patches, rank of b)
+    owner, squares, distances = np.repeat(np.arange(len(clips)), [len(c) for c in clips]), (rows**2).sum(1), []
+    for counts in common.resampled(len(clips), FAD_DRAWS)[:, owner]:
+        w, here = counts[counts > 0], counts > 0
+        n, mean = w.sum(), w @ rows[here] / w.sum()
+        x = np.sqrt(w / (n - 1))[:, None] * (across[here] - w @ across[here] / n)
+        norm = np.sqrt(np.linalg.eigvalsh(x @ x.T if len(x) < x.shape[1] else x.T @ x).clip(0)).sum()
+        trace = (w @ squares[here] - n * mean @ mean) / (n - 1)
+        distances.append(((mean - mean_b) ** 2).sum() + trace + (xb**2).sum() - 2 * norm)
+    return report.interval(value + np.array(distances) - np.mean(distances))
 
 
 def mean_kernel(x: list, y: list, bandwidth: float, drawn: np.ndarray) -> np.ndarray:
@@ -162,169 +186,223 @@ def kernel_distances(systems: dict[str, list], reference: list[np.ndarray]) -> d
     return result
 
 
-def mel_cepstral_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Mean over frames of the distance in dB between log-mels (T, 100), coefficients 1 to 13 of the DCT, no warping."""
-    frames = min(len(a), len(b))  # the last may be a part
-    difference = scipy.fft.dct((a[:frames] - b[:frames]).double().numpy(), norm="ortho")[:, 1:14]
-    return float(20 / math.log(10) * np.sqrt((difference**2).sum(1) / a.shape[1]).mean())
+@dataclass
+class Take:
+    """One rendition of a clip as the scores see it; what costs time is computed once, when first asked for."""
+
+    wav: np.ndarray  # (L,) at 24 kHz
+    domain: int
+    text: str = ""  # what the clip says
+    floor: float = -math.inf  # of its log-mel
+    judge: Teacher | None = None  # the network under FAD
+
+    @cached_property
+    def mel(self) -> torch.Tensor:
+        """(T, 100), as the run's own data."""
+        return audio.log_mel(torch.from_numpy(self.wav)).clamp_min(self.floor)
+
+    @cached_property
+    def patches(self) -> np.ndarray:
+        """(P, E) of the judge."""
+        return self.judge.encode([audio.resample(self.wav, audio.SAMPLE_RATE, self.judge.sample_rate)])[0]
+
+    @cached_property
+    def f0(self) -> np.ndarray:
+        """Hz every 10 ms, 0 where unvoiced, by Praat's autocorrelation."""
+        import parselmouth
+
+        wav = self.wav[: len(self.wav) // audio.HOP * audio.HOP].astype(np.float64)  # what a vocoder makes of its mel
+        sound = parselmouth.Sound(np.pad(wav, (0, max(0, 2400 - len(wav)))), audio.SAMPLE_RATE)
+        return sound.to_pitch(0.01, 60, 600).selected_array["frequency"]
 
 
-def score_wer(waves: dict[str, dict], texts: dict[int, str], recogniser) -> dict:
-    """WER of each system's clips of at least MIN_WORDS words, its interval and what was heard in each. `waves`:
-    {system: {a clip's row in its split: waveform (L,) at 24 kHz}}; `texts`: {row: what the clip says}."""
-    counts = {i: len(normaliser()(text).split()) for i, text in texts.items()}
-    texts = {i: text for i, text in texts.items() if counts[i] >= MIN_WORDS}
-    words = np.array([counts[i] for i in texts], int)
-    drawn = common.resampled(len(texts), DRAWS) if texts else np.ones((1, 0))
-    result = {"clips": len(texts), "words": int(words.sum()), "interval": {}, "utterances": {}}
-    for system, clips in waves.items():
-        speech = [audio.resample(clips[i], audio.SAMPLE_RATE, recogniser.sample_rate) for i in texts]
-        heard = recogniser.transcribe(speech)
-        result[system], errors = word_errors(list(texts.values()), heard)
-        result["interval"][system] = report.interval(drawn @ (words * errors) / (drawn @ words)) if texts else ()
-        rows = zip(texts.items(), heard, errors, strict=True)
-        found = [{"id": i, "text": t, "words": counts[i], "heard": h, "wer": e} for (i, t), h, e in rows]
+Takes = dict[str, dict[int, list[Take]]]  # {system: {a clip's row in its split: a Take for each noise seed}}
+
+
+def score_wer(takes: Takes, recogniser, language: str = "en") -> dict:
+    """WER of each system's speech of at least MIN_WORDS words, its interval and what was heard in each take; and CER of
+    other languages than English, but where WER is that already."""
+    texts = {i: clip[0].text for i, clip in takes["original"].items() if clip[0].domain == SPEECH}
+    counts = {i: len(normaliser(language)(text).split()) for i, text in texts.items()}
+    ids = [i for i in texts if counts[i] >= MIN_WORDS]
+    words, drawn = np.array([counts[i] for i in ids], int), common.resampled(max(1, len(ids)), DRAWS)
+    result = {"clips": len(ids), "words": int(words.sum()), "interval": {}, "utterances": {}, "cer": {}}
+    for system, clips in takes.items():
+        columns = [k for k, i in enumerate(ids) for _ in clips[i]]  # the clip of each take
+        waves = [audio.resample(t.wav, audio.SAMPLE_RATE, recogniser.sample_rate) for i in ids for t in clips[i]]
+        heard, said = recogniser.transcribe(waves, language), [texts[ids[k]] for k in columns]
+        result[system], errors = word_errors(said, heard, language)
+        if language not in {"en", *NO_SPACES}:
+            result["cer"][system] = word_errors(said, heard, language, "cer")[0]
+        weights = drawn[:, columns] * words[columns]  # (draws, takes): those of a clip are drawn together
+        result["interval"][system] = report.interval(weights @ errors / weights.sum(1)) if ids else ()
+        found = zip((ids[k] for k in columns), said, heard, errors, strict=True)
+        found = [{"id": i, "text": t, "words": counts[i], "heard": h, "wer": e} for i, t, h, e in found]
         result["utterances"][system] = found
     return result
 
 
-def score_fad(embedded: dict[str, list], reference: list[np.ndarray]) -> dict:
-    """FAD, its terms and KAD with its interval of each system's clips, lists of (P, E), and the counts."""
-    pooled = {s: np.concatenate(clips or [np.zeros((0, 1))]) for s, clips in (embedded | {"": reference}).items()}
-    patches, kad = pooled.pop(""), kernel_distances(embedded, reference)
-    terms = {system: frechet_terms(rows, patches) for system, rows in pooled.items()}
+def score_fad(takes: Takes, reference: list[np.ndarray]) -> dict:
+    """FAD with its terms and KAD of each system's clips against a list of (P, E), with intervals, and the counts."""
+    heard = {s: [np.concatenate([t.patches for t in clip]) for clip in clips.values()] for s, clips in takes.items()}
+    rows, kad = np.concatenate(reference or [np.zeros((0, 1))]), kernel_distances(heard, reference)
+    terms = {system: frechet_terms(np.concatenate(clips), rows) for system, clips in heard.items()}
     result = {system: sum(pair) for system, pair in terms.items()} | {"terms": terms}
+    result["interval"] = {system: frechet_interval(clips, rows) for system, clips in heard.items()}
     result |= {"kad": {s: k[0] for s, k in kad.items()}, "kad_interval": {s: k[1:] for s, k in kad.items()}}
-    result |= {"clips": len(embedded["original"]), "patches": len(pooled["original"])}
-    return result | {"reference_patches": len(patches)}
+    return result | {"clips": len(heard["original"]), "patches": sum(map(len, heard["original"]))}
 
 
-def score_clips(waves: dict[str, dict], wer: dict, embedded: dict[str, dict], floor: float) -> dict[str, list[dict]]:
-    """What --compare pairs, {system: [{"id", "mcd", "cosine", "wer", "words"}]}: the mel-cepstral distance and the
-    cosine of the judge's mean embedding to the original's, and the word errors where WER counts the clip."""
-    mel = lambda wav: audio.log_mel(torch.from_numpy(wav)).clamp_min(floor)  # noqa: E731
+def mel_cepstral_distance(original: Take, made: Take) -> float:
+    """Mean over frames of the distance in dB between log-mels, coefficients 1 to 13 of the DCT, no warping."""
+    frames = min(len(original.mel), len(made.mel))  # the last may be a part
+    difference = scipy.fft.dct((original.mel[:frames] - made.mel[:frames]).double().numpy(), norm="ortho")[:, 1:14]
+    return float(20 / math.log(10) * np.sqrt((difference**2).sum(1) / audio.N_MELS).mean())
+
+
+def embedding_cosine(original: Take, made: Take) -> float | None:
+    """Cosine of the means over the judge's patches; None without a judge."""
+    if original.judge is None:
+        return None
+    a, b = original.patches.mean(0), made.patches.mean(0)
+    return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
+
+
+def f0_error(original: Take, made: Take) -> float | None:
+    """Root mean square difference of log F0, in cents, over frames voiced in both; None without any, and for sounds."""
+    if original.domain != SPEECH:
+        return None
+    frames = min(len(original.f0), len(made.f0))
+    a, b = original.f0[:frames], made.f0[:frames]
+    both = (a > 0) & (b > 0)
+    return float(1200 * np.sqrt(np.mean(np.log2(b[both] / a[both]) ** 2))) if both.any() else None
+
+
+# (original Take, generated Take) -> the clip's score, or None; what stands here is printed and compared
+SCORES: dict[str, Callable] = {"mcd": mel_cepstral_distance, "f0": f0_error, "cosine": embedding_cosine}
+
+
+def score_clips(takes: Takes, wer: dict, losses: dict[int, float]) -> dict[str, list[dict]]:
+    """What --compare pairs, {system: [{"id", "domain", "fm", "wer", "words", key of SCORES ...}]}, means over a clip's
+    takes: SCORES against the original, word errors where WER counts the clip, `losses` of the generating model."""
     scores: dict[str, list[dict]] = {system: [] for system in ("vocoded", "generated")}
-    for system, (i, original) in itertools.product(scores, waves["original"].items()):
-        row = {"id": i, "mcd": mel_cepstral_distance(mel(original), mel(waves[system][i]))}
-        if embedded:
-            a, b = (embedded[s][i].mean(0) for s in ("original", system))
-            row["cosine"] = float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
-        heard = (u for u in wer["utterances"][system] if u["id"] == i)
-        scores[system].append(row | {k: u[k] for u in heard for k in ("wer", "words")})
+    for system, rows in scores.items():
+        for i, (original,) in takes["original"].items():
+            found = {name: [score(original, take) for take in takes[system][i]] for name, score in SCORES.items()}
+            heard = [u for u in wer["utterances"][system] if u["id"] == i]
+            found |= {k: [u[k] for u in heard] for k in ("wer", "words")}
+            found["fm"] = [losses[i]] if system == "generated" else []
+            known = {name: [v for v in values if v is not None] for name, values in found.items()}
+            means = {name: float(np.mean(values)) for name, values in known.items() if values}
+            rows.append({"id": i, "domain": DOMAINS[original.domain]} | means)
     return scores
 
 
-class Sphinx:
-    """CMU pocketsphinx with the American English model of its package: weak, but it shares nothing with Whisper."""
-
-    sample_rate = 16000
-
-    def __init__(self):
-        try:
-            from pocketsphinx import Decoder
-        except ImportError:
-            raise ValueError("--asr=pocketsphinx needs that package: pip install pocketsphinx") from None
-        self.decoder = Decoder(samprate=self.sample_rate, loglevel="FATAL")
-
-    def transcribe(self, wavs: list[np.ndarray]) -> list[str]:
-        """Text of every clip."""
-        texts = []
-        for wav in checked(wavs):
-            self.decoder.start_utt()
-            self.decoder.process_raw((wav.clip(-1, 1) * 32767).astype("<i2").tobytes(), full_utt=True)
-            self.decoder.end_utt()
-            texts.append(getattr(self.decoder.hyp(), "hypstr", ""))
-        return texts
+def held_out_losses(model: FlowModel, held: Dataset, ids: np.ndarray, frames: int, sigma: float, seeds: Sequence[int]):
+    """The flow-matching loss (eq. 23) of the first `frames` frames of clips `ids`, {clip: loss}, a mean over TIMES
+    points of t and the noise of each of `seeds`, which is the same for every model."""
+    losses, device = {}, str(next(model.parameters()).device)
+    order = ids[np.argsort(held.index["frames"][ids], kind="stable")]  # clips of like length share a batch
+    for k in range(0, len(ids), LOSS_CLIPS):
+        part = order[k : k + LOSS_CLIPS]
+        lengths = np.minimum(held.index["frames"][part], frames)
+        batch = held.batch(part, np.stack([np.zeros_like(lengths), lengths], 1)).to(device)
+        draws = (step_seed(seed, k) for seed in seeds)
+        found = [probe.at_times(probe.loss_of_clips, model, batch, TIMES, sigma, seed) for seed in draws]
+        losses |= dict(zip(part.tolist(), torch.stack(found).mean((0, 1)).tolist(), strict=True))
+    return losses
 
 
-def load_recogniser(asr: str, device: str) -> Teacher | Sphinx:
-    """What turns speech into words: "demo", a Whisper by hub name or folder, or pocketsphinx."""
-    weights = demo.fetch("whisper_tiny") if asr == "demo" else asr
-    return Sphinx() if asr == "pocketsphinx" else demo.load_teacher("whisper", weights, device)
+def load_recogniser(asr: str, device: str, language: str) -> Teacher:
+    """What turns speech into words: "demo", or a Whisper by hub name or folder. ValueError: it lacks the language."""
+    recogniser = demo.load_teacher("whisper", demo.fetch("whisper_tiny") if asr == "demo" else asr, device)
+    recogniser.transcribe([], language)  # now, not after minutes of sampling
+    return recogniser
 
 
-def evaluate(state: dict, args: EvalArgs, out_dir: Path) -> tuple[dict, dict]:
-    """All numbers of one checkpoint of the run in `out_dir`, as a dict for eval.json, and of every clip
-    {"speech_0012": (text, original, generated)}."""
-    run, device = state["config"], pick_device(args.device)
-    used = {k: getattr(args, k) or run[k] for k in ("data_dir", "vocoder", "asr")}
-    held, train = Dataset(used["data_dir"], "held_out"), Dataset(used["data_dir"], "train")
-    model, vocoder = load_model(state, device=device), audio.load_vocoder(used["vocoder"], device)
-    options = settings(args, run)
-    make = partial(synthesise, model, vocoder=vocoder, options=options, dtype=run["dtype"])
-    ids = held_out_sample(held, args.max_clips, args.clip_seed)
-    domain = {i: int(held.index["domain"][i]) for i in ids.tolist()}  # by the clip's row, as the texts and waves below
-    texts = {i: held.name_and_text(i)[1] for i in domain}
-    start = time.time()
-    generated = make(from_dataset(held, ids))
-    spent = time.time() - start
-    original = [audio.read(held.wav_path(i), audio.SAMPLE_RATE) for i in domain]
-    mels = [torch.from_numpy(held.mel(i).astype(np.float32)).clamp_min(run["mel_floor"]) for i in domain]
-    made = {"original": original, "vocoded": [vocoder(mel) for mel in mels], "generated": generated}
+def make_takes(state: dict, args: EvalArgs, model: FlowModel, held: Dataset, ids: list, used: dict, judge) -> tuple:
+    """Takes of clips `ids`: original and vocoded one, generated (and from text) one a seed; and what eval.json says of
+    their making."""
+    run, device, options = state["config"], pick_device(args.device), settings(args, state["config"])
+    vocoder, seeds = audio.load_vocoder(used["vocoder"], device), range(args.seed, args.seed + used["seeds"])
+    texts = [(int(held.index["domain"][i]), held.name_and_text(i)[1]) for i in ids]
+
+    def collect(rounds: list[list[np.ndarray]]) -> dict[int, list[Take]]:
+        clips = zip(ids, texts, zip(*rounds, strict=True), strict=True)
+        return {i: [Take(wav, d, text, run["mel_floor"], judge) for wav in waves] for i, (d, text), waves in clips}
+
+    def make(requests: Callable[[int], list]) -> dict[int, list[Take]]:
+        seeded = ((requests(seed), options | {"seed": seed}) for seed in seeds)
+        return collect([synthesise(model, asked, vocoder, how, run["dtype"]) for asked, how in seeded])
+
+    mels = [torch.from_numpy(held.mel(i).astype(np.float32)).clamp_min(run["mel_floor"]) for i in ids]
+    takes = {"original": collect([[audio.read(held.wav_path(i), audio.SAMPLE_RATE) for i in ids]])}
+    takes["vocoded"], start = collect([[vocoder(mel) for mel in mels]]), time.monotonic()
+    takes["generated"] = make(lambda seed: from_dataset(held, np.array(ids)))
+    seconds = sum(len(take.wav) for clip in takes["generated"].values() for take in clip) / audio.SAMPLE_RATE
+    about = {"sampler": options, "real_time_factor": (time.monotonic() - start) / seconds}
     if args.lm:
         stage = Stage1(args.lm, model, device, state["data"])
-        made["from text"] = make(stage.requests([(d, texts[i]) for i, d in domain.items()], seed=args.seed))
-    waves = {system: dict(zip(domain, clips, strict=True)) for system, clips in made.items()}
+        takes["from text"] = make(lambda seed: stage.requests(texts, seed=seed))
+        about["lm"] = {"ckpt": args.lm, "step": stage.state["step"]}
+    return takes, about
 
-    result = used | {"step": state["step"], "seconds": state["seconds"], "sampler": options}
-    result["clip_seed"] = args.clip_seed
-    result["data"], result["held_out_fm"] = fingerprint(held.meta), held_out_at(out_dir, state["step"])
-    result["real_time_factor"] = spent / (sum(map(len, generated)) / audio.SAMPLE_RATE)
-    recogniser, judge_name = load_recogniser(used["asr"], device), args.fad_model or run["fad_model"]
-    result["wer"] = score_wer(waves, {i: texts[i] for i, d in domain.items() if d == SPEECH}, recogniser)
-    embedded: dict[str, dict] = {}
-    if judge_name != "none":
-        judge = demo.load_judge(judge_name, args.fad_weights, device)
-        at_rate = partial(audio.resample, rate=audio.SAMPLE_RATE, to=judge.sample_rate)
-        hear = lambda clips: judge.encode([at_rate(wav) for wav in clips])  # noqa: E731
-        embedded = {s: dict(zip(clips, hear(list(clips.values())), strict=True)) for s, clips in waves.items()}
+
+def evaluate(state: dict, args: EvalArgs) -> tuple[dict, Takes]:
+    """All numbers of one checkpoint, as a dict for eval.json, and what they are of."""
+    run, device = state["config"], pick_device(args.device)
+    used = {k: getattr(args, k) or run[k] for k in ("data_dir", "vocoder", "asr", "language", "eval_seeds")}
+    used |= {"seeds": used.pop("eval_seeds"), "clip_seed": args.clip_seed}
+    held, train = Dataset(used["data_dir"], "held_out"), Dataset(used["data_dir"], "train")
+    recogniser, judge_name = load_recogniser(used["asr"], device, used["language"]), args.fad_model or run["fad_model"]
+    judge = None if judge_name == "none" else demo.load_judge(judge_name, args.fad_weights, device)
+    ids = held_out_sample(held, args.max_clips or run["max_clips"], args.clip_seed)
+    model = load_model(state, device=device)
+    takes, about = make_takes(state, args, model, held, ids.tolist(), used, judge)
+    result = used | about | {"step": state["step"], "seconds": state["seconds"], "data": fingerprint(held.meta)}
+    with precision(device, run["dtype"]):
+        seeds = range(args.seed, args.seed + used["seeds"])
+        losses = held_out_losses(model, held, ids, run["probe_frames"], run["sigma"], seeds)
+    result["wer"] = score_wer(takes, recogniser, used["language"])
+    if judge:
         result["fad"] = {"model": judge_name, "is_teacher": judge_name in dict(state["model_config"]["teachers"])}
-        for d, name in enumerate(DOMAINS):
-            scored = {system: [clips[i] for i in clips if domain[i] == d] for system, clips in embedded.items()}
-            paths = map(train.wav_path, np.flatnonzero(train.index["domain"] == d).tolist())
-            reference = [audio.read(p, audio.SAMPLE_RATE) for p in paths if p.exists()]
-            result["fad"][name] = score_fad(scored, hear(reference))
-    scores = score_clips(waves, result["wer"], embedded, run["mel_floor"])
-    result["clips"] = {s: [{"domain": DOMAINS[domain[row["id"]]]} | row for row in rows] for s, rows in scores.items()}
-    if args.lm:
-        result["lm"] = {"ckpt": args.lm, "step": stage.state["step"]}
-    names = [f"{DOMAINS[d]}_{i:04d}" for i, d in domain.items()]
-    return result, dict(zip(names, zip(texts.values(), original, generated, strict=True), strict=True))
+    for d, name in enumerate(DOMAINS) if judge else ():
+        paths = map(train.wav_path, np.flatnonzero(train.index["domain"] == d).tolist())
+        reference = [Take(audio.read(p, audio.SAMPLE_RATE), d, judge=judge).patches for p in paths if p.exists()]
+        of_d = {s: {i: clip for i, clip in clips.items() if clip[0].domain == d} for s, clips in takes.items()}
+        result["fad"] |= {name: score_fad(of_d, reference)} if of_d["original"] else {}
+    result["clips"] = score_clips(takes, result["wer"], losses)
+    by_domain = {name: [c["fm"] for c in result["clips"]["generated"] if c["domain"] == name] for name in DOMAINS}
+    return result | {"held_out_fm": {name: float(np.mean(found)) for name, found in by_domain.items() if found}}, takes
 
 
-def held_out_at(out_dir: Path, step: int) -> dict[str, float]:
-    """The held-out losses in log.csv at `step`, or the last before it, of the domains that have any."""
-    rows = [r for r in read_csv(out_dir / "log.csv") if int(r["step"]) <= step]
-    return {name: float(r[f"held_out_{name}"]) for r in rows for name in DOMAINS if r.get(f"held_out_{name}")}
-
-
-def record(out_dir: Path, result: dict, clips: dict[str, tuple]) -> bool:
-    """Writes this step's row of evals.csv, the convergence curve of a run, and for its latest step samples/ and
-    eval.json; returns whether it is the latest. Rows past the end of log.csv go: training went back behind them."""
-    step, log = result["step"], read_csv(out_dir / "log.csv")
-    last = max(step, int(log[-1]["step"])) if log else math.inf
-    others = [r for r in read_csv(out_dir / "evals.csv") if int(r["step"]) != step and int(r["step"]) <= last]
-    latest = all(int(r["step"]) < step for r in others)
-    if latest:
-        (out_dir / "samples").mkdir(exist_ok=True)
-        for name, (_, _, generated) in clips.items():
-            audio.write(out_dir / "samples" / f"{name}.wav", generated)
-        write_json(out_dir / "eval.json", result)  # after the samples: runs/*.sh take a run that has it for evaluated
-    row = {"step": step, "seconds": result["seconds"], "speech_wer": result["wer"]["generated"]}
-    row |= {f"{name}_fad": result["fad"][name]["generated"] if "fad" in result else "" for name in DOMAINS}
-    write_csv(out_dir / "evals.csv", list(row), sorted([*others, row], key=lambda r: int(r["step"])))
-    return latest
+def variant(args: EvalArgs, state: dict, result: dict) -> str:
+    """The name of an evaluation that is not as the run's own settings ask; empty: it is."""
+    own = state["config"] | {"seed": 0}  # a run's seed is that of its training
+    aside = {"ckpt", "data_dir", "device", "name", "worst"}
+    changed = [f"{k}={v}" for k, v in differences(args).items() if k not in aside and own.get(k) != v]
+    changed += [f"data={result['data']}"] if result["data"] != state["data"] else []
+    return (args.name or re.sub(r"[^\w.=,-]+", "_", ",".join(changed))[:100]) if changed else ""
 
 
 def main_evaluate(args: EvalArgs) -> None:
-    """Scores --ckpt, writes what `record` writes and, for the latest step, the run's page; prints the table."""
-    state, used = common.load(args.ckpt)
-    run = used.parent
-    result, clips = evaluate(state, args, run)
-    wrote = "eval.json, samples and index.html stay those of a later step"
-    if record(run, result, clips):
-        report.index_page(run, result, clips)
-        wrote = f"wrote {run / 'eval.json'}, {run / 'samples'} and {run / 'index.html'}"
+    """Scores --ckpt, or reads its eval.json for --worst alone; writes what belongs to it; prints the table."""
+    file = report.eval_file(Path(args.ckpt).parent, args.name)
+    if set(differences(args)) - {"ckpt", "name"} == {"worst"} and file.exists():
+        result, wrote = report.read_eval(file), f"read {file}"
+    else:
+        state, used = common.load(args.ckpt, needs=common.TRAINED)
+        state["config"] = asdict(Config()) | state["config"]  # an older one may lack a setting
+        run, (result, takes) = used.parent, evaluate(state, args)
+        if name := variant(args, state, result):
+            report.write_samples(run / f"samples_{name}", takes)
+            write_json(report.eval_file(run, name), result)
+            wrote = f"not as the run's settings say: wrote {report.eval_file(run, name)} and samples_{name}/ alone"
+        elif report.record(run, result, takes):
+            report.index_page(run, result, takes)
+            wrote = f"wrote {run / 'eval.json'}, {run / 'samples'} and {run / 'index.html'}"
+        else:
+            wrote = "eval.json, samples and index.html stay those of a later step"
     for system in ("generated", "from text"):
         utterances = result["wer"]["utterances"].get(system, [])
         for u in sorted(utterances, key=lambda u: -u["wer"])[: args.worst]:
@@ -334,38 +412,24 @@ def main_evaluate(args: EvalArgs) -> None:
 
 def main_compare(args: EvalArgs, ratings: list[dict]) -> None:
     """Prints the table over the runs of --compare and writes table.md, table.json and table.png."""
-    runs = [Path(p) for p in args.compare]
-    paths = [p for p in runs if (p / "eval.json").exists()]
-    if paths != runs:
-        print("not evaluated yet, left out:", *(p for p in runs if p not in paths), file=sys.stderr)
-    if not paths:
+    folders = [p for p in map(Path, args.compare) if report.eval_file(p, args.name).exists()]
+    if missing := [p for p in map(Path, args.compare) if p not in folders]:
+        print("not evaluated yet, left out:", *missing, file=sys.stderr)
+    if not folders:
         raise ValueError("no evaluated run among --compare; run evaluate.py --ckpt RUN/ckpt.pt first")
-    rows = report.compare(paths, args.fad_target, report.mean_scores(ratings))
-    out, paired = Path(args.out or paths[0].parent), report.differences(paths)
-    text = f"{report.comparison_table(rows)}\n\n{report.differences_table(paired)}".rstrip()
+    runs = report.read_runs(folders, args.name, args.scores)
+    rows, paired = report.compare(runs, args.fad_target, report.mean_scores(ratings)), report.differences(runs)
+    text = report.comparison_table(rows, paired)
+    text += f"\nread from eval_{args.name}.json of each run" if args.name else ""
+    out = Path(args.out or folders[0].parent)
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text + "\n")
     write_json(out / "table.json", {name: row | {"less_none": paired.get(name, {})} for name, row in rows.items()})
-    losses = [(p.name, p / "log.csv", "held_out_speech") for p in paths]
-    scores = [(p.name, p / "evals.csv", "speech_fad") for p in paths]
-    report.plot(out / "table.png", {"held-out FM loss, speech": losses, "speech FAD": scores})
+    at = report.labelled(folders)
+    losses = [(label, folder / "log.csv", "held_out_speech") for label, folder in at.items()]
+    fads = [(label, folder / "evals.csv", "speech_fad") for label, folder in at.items()]
+    report.plot(out / "table.png", {"held-out FM loss, speech": losses, "speech FAD": fads})
     print(f"{text}\nwrote {out / 'table.md'}, table.json and table.png")
-
-
-def main_listening_test(args: EvalArgs) -> None:
-    """A page with the same held-out clips of every run, and the recordings themselves as one more system."""
-    systems: dict[str, dict] = {}
-    for run in map(Path, args.listening_test):
-        paths = [p for name in DOMAINS for p in sorted(run.glob(f"samples/{name}_*[0-9].wav"))[: args.listening_clips]]
-        systems[run.name] = {path.stem: audio.read(path, audio.SAMPLE_RATE) for path in paths}
-    if not any(systems.values()):
-        raise ValueError(f"no samples in {args.listening_test[0]}/samples: run evaluate.py --ckpt RUN/ckpt.pt first")
-    held = Dataset(args.data_dir or report.read_eval(Path(args.listening_test[0]))["data_dir"], "held_out")
-    rows = {clip: int(clip.split("_")[1]) for clip in next(iter(systems.values()))}
-    systems["original"] = {clip: audio.read(held.wav_path(i), audio.SAMPLE_RATE) for clip, i in rows.items()}
-    out = Path(args.out or "out/listening")
-    key = report.listening_test(systems, out, args.seed)
-    print(f"{len(key)} clips of {', '.join(systems)}; send {out}/listening.html to listeners, keep {out}/key.json")
 
 
 def main(args: EvalArgs) -> None:
@@ -373,7 +437,7 @@ def main(args: EvalArgs) -> None:
     if args.compare:
         main_compare(args, ratings)
     elif args.listening_test:
-        main_listening_test(args)
+        print(report.listening_test(args.listening_test, args.listening_clips, args.out, args.seed))
     elif args.mos:
         print(report.mos_table(ratings))
     else:

@@ -17,7 +17,7 @@ B clips, S sequence positions, D LM width, E width of the audio encoder's featur
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
-from configurator import Count, Share, configure, from_dict, show
+from configurator import Count, Name, Natural, Share, configure, from_dict, show
 
 
 @dataclass
@@ -25,9 +25,9 @@ class LMConfig:
     """Settings of stage 1; a config file lists only what differs."""
 
     # run
-    out_dir: str = "out/lm_unified"  # run directory; an unfinished run found there is continued
-    data_dir: str = "data/unified_a"  # folder made by python -m prepare
-    seed: int = 0  # seeds weights, data order and style dropout
+    out_dir: Name = "out/lm_unified"  # run directory; an unfinished run found there is continued
+    data_dir: Name = "data/unified_a"  # folder made by python -m prepare
+    seed: Natural = 0  # seeds weights, data order and style dropout
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto takes bfloat16 where the machine has it
     # model
@@ -87,6 +87,7 @@ from common import DOMAINS, SPEECH, Machine, clip_and_step, command, step_seed
 
 audio.torchaudio()  # before transformers imports it
 STYLES = 16  # style placeholders, and time segments of the reference
+NEEDS = "config net vocabulary model".split()  # of a checkpoint of this file
 MAY_DIFFER = "out_dir data_dir device dtype log_every eval_every eval_clips save_every".split()
 COLUMNS = "step loss ce coarse grad_norm lr tokens_per_s seconds".split() + [f"held_out_{name}" for name in DOMAINS]
 
@@ -100,7 +101,7 @@ def train(config: LMConfig, machine: Machine) -> "Run":
     log = start_log(run, corpus, sampler, machine) if machine.lead else None
     finite = common.Finite(lambda: save(run) if machine.lead else None)
     lm = DistributedDataParallel(run.lm) if machine.world > 1 else run.lm
-    stop, start, tokens = common.StopRequest(machine.device), time.time() - run.seconds, 0
+    stop, start, tokens = common.StopRequest(machine.device), time.monotonic() - run.seconds, 0
     while run.step < config.max_steps and not stop.agreed():
         ids = sampler.ids(run.step)
         batch = corpus.batch(ids, machine.device)
@@ -118,9 +119,9 @@ def train(config: LMConfig, machine: Machine) -> "Run":
         every = (config.log_every, config.eval_every, config.save_every)
         log_due, eval_due, save_due = (run.step % n == 0 or run.step == config.max_steps for n in every)
         if log and (log_due or eval_due):
-            seconds = time.time() - start
+            seconds = time.monotonic() - start
             rate, run.seconds, tokens = tokens / (seconds - run.seconds), seconds, 0
-            held = held_out_loss(run.lm, held_out, machine) if eval_due else {}
+            held = common.optional(lambda: held_out_loss(run.lm, held_out, machine), {}) if eval_due else {}
             numbers = {name: value.item() for name, value in losses.items()} | {"loss": loss.item()} | moved
             log.row(step=run.step, tokens_per_s=rate, seconds=seconds, **numbers, **held)
             extra = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.3f}" for k, v in held.items())
@@ -131,17 +132,20 @@ def train(config: LMConfig, machine: Machine) -> "Run":
             save(run)
     if log and run.step < config.max_steps:
         save(run)
+    stop.close()
     return run
 
 
 @torch.no_grad()
 def held_out_loss(lm: "LM", batch: "Sequences", machine: Machine) -> dict[str, float]:
     """CE per code of each domain on fixed clips, 8 at a time, without style: what is known from text alone."""
-    lm.eval()
     parts = map(Sequences, *(x.split(8) for x in batch))
-    with machine.precision():
-        ce = torch.cat([lm(part, style_drop=1.0, each=True)["ce"] for part in parts])
-    lm.train()
+    try:
+        lm.eval()
+        with machine.precision():
+            ce = torch.cat([lm(part, style_drop=1.0, each=True)["ce"] for part in parts])
+    finally:
+        lm.train()
     return {f"held_out_{n}": float(ce[batch.domain == d].mean()) for d, n in enumerate(DOMAINS) if d in batch.domain}
 
 
@@ -170,13 +174,14 @@ def open_run(config: LMConfig, machine: Machine) -> tuple[Run, "Corpus", "Sequen
     lm.to(machine.device)
     about = {"config": asdict(config), "net": json.loads(net.config.to_json_string(use_diff=False))}
     about |= {"vocabulary": {"text": vocabulary.text, "codes": vocabulary.codes}}
-    about |= {"rates": training.meta["token_rates"], "data": data.fingerprint(training.meta)}
+    about |= {"rates": training.meta["token_rates"], "data": data.fingerprint(training.meta), "batches": machine.world}
     run, path = Run(lm, common.make_optimizer(lm, config), about), Path(config.out_dir) / "ckpt.pt"
     if machine.lead:
         common.remove_leftovers(path.parent)
     if common.exists(path):
-        state, used = common.load(path, set_aside=True)
-        common.same_run(config, about["data"], state, MAY_DIFFER, used)
+        state, used = common.load(path, set_aside=True, needs=NEEDS)
+        common.same_run(config, about["data"], state, MAY_DIFFER, used, machine.world)
+        common.check_weights(lambda: lm, 0, state["model"], used)
         lm.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.step, run.seconds = state["step"], state["seconds"]
@@ -361,14 +366,17 @@ class LM(nn.Module):
 
 def load_lm(path: str | Path, device: str = "cpu") -> tuple[LM, dict]:
     """The LM of a checkpoint in eval mode, and the checkpoint's other contents."""
-    state, used = common.load(path)
-    if "vocabulary" not in state:
-        raise common.CheckpointError(f"{used} is not a checkpoint of lm.py")
+    state, used = common.load(path, needs=NEEDS)
     config, weights = from_dict(LMConfig, state["config"], str(used)), state.pop("model")
-    del state["optimizer"]
-    net = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**state["net"]))
+    state.pop("optimizer", None)
     vocabulary = Vocabulary(config, **state["vocabulary"])
-    lm = LM(config, net, vocabulary, weights["clusters"], weights["style.weight"].shape[1])
+
+    def build() -> LM:
+        net = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**state["net"]))
+        return LM(config, net, vocabulary, weights["clusters"], weights["style.weight"].shape[1])
+
+    common.check_weights(build, state["net"].get("num_hidden_layers", 0), weights, used)
+    lm = build()
     lm.load_state_dict(weights)
     return lm.to(device).eval(), state
 
@@ -428,12 +436,14 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
 
 def main(config: LMConfig) -> int:
     """Trains, after the style vectors are there; returns the exit code, INTERRUPTED for a run that a signal stopped."""
-    machine = common.join_group(config)
-    # every rank starts it: they share the work, or wait at its lock, where a barrier would time out
-    if not data.has_styles(config.data_dir) and (code := common.run_script("prepare", f"--styles={config.data_dir}")):
-        return code  # it has said why
-    run = train(config, machine)
-    common.leave_group(machine)
+    with common.alone_in(config.out_dir):
+        # every rank starts it: they share the work, or wait at its lock, where a barrier would time out
+        styled = data.has_styles(config.data_dir)
+        if not styled and (code := common.run_script("prepare", f"--styles={config.data_dir}")):
+            return code  # it has said why
+        machine = common.join_group(config)
+        run = train(config, machine)
+        common.leave_group(machine)
     finished, path = run.step == config.max_steps, Path(config.out_dir) / "ckpt.pt"
     if machine.lead and finished:
         print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path}")

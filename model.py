@@ -47,7 +47,11 @@ class Condition(NamedTuple):
     prompt: Tensor  # (B, T, M) normalised mel, zeros after the reference
     mask: Tensor  # (B, T) bool, True on valid frames
     kept: Tensor  # (B,) bool, False where the condition was dropped for guidance
-    padded: bool = True  # False: the mask is True throughout, so attention does without
+    padded: bool = True  # False: the mask is True throughout, so that what follows does without
+
+    def masked(self, x: Tensor) -> Tensor:
+        """x (B, T, ...) with zeros on padding."""
+        return x * self.mask[..., None] if self.padded else x
 
     def clips(self, rows: Tensor) -> "Condition":
         return Condition(*(x[rows] for x in self[:4]), self.padded)
@@ -114,7 +118,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LN(x) (1 + scale) + shift. Outside autocast, which on GPUs would keep x and LN(x) in float32 for backward; the
-    normalisation computes in float32 either way."""
+    normalisation computes in float32 either way, and what it gives is rounded to x's dtype."""
     with torch.autocast(x.device.type, enabled=False):
         return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:]), 1 + scale[:, None])
 
@@ -132,7 +136,7 @@ class Block(nn.Module):
         self.ff_out = nn.Linear(config.ff_mult * D, D)
 
     def attention(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, D / H) each
+        q, k, v = (y.transpose(1, 2) for y in self.qkv(x).unflatten(2, (3, self.n_head, -1)).unbind(2))  # (B, H, T, d)
         y = attend(rotate(q, context.rotary), rotate(k, context.rotary), v, context.mask)
         return F.dropout(self.attn_out(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
@@ -254,9 +258,10 @@ class DiT(FlowModel):
         frequency = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=t.dtype) / 128)
         angle = 1000 * t[:, None] * frequency
         time = self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(x_t.dtype))
-        h = self.stem_in(torch.cat([x_t, cond.tokens, cond.prompt], dim=-1))
-        h = h * cond.mask[..., None]  # so that a padded neighbour is the same as the edge of the clip
-        h = h + F.gelu(self.local(h.transpose(1, 2)).transpose(1, 2))
+        h = cond.masked(self.stem_in(torch.cat([x_t, cond.tokens, cond.prompt], dim=-1)))  # zeros beyond a clip's edge
+        image = h[:, None].permute(0, 3, 1, 2)  # (B, D, 1, T), channels last: a fast depthwise kernel, no transposes
+        near = F.conv2d(image, self.local.weight[:, :, None], self.local.bias, padding=(0, 15), groups=h.shape[2])
+        h = h + F.gelu(near[:, :, 0].mT)
         mask = cond.mask[:, None, None] if cond.padded else None  # without one GPUs use their fastest kernel
         return h, Context(time, mask, rotary_table(x_t, self.config.n_embd // self.config.n_head))
 
@@ -295,20 +300,20 @@ def flops_per_frame(model: DiT, T: int) -> float:
     return 3 * (2 * weights + 4 * T * model.config.n_embd * model.config.n_layer)
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of (B, T, D) over the valid frames of each clip -> (B, D), in at least float32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+def masked_mean(x: Tensor, cond: Condition) -> Tensor:
+    """Mean of (B, T, D) over the valid frames of each clip -> (B, D), summed in at least float32."""
+    frames = cond.mask.sum(1, keepdim=True) if cond.padded else x.shape[1]
+    return cond.masked(x).sum(1, dtype=torch.promote_types(x.dtype, torch.float32)) / frames
 
 
-def descriptor(h: Tensor, mask: Tensor) -> Tensor:
+def descriptor(h: Tensor, cond: Condition) -> Tensor:
     """z_l = LayerNorm(mean_t h_l), eq. 3: (B, T, D) -> (B, D)."""
-    return F.layer_norm(masked_mean(h, mask), h.shape[-1:])
+    return F.layer_norm(masked_mean(h, cond), h.shape[-1:])
 
 
 def descriptors(cond: Condition, states: Sequence[Tensor]) -> list[Tensor]:
     """[z_0, ..., z_L], each (B, D); z_0 is the input interface, the token embedding itself."""
-    return [descriptor(h, cond.mask) for h in (cond.tokens, *states[1:])]
+    return [descriptor(h, cond) for h in (cond.tokens, *states[1:])]
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -328,11 +333,11 @@ class ConvHead(nn.Module):
         self.conv = nn.Conv2d(D // bands, width // bands, (3, 1 + 2 * reach), padding=(1, reach))
         self.out = nn.Linear(width // bands * bands, E)
 
-    def forward(self, h: Tensor, mask: Tensor) -> Tensor:
-        x = F.layer_norm(h, h.shape[-1:]) * mask[..., None]
+    def forward(self, h: Tensor, cond: Condition) -> Tensor:
+        x = cond.masked(F.layer_norm(h, h.shape[-1:]))
         x = x.unflatten(2, (self.bands, -1)).permute(0, 3, 1, 2)  # (B, D / bands, T, bands)
         x = F.gelu(self.conv(x)).permute(0, 2, 3, 1).flatten(2)  # (B, T, width)
-        return self.out(masked_mean(x, mask))
+        return self.out(masked_mean(x, cond))
 
 
 # for each domain {layer: its weight lambda_l in each of G equal parts of t}; G is 1 unless sets depend on t
@@ -340,26 +345,53 @@ Selection = Sequence[dict[int, Sequence[float]]]
 
 
 class AlignHeads(nn.Module):
-    """H_l of eq. 12: a head of its own for each of a domain's `layers`. `kind`: mlp, the paper's, on the descriptor;
-    conv1d | conv2d. `teacher`: external, the domain's frozen encoder; self, a deeper layer of the model (LayerSync)."""
+    """H_l of eq. 12: a head of its own for each of a domain's `layers`, as `how`, a train.Config, says: align_head=mlp
+    on the descriptor is the paper's; of align_target=frames a head maps each frame, conv1d as iREPA's. It learns from
+    the domain's encoder, or by align_teacher a deeper layer of the model (on frames, by none: LayerSync) or average."""
 
-    def __init__(self, config: DiTConfig, layers: Iterable, width=0, kind="mlp", teacher="external"):
+    def __init__(self, config: DiTConfig, layers: Iterable, how):
         super().__init__()
-        D, width, self.teacher = config.n_embd, width or config.n_embd, teacher
+        self.how, self.frames = how, how.align_target == "frames"
+        D, width = config.n_embd, how.head_dim or config.n_embd
+        norm = [nn.LayerNorm(D, elementwise_affine=False)] if self.frames else []  # a descriptor has its own
         make = {
-            "mlp": lambda E: nn.Sequential(nn.Linear(D, width), nn.GELU(), nn.Linear(width, E)),
-            "conv1d": lambda E: ConvHead(D, width, E, bands=1),
+            "mlp": lambda E: nn.Sequential(*norm, nn.Linear(D, width), nn.GELU(), nn.Linear(width, E)),
+            "conv1d": lambda E: nn.Conv1d(D, E, 3, padding=1) if self.frames else ConvHead(D, width, E, bands=1),
             "conv2d": lambda E: ConvHead(D, width, E, bands=math.gcd(16, D, width)),
-        }[kind]
+            "none": lambda E: nn.Identity(),
+        }[how.align_head]
         self.heads = nn.ModuleDict()
         for d, selected in enumerate(layers):
             for l in selected:
-                self.heads[f"{DOMAINS[d]}_{l}"] = make(config.teachers[d][1] if teacher == "external" else D)
+                self.heads[f"{DOMAINS[d]}_{l}"] = make(D if how.align_teacher != "external" else config.teachers[d][1])
 
-    def forward(self, domain: int, layer: int, h: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (B, T, D) in the teacher's space, (B, E)."""
+    def forward(self, domain: int, layer: int, h: Tensor, cond: Condition) -> Tensor:
+        """Hidden states (B, T, D) in the teacher's space, (B, E), or of frames (B, T, E)."""
         head = self.heads[f"{DOMAINS[domain]}_{layer}"]
-        return head(h, mask) if isinstance(head, ConvHead) else head(descriptor(h, mask))
+        if self.frames:
+            return head(cond.masked(h).mT).mT if isinstance(head, nn.Conv1d) else head(h)
+        return head(h, cond) if isinstance(head, ConvHead) else head(descriptor(h, cond))
+
+    def target(self, batch, name: str, deep: Tensor, cond: Condition) -> Tensor:
+        """What forward() should be like: `deep` (B, T, D) itself, detached, or what the teacher says in the batch."""
+        if self.how.align_teacher != "external":
+            return (deep if self.frames else descriptor(deep, cond)).detach()
+        target = (batch.target or batch.teacher)[name]
+        return stretch(target, batch.target_len, batch.frames, deep.shape[1]) if self.frames else target
+
+
+def check_targets(config) -> None:
+    """Raises ValueError for settings of alignment that do not go together."""
+    c, own, frames = config, config.align_teacher != "external", config.align_target == "frames"
+    raw = c.align_norm == "raw" and (frames or c.align_target == "clip")
+    wrong = {
+        "align_head=none needs align_teacher=self or ema": c.align_head == "none" and not own,
+        "align_head=conv2d pools, so align_target=frames cannot use it": c.align_head == "conv2d" and frames,
+        "crop, shuffled and align_norm are of the external teacher, not align_teacher=self or ema": own and not raw,
+        "dispersive wants layers that stay: refresh_epochs=0": c.dispersive and c.refresh_epochs,
+    }
+    if any(wrong.values()):
+        raise ValueError("; ".join(why for why, holds in wrong.items() if holds))
 
 
 def deeper_layer(layer: int, n_layer: int) -> int:
@@ -380,14 +412,13 @@ def masked_mse(v: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def clip_count(chosen: Tensor, expected: Sequence[float] | None, d: int) -> Tensor | float:
-    """What the sum over domain d's clips is divided by: the number expected in a batch, so that a clip's weight does
-    not depend on who shares its batch, or else those of this batch; 1 without any."""
+    """Domain d's clips: as many as are expected in a batch, so that a clip weighs the same beside any, or `chosen`."""
     return chosen.sum().clamp_min(1) if expected is None else expected[d] or 1.0
 
 
 def bitc_loss(model: FlowModel, batch, cond: Condition, weights=(0.5, 1.0), expected=None) -> Tensor:
     """L_BiTC, eq. 5: w_d (1 - s_T(0)) over the clips of each domain whose condition was kept, by clip_count()."""
-    z0, loss = descriptor(cond.tokens, cond.mask), cond.tokens.new_zeros((), dtype=torch.float32)
+    z0, loss = descriptor(cond.tokens, cond), cond.tokens.new_zeros((), dtype=torch.float32)
     for d, (name, _) in enumerate(model.config.teachers):
         chosen = (batch.domain == d) & cond.kept
         score = cosine(model.projections[name](z0), batch.teacher[name])
@@ -395,35 +426,41 @@ def bitc_loss(model: FlowModel, batch, cond: Condition, weights=(0.5, 1.0), expe
     return loss
 
 
+def dispersive_loss(z: Tensor, chosen: Tensor, tau: float = 0.5) -> Tensor:
+    """log mean exp(-|z_i - z_j|^2 / (D tau)) over all i, j of the chosen clips of z (B, D); arXiv:2506.09027."""
+    pairs, none = chosen[:, None] & chosen, ~chosen.any()
+    near = torch.exp(-(z[:, None] - z).square().mean(-1) / tau) * pairs
+    return ((near.sum() + none) / (pairs.sum() + none)).log()
+
+
 def alignment_loss(
-    model: FlowModel, heads: AlignHeads, batch, cond: Condition, states, t: Tensor, selection: Selection, expected=None
+    model: FlowModel, heads: AlignHeads, batch, cond: Condition, states, t, selection, expected=None, deeper=None
 ) -> Tensor:
-    """Last term of eq. 12: over each domain d and its selected layers, lambda_l (1 - cos(H_l(h_l), e_d)), over the
-    domain's clips whose condition was kept, by clip_count(). `states` is [h_0..h_L]; e_d is batch.target or,
-    where that is empty, the clip's teacher embedding; with self-alignment the detached descriptor of a deeper layer."""
-    loss = states[0].new_zeros((), dtype=torch.float32)
+    """Last term of eq. 12: over each domain d and its selected layers, lambda_l (1 - cos(H_l(h_l), e_d)), of frames the
+    mean, over the domain's clips whose condition was kept, by clip_count(). `states`, and `deeper` that a model learns
+    from itself, are [h_0..h_L]; e_d is heads.target(). t_weight=taro is arXiv:2504.05684's, doubled: its mean is 1."""
+    loss, how = states[0].new_zeros((), dtype=torch.float32), heads.how
     for d, layers in enumerate(selection):
         chosen, name = (batch.domain == d) & cond.kept, model.config.teachers[d][0]
         for l, weights in layers.items():
             part = (t * len(weights)).long().clamp_max(len(weights) - 1)
             weight = chosen * sum(w * (part == g).to(t.dtype) for g, w in enumerate(weights))  # (B,)
-            deep = states[deeper_layer(l, len(states) - 1)]
-            target = (
-                descriptor(deep, cond.mask).detach()
-                if heads.teacher == "self"
-                else (batch.target or batch.teacher)[name]
-            )
-            guess = heads(d, l, states[l], cond.mask)  # of all clips, so that DDP meets every head in a step
-            score = cosine(guess, target)
+            weight = 2 * t * weight if how.t_weight == "taro" else weight  # t is sigmoid(log(t / (1 - t)))
+            guess = heads(d, l, states[l], cond)  # of all clips, so that DDP meets every head in a step
+            target = heads.target(batch, name, (deeper or states)[deeper_layer(l, len(states) - 1)], cond)
+            score = cosine(guess, target)  # (B,), or of frames (B, T)
+            score = masked_mean(score[..., None], cond)[:, 0] if heads.frames else score
             loss = loss + (weight * (1 - score)).sum() / clip_count(chosen, expected, d)
+            if how.dispersive:
+                loss = loss + how.dispersive / len(layers) * dispersive_loss(masked_mean(states[l], cond), chosen)
     return loss
 
 
 def flow_matching_loss(
-    model: FlowModel, batch, sigma=0.5, token_drop=0.0, heads: AlignHeads | None = None, selection=(), expected=None
+    model: FlowModel, batch, sigma=0.5, token_drop=0.0, heads=None, selection=(), expected=None, ema=None
 ) -> dict[str, Tensor]:
     """The training losses of one batch, each a scalar: fm (eq. 23), bitc (eq. 5) and, with heads, align (eq. 12).
-    `expected`: clips of each domain in a batch, the mean over batches, before any condition is dropped."""
+    `expected`: clips of each domain in a mean batch, before any condition is dropped; `ema`: the averaged model."""
     kept = None if expected is None else [n * (1 - token_drop) for n in expected]
     cond = model.embed_condition(batch, token_drop)
     t = torch.rand(len(batch.frames), device=batch.mel.device)
@@ -431,7 +468,12 @@ def flow_matching_loss(
     v, states = model.velocity(x_t, t, cond, hidden=True)
     losses = {"fm": masked_mse(v, target, cond.mask), "bitc": bitc_loss(model, batch, cond, expected=kept)}
     if heads is not None:
-        losses["align"] = alignment_loss(model, heads, batch, cond, states, t, selection, kept)
+        deeper = states
+        if heads.how.align_teacher == "ema":  # SRA's (arXiv:2505.02831): its average at less noise on the same line
+            later = (t + 0.2 * torch.rand_like(t)).clamp_max(1)
+            x_later = x_t + (later - t)[:, None, None].to(x_t.dtype) * target
+            deeper = ema.velocity(x_later, later, ema.embed_condition(batch), hidden=True)[1]
+        losses["align"] = alignment_loss(model, heads, batch, cond, states, t, selection, kept, deeper)
     return losses
 
 
@@ -444,24 +486,24 @@ class Objective(nn.Module):
         self.heads: AlignHeads | None = None
         self.selection: Selection = [{} for _ in DOMAINS]
         self.expected: Sequence[float] | None = None  # clips of each domain in a batch; None: count those of each
+        self.ema: FlowModel | None = None  # the averaged model, for align_teacher=ema
 
     def select(self, selection: Selection) -> None:
         """Aligns these layers from now on, each with a head of its own, drawn from config.seed so that branches start
         alike. A selection that will be refreshed gets a head for every layer at once, weight 0 where not selected."""
         c = self.config
-        if c.refresh_every and any(selection):
+        if c.refresh_epochs and any(selection):
             last = self.model.config.n_layer - (c.align_teacher == "self")  # which has no deeper one to learn from
             selection = [{l: s.get(l, [0.0]) for l in range(1, last + 1)} for s in selection]
         self.selection = selection
         if any(selection) and self.heads is None:
             with torch.random.fork_rng([]):
                 torch.manual_seed(c.seed)
-                self.heads = AlignHeads(self.model.config, selection, c.head_dim, c.align_head, c.align_teacher)
-            self.heads.to(next(self.model.parameters()).device)
+                self.heads = AlignHeads(self.model.config, selection, c).to(self.model.mel_std.device)
 
     def forward(self, batch) -> dict[str, Tensor]:
-        c = self.config
-        return flow_matching_loss(self.model, batch, c.sigma, c.token_drop, self.heads, self.selection, self.expected)
+        c, phase2 = self.config, (self.heads, self.selection, self.expected, self.ema)
+        return flow_matching_loss(self.model, batch, c.sigma, c.token_drop, *phase2)
 
 
 EPSS = {  # F5-TTS's empirically pruned steps, in 32nds (arXiv:2505.19931)
@@ -489,22 +531,19 @@ def sample(
 ) -> Tensor:
     """Integrates dx = v dt from noise to a normalised mel (B, T, M), zeros on padding. `nfe` counts evaluations of v
     (`method` euler spends one a step, midpoint two); guidance, v_u + cfg_scale (v_c - v_u) in one batch of 2B, is off
-    at cfg_scale = 1. A clip's noise depends on `seed` and its place in the batch, not on padding. Raises ValueError
-    when nfe does not fit the method or EPSS."""
+    at cfg_scale = 1. A clip's noise depends on `seed` and its place in the batch, not on padding. Raises ValueError."""
     if method not in ("euler", "midpoint") or nfe < 1 or (method == "midpoint" and nfe % 2):
         raise ValueError(f"sampler {method!r} with nfe={nfe}: use euler with nfe >= 1, or midpoint with an even nfe")
     (B, T), M = cond.mask.shape, model.config.n_mels
     x = torch.zeros(B, T, M)
-    for b, n in enumerate(cond.mask.sum(1).tolist()):
+    for b, n in enumerate(cond.mask.sum(1).tolist() if cond.padded else [T] * B):
         x[b, :n] = sigma * torch.randn(n, M, generator=torch.Generator().manual_seed(seed * 100_003 + b))
     x = x.to(cond.tokens.device, torch.promote_types(cond.tokens.dtype, torch.float32))
-    both = cond.with_null() if cfg_scale != 1 else cond
+    copies, given = (1, cond) if cfg_scale == 1 else (2, cond.with_null())
 
     def velocity(x_t: Tensor, t: float) -> Tensor:
-        if cfg_scale == 1:
-            return model.velocity(x_t, x_t.new_full((B,), t), cond)
-        v_c, v_u = model.velocity(x_t.repeat(2, 1, 1), x_t.new_full((2 * B,), t), both).chunk(2)
-        return v_u + cfg_scale * (v_c - v_u)
+        v = model.velocity(x_t.repeat(copies, 1, 1), x_t.new_full((copies * B,), t), given)
+        return v if copies == 1 else v[B:] + cfg_scale * (v[:B] - v[B:])
 
     times = time_grid(nfe if method == "euler" else nfe // 2, sway, epss)
     for t, dt in zip(times[:-1].tolist(), times.diff().tolist(), strict=True):
@@ -512,4 +551,4 @@ def sample(
         if method == "midpoint":
             v = velocity(x + dt / 2 * v, t + dt / 2)
         x = x + dt * v
-    return x * cond.mask[..., None]
+    return cond.masked(x)

@@ -4,7 +4,7 @@
     python probe.py --ckpt out/demo/ckpt.pt --clips=32 --control=false
     python probe.py --ckpt out/demo/phase1.pt out/demo/ckpt.pt      # does the ranking last? (the paper's table 7)
     python probe.py --backbone f5tts --random_init         # another's published model, see backbones.py
-    python probe.py --backbone f5tts --weights model_1250000.safetensors    # with its published weights
+    python probe.py --backbone=my_model.py:MyModel --random_init --check    # do its layers close?
 
 Store: s_T(l) = cos(P_T z_l, e_T), one frozen projection for all depths (eq. 4, 6); and the R^2 with which a ridge
 regression, fitted anew at each depth, predicts e_T from z_l of clips left out. Contribute: the relative change of the
@@ -17,9 +17,9 @@ B clips, T frames, M mel bins, D width, E teacher width, L layers, G points of t
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from configurator import Count, configure
+from configurator import Count, Natural, configure
 
 
 @dataclass
@@ -28,23 +28,28 @@ class ProbeArgs:
 
     ckpt: tuple[str, ...] = ("out/demo/ckpt.pt",)  # a checkpoint of train.py; several: how far their rankings agree
     random_init: bool = False  # probe a model with random weights, of the sizes below, instead of a checkpoint
-    backbone: Literal["", "f5tts", "voicebox", "cosyvoice", "matcha"] = ""  # another's published model; empty: ours
-    weights: str = ""  # the backbone's published weights, a .safetensors or .pt, instead of a checkpoint
+    backbone: str = ""  # as in train.py: another's published model, or yours by FILE.py:Class; empty: ours
+    backbone_layers: str = ""  # as in train.py
+    init_from: str = ""  # with random_init: weights, ours or published, a .safetensors or .pt
+    check: bool = False  # only close each layer of it once, on random weights and input, and say which does not close
     n_layer: Count = 8  # layers with random_init
     n_head: Count = 4  # attention heads with it
     n_embd: Count = 256  # width with it
+    ff_mult: Count = 4  # feed-forward width with it, as a multiple of n_embd
     data_dir: str = ""  # prepared data; empty: the one the checkpoint was trained on, or data/demo
     split: Literal["train", "held_out"] = "train"  # which clips
     clips: Count = 8  # clips per domain
-    times: Count = 8  # points of the t grid
-    frames: Count = 300  # clips are cut to this; not with published weights, which read whole sentences
+    times: Count = 4  # points of the t grid
+    frames: Count = 300  # clips are cut to this; not for backbone=f5tts_text, which reads whole sentences
     top_k: Count = 3  # layers in a Top-K
-    seed: int = 0  # draws the clips and the noise
+    seed: Natural = 0  # draws the clips and the noise
     control: bool = True  # also probe a random-init copy
     ablation: Literal["zero", "mean", "resample"] = "zero"  # what takes a layer's place for FoG-A; zero: nothing
     out_dir: str = ""  # where probe.json and probe.png go; empty: beside the checkpoint
     device: str = "auto"  # auto | cpu | cuda
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto takes bfloat16 where the machine has it
+
+    renamed: ClassVar[dict[str, str]] = {"weights": "init_from"}
 
 
 if __name__ == "__main__":
@@ -53,7 +58,7 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -137,6 +142,33 @@ def foga_scores(velocities: Tensor, mask: Tensor) -> Tensor:
     norm = v[0].flatten(1).norm(dim=1)  # (B,)
     change = (v[1:] - v[0]).flatten(2).norm(dim=2)  # (L, B)
     return torch.cat([norm[None], change / (norm + EPS)]).T
+
+
+@torch.no_grad()
+def loss_of_clips(model: FlowModel, batch: Batch, cond: Condition, t: Tensor, x_t: Tensor, target: Tensor) -> Tensor:
+    """The flow-matching loss (eq. 23) of every clip, the mean over its valid frames and bins, (B,)."""
+    error = (model.velocity(x_t, t, cond) - target).square().mean(-1)  # (B, T)
+    return (error * cond.mask).sum(1) / cond.mask.sum(1)
+
+
+@torch.no_grad()
+def foga(velocity: Callable[..., Tensor], layers: Iterable, batches: Iterable[tuple]) -> Tensor:
+    """FoG-A (L,) of anyone's model in eval mode: velocity(*batch) -> (B, ...), zero on padding, for each of `batches`,
+    (x_t, t, cond) or whatever it takes; `layers` as backbones.gates_of. Raises ValueError where there is no ranking."""
+    layers, scores = backbones.gates_of(layers), []
+    if any(gate.module.training for layer in layers for gate in layer):
+        raise ValueError("the model is training: call its eval() first, or dropout counts as a contribution")
+    for batch in batches:
+        v = [velocity(*batch)]
+        for layer in layers:
+            with backbones.held(backbones.close(layer)):
+                v.append(velocity(*batch))
+        v = torch.stack(v).flatten(2)[..., None]  # (L + 1, B, everything, 1)
+        scores.append(foga_scores(v, torch.ones_like(v[0, ..., 0])))
+    norms, *changes = torch.cat(scores).T
+    if not norms.min() > 1e-6:
+        raise ValueError("the velocity is zero or not finite: FoG-A has no ranking")
+    return torch.stack(changes).mean(1)
 
 
 @torch.no_grad()
@@ -258,10 +290,10 @@ def probe(
     result = {"t": time_points(times), "k": k, "clips": [int((domain == d).sum()) for d in range(len(DOMAINS))]}
     if ablation == "resample" and 1 in result["clips"]:
         raise ValueError("ablation=resample takes another clip of the domain: probe at least two")
-    start = time.time()
+    start = time.monotonic()
     points = model, batch, times, sigma, seed
     foga = at_times(foga_of_clips, *points, ablation=ablation).cpu().numpy()
-    foga_seconds = time.time() - start
+    foga_seconds = time.monotonic() - start
     norms, foga = foga[..., 0].copy(), foga[..., 1:].copy()
     z = at_times(z_of_clips, *points)
     lasp = torch.stack([lasp_of_clips(model, batch, z_at_t) for z_at_t in z]).cpu().numpy()
@@ -298,12 +330,22 @@ def probe(
         }
         if control:
             result[name] |= {"control": controls[name]["foga"], "control_clips": controls[name]["foga_clips"]}
-    return result | {"ablation": ablation, "foga_seconds": foga_seconds, "seconds": time.time() - start}
+    return result | {"ablation": ablation, "foga_seconds": foga_seconds, "seconds": time.monotonic() - start}
+
+
+def averaged(results: Sequence[dict]) -> dict:
+    """What select() reads, as the mean over several probes of one run; the control's over those that have it."""
+    keys = "foga foga_map lasp stores gradnorm velocity_norm control".split()
+    mean = {}
+    for name in DOMAINS:
+        scores = [r[name] for r in results if name in r]
+        mean[name] = {k: np.mean([s[k] for s in scores if k in s], axis=0).tolist() for k in keys if k in scores[-1]}
+    return mean
 
 
 def check_strategy(config, n_layer: int) -> int:
     """How many of the L layers can be aligned. Raises ValueError for others, and for sets by t that are not FoG-A's."""
-    candidates = n_layer - (config.align_teacher == "self")  # the last layer has no deeper one to learn from
+    candidates = n_layer - (config.align_teacher != "external")  # the last layer has no deeper one to learn from
     bad = [l for l in config.align_layers if not 1 <= l <= candidates]
     if bad or (config.align == "fixed" and not config.align_layers):
         raise ValueError(f"align_layers={config.align_layers}: name layers from 1 to {candidates}")
@@ -435,45 +477,50 @@ def report(out_dir: Path, result: dict, control: dict | None, selection: Selecti
 def open_checkpoints(args: ProbeArgs) -> list[tuple[FlowModel, dict, Path]]:
     """The model of each of --ckpt, its state and its file. Raises CheckpointError, and ValueError for checkpoints that
     cannot be compared or hold another backbone than --backbone."""
-    states = [common.load(path) for path in args.ckpt]
+    states = [common.load(path, needs=common.TRAINED) for path in args.ckpt]
     if len({state["config"]["n_layer"] for state, _ in states}) > 1:
         raise ValueError("the checkpoints of --ckpt have different depths: their layers cannot be compared")
     held, path = states[0][0]["config"]["backbone"], args.ckpt[0]
     if args.backbone not in ("", held):
         raise ValueError(f"{path} holds backbone {held!r}, not {args.backbone!r}; --random_init needs no checkpoint")
-    return [(backbones.load_model(state), state, path) for state, path in states]
+    return [(backbones.load_model(state, ema="model" not in state), state, path) for state, path in states]
 
 
 def without_checkpoint(args: ProbeArgs) -> tuple[FlowModel, dict, Path]:
     """A model with random or published weights for the prepared data, what a checkpoint would say of it, and where its
     ckpt.pt would be. Raises DataError when the data are not prepared."""
-    config = {"data_dir": args.data_dir or "data/demo", "sigma": 1.0 if args.weights else 0.5}
-    meta, name = read_meta(config["data_dir"]), args.backbone or "dit"
-    teachers = tuple(map(tuple, meta["teachers"]))
-    if args.weights:
-        model = backbones.published(args.backbone, args.weights, teachers)
-        what, folder = f"{args.weights}; LASP through a projection that was never trained", f"{name}_published"
-    else:
-        size = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "dropout": 0.0}
-        codes = tuple(meta["prepared_with"][f"{domain}_codes"] for domain in DOMAINS)
-        size |= {"codes": codes, "second_codes": 1024 if meta["streams"] > 1 else 0, "teachers": teachers}
-        model = random_control(backbones.build(args.backbone, DiTConfig(**size)), args.seed)
+    as_published = args.backbone == "f5tts_text"  # noise of spread 1, mels without statistics
+    config = {"data_dir": args.data_dir or "data/demo", "sigma": 1.0 if as_published else 0.5}
+    meta, name = read_meta(config["data_dir"]), args.backbone.split(":")[-1] or "dit"
+    size = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "ff_mult": args.ff_mult}
+    size |= {"codes": tuple(meta["prepared_with"][f"{domain}_codes"] for domain in DOMAINS), "dropout": 0.0}
+    size |= {"teachers": meta["teachers"], "second_codes": 1024 if meta["streams"] > 1 else 0}
+    model = random_control(backbones.build(args.backbone, DiTConfig(**size), args.backbone_layers), args.seed)
+    if not as_published:
         model.mel_mean.copy_(torch.tensor(meta["mel_mean"]))
         model.mel_std.copy_(torch.tensor(meta["mel_std"]))
-        what, folder = f"{args.backbone or 'our model'}, random weights", f"{name}_random"
+    what, folder = f"{args.backbone or 'our model'}, random weights", f"{name}_random"
+    if args.init_from:
+        what = backbones.init_from(model, args.init_from) + "; LASP through a projection that may be untrained"
+        folder = f"{name}_weights"
     state = {"what": what, "config": config, "selection": [{}, {}], "probes": [], "seconds": 0.0}
     return model, state, Path("out") / folder / "ckpt.pt"
 
 
-def main(args: ProbeArgs) -> None:
+def main(args: ProbeArgs) -> int | None:
     """Prints and writes the probes of one model, or how far the rankings of several checkpoints agree."""
+    if args.check:
+        size = DiTConfig(args.n_layer, args.n_head, args.n_embd, args.ff_mult, dropout=0.0)
+        model = random_control(backbones.build(args.backbone, size, args.backbone_layers), args.seed)
+        wrong = backbones.check(model.eval())
+        print("\n".join(wrong) or f"{args.n_layer} layers close exactly, and are as without hooks when they are open")
+        return int(bool(wrong))
     device = pick_device(args.device)
-    models = [without_checkpoint(args)] if args.random_init or args.weights else open_checkpoints(args)
+    models = [without_checkpoint(args)] if args.random_init else open_checkpoints(args)
     model, state, _ = models[0]
     dataset = Dataset(args.data_dir or state["config"]["data_dir"], args.split)
-    batch = fixed_batch(dataset, args.clips, args.seed, 10**9 if args.weights else args.frames).to(device)
-    if args.weights:
-        batch = model.spell(batch, [dataset.name_and_text(i)[1] for i in batch.ids.tolist()])
+    longest = 10**9 if args.backbone == "f5tts_text" else args.frames
+    batch = fixed_batch(dataset, args.clips, args.seed, longest).to(device)
     results, single = {}, len(models) == 1
     control = args.control and single and not args.random_init
     with precision(device, args.dtype):
@@ -491,7 +538,8 @@ def main(args: ProbeArgs) -> None:
     result, selection, L = results[str(path)], state["selection"], model.config.n_layer
     control = control_of(result)
     report(out_dir, result, control, selection)
-    what = state.get("what") or f"{path}, step {state['step']}"
+    weights = "raw" if "model" in state else "averaged"  # an export has no others
+    what = state.get("what") or f"{path}, step {state['step']}, {weights} weights"
     print(f"{what}; t on {args.times} points; ablation {args.ablation}; * aligned in training; [95 % over clips]")
     print(table(result, control, selection))
     passes, spent = (L + 1) * args.times, sum(p["result"]["seconds"] for p in state["probes"])

@@ -1,6 +1,6 @@
-"""Numbers and sounds as pages: the comparison of runs, the listening test and its scores, a run's table and index.html.
+"""What is said of runs: progress and log.csv of training, samples, comparisons, the listening test, a run's page.
 
-Nothing here runs a model. evaluate.py is the command line: --compare, --listening_test and --mos.
+train.py's Report is at the end; evaluate.py is the command line of the rest: --compare, --listening_test and --mos.
 """
 
 import base64
@@ -9,23 +9,33 @@ import html
 import io
 import itertools
 import json
+import math
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from string import Template
 
-import matplotlib
 import numpy as np
 import scipy.stats
-import torch
-from matplotlib.figure import Figure
 
 import audio
-from common import DOMAINS, SPEECH, read_csv, table, write_json
+import common
+import data
+import probe
+from common import DOMAINS, read_csv, table, write_csv, write_json
+from configurator import show
 
 ASSETS = Path(__file__).resolve().parent / "assets"  # the pages' templates
 SHOWN = 6  # clips per domain on a run's page
-PAIRED = {"WER %": ("wer", 100), "MCD, dB": ("mcd", 1), "cosine": ("cosine", 1)}  # heading: key in eval.json, scale
+CLIP_SCORES = {  # of a clip in eval.json: heading, scale and decimals; others stand under their own name
+    "fm": ("held-out FM x1000", 1000, 2),
+    "wer": ("WER %", 100, 1),
+    "mcd": ("mel-cepstral distance, dB", 1, 2),
+    "f0": ("log-F0 error, cents", 1, 0),
+    "cosine": ("cosine to the original", 1, 3),
+}
 COLUMNS = {  # of a comparison, name in table.json: heading, and how many decimals
     "held_out_speech": ("held-out FM, speech", 4),
     "held_out_audio": ("held-out FM, audio", 4),
@@ -38,8 +48,12 @@ COLUMNS = {  # of a comparison, name in table.json: heading, and how many decima
     "audio_mos": ("audio MOS", 2),
     "steps_to_target": ("steps to FAD", 0),
     "seconds_to_target": ("seconds to FAD", 0),
-    "gain": ("gain %", 1),
 }
+
+
+def clip_name(domain: int, row: int) -> str:
+    """What a held-out clip's files are called."""
+    return f"{DOMAINS[domain]}_{row:04d}"
 
 
 def interval(draws: np.ndarray) -> list[float]:
@@ -47,138 +61,191 @@ def interval(draws: np.ndarray) -> list[float]:
     return np.nanpercentile(draws, [2.5, 97.5]).tolist()
 
 
-def paired_interval(difference: np.ndarray, weight: np.ndarray | float = 1.0) -> list[float]:
-    """[mean, low, high] of paired differences (S seeds, C clips), weighted by clip (C,), with the 95 % interval over
-    both: how the means of seeds and of clips vary, less the noise in both; Student's t with Satterthwaite's freedom. (A
-    bootstrap over three seeds calls a fifth of pairs without effect different.) One seed says nothing of trainings."""
-    weight = weight / np.mean(weight) * np.ones(difference.shape[1])
-    mean, (s, c) = float((difference * weight).mean()), difference.shape
-    rest = weight * (difference - mean)  # a ratio's, linearised
-    free = np.array([max(1, s - 1), c - 1])
-    parts = np.array([(rest.mean(1) ** 2).sum() / s, (rest.mean(0) ** 2).sum() / c]) / free
-    noise = ((rest - rest.mean(1, keepdims=True) - rest.mean(0)) ** 2).sum() / free.prod() / (s * c)
-    variance = max(*parts, parts.sum() - noise)
+def paired_interval(values: np.ndarray, weight: np.ndarray | float = 1.0) -> list[float]:
+    """[mean, low, high] of values (S seeds, C clips), NaN where one is missing, weighted by clip (C,), with the 95 %
+    interval over both: how the means of seeds and of clips vary, less the noise in both; Student's t with
+    Satterthwaite's freedom. (A bootstrap over three seeds calls a fifth of pairs without effect different.) One seed
+    says nothing of trainings, and a single value nothing of either: [mean] alone."""
+    here = np.isfinite(values)
+    s, c, n = here.any(1).sum(), here.any(0).sum(), here.sum()
+    weight = here * weight / np.mean(weight * here, where=here)
+    mean = float((np.nan_to_num(values) * weight).sum() / n)
+    if n == 1:
+        return [mean]
+    free = np.array([max(1, s - 1), max(1, c - 1)])
+    rest = np.nan_to_num(weight * (values - mean))  # a ratio's, linearised
+    of_seed, of_clip = rest.sum(1), rest.sum(0)
+    parts = np.array([(of_seed**2).sum() * s, (of_clip**2).sum() * c]) / n**2 / free
+    left = here * (rest - (of_seed / here.sum(1).clip(1))[:, None] - of_clip / here.sum(0).clip(1))
+    variance = max(*parts, parts.sum() - (left**2).sum() / free.prod() / n)
     freedom = variance**2 / (parts**2 / free).sum() if variance else 1
     half = float(scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance))
     return [mean, mean - half, mean + half]
 
 
-def differences(paths: Sequence[Path]) -> dict[str, dict]:
-    """{name: {"speech MCD, dB": paired_interval}} of the runs NAME_sSEED less none_sSEED, over the clips they share."""
-    split = {p: re.fullmatch(r"(.*?)(_s\d+)?", p.name).groups() for p in paths}
-    runs = {split[p]: {c["id"]: c for c in read_eval(p).get("clips", {}).get("generated", [])} for p in paths}
-    result: dict[str, dict] = {}
-    for name in dict.fromkeys(name for name, seed in runs if name != "none" and ("none", seed) in runs):
-        pairs = [(runs[n, seed], runs["none", seed]) for n, seed in runs if n == name and ("none", seed) in runs]
-        for domain, (heading, (key, scale)) in itertools.product(DOMAINS, PAIRED.items()):
+def eval_file(run: Path, name: str = "") -> Path:
+    """Where an evaluation of a run is: the run's own, or one of another name."""
+    return run / (f"eval_{name}.json" if name else "eval.json")
+
+
+def read_eval(file: Path) -> dict:
+    """What eval_file holds. Raises ValueError when it is damaged, or of an older evaluate.py."""
+    try:
+        result = json.loads(file.read_text())
+        problem = "" if {"wer", "clips", "seeds", "language"} <= set(result) else "is of an older evaluate.py"
+    except json.JSONDecodeError as error:
+        problem = f"is not JSON ({error})"
+    if problem:
+        raise ValueError(f"{file} {problem}: run evaluate.py --ckpt {file.parent}/ckpt.pt")
+    return result
+
+
+def labelled(folders: Iterable[Path]) -> dict[str, Path]:
+    """Runs by the names of their folders, or by the whole path where two share a name."""
+    folders = list(folders)
+    names = [p.name for p in folders]
+    return {str(p) if names.count(p.name) > 1 else p.name: p for p in folders}
+
+
+def read_runs(folders: Iterable[Path], name: str = "", scores: str = "") -> dict[str, dict]:
+    """{label: what eval_file holds, and "folder"}; clips get what the CSV file `scores` says of them under columns run,
+    clip and any others. Raises ValueError for a file without such rows, or when two runs were not measured alike."""
+    runs = {label: read_eval(eval_file(p, name)) | {"folder": str(p)} for label, p in labelled(folders).items()}
+    rows, clips = read_csv(Path(scores)) if scores else [], {}
+    for label, run in runs.items():
+        clips |= {(label, clip_name(DOMAINS.index(c["domain"]), c["id"])): c for c in run["clips"]["generated"]}
+    found = [(clip, row) for row in rows if (clip := clips.get((row.get("run"), row.get("clip"))))]
+    if scores and not found:
+        raise ValueError(f"scores={scores}: no row of these runs and clips; the columns are run, clip and any scores")
+    for clip, row in found:
+        clip.update({k: float(v) for k, v in row.items() if k not in ("run", "clip") and v})
+    refuse_unlike(runs)
+    return runs
+
+
+def refuse_unlike(runs: dict[str, dict]) -> None:
+    """Raises ValueError when two runs were not measured alike; seed, a draw, and sigma, the run's own, may differ."""
+    seen: dict[str, tuple] = {}
+    for label, result in runs.items():
+        used = {k: result[k] for k in ("data", "vocoder", "asr", "language", "seeds", "clip_seed")}
+        used |= {"clips": len(result["clips"]["generated"]), "WER clips": result["wer"]["clips"]}
+        used |= {k: v for k, v in result["sampler"].items() if k not in ("seed", "sigma")}
+        used |= {"fad_model": result["fad"]["model"]} if "fad" in result else {}
+        for key, value in used.items():
+            other, theirs = seen.setdefault(key, (label, value))
+            if value != theirs:
+                raise ValueError(f"{label} was evaluated with {key}={value}, {other} with {theirs}: evaluate one again")
+
+
+def scores_in(rows: Sequence[dict]) -> list[str]:
+    """What was measured of clips, those of CLIP_SCORES first."""
+    found = {key for row in rows for key in row} - {"id", "domain", "words"}
+    return [key for key in CLIP_SCORES if key in found] + sorted(found - set(CLIP_SCORES))
+
+
+def by_name(runs: dict[str, dict]) -> dict[str, dict[str, dict]]:
+    """{name: {seed: run}} of runs labelled NAME_sSEED."""
+    groups: dict[str, dict] = {}
+    for label, run in runs.items():
+        name, seed = re.fullmatch(r"(.*?)((?:_s\d+)?)", label).groups()
+        groups.setdefault(name, {})[seed] = run
+    return groups
+
+
+def differences(runs: dict[str, dict]) -> dict[str, dict]:
+    """{name: {"speech WER %": paired_interval}} of the runs NAME_sSEED less none_sSEED, over the clips they share."""
+    groups, result = by_name(runs), {}
+    base = groups.pop("none", {})
+    for name, members in groups.items():
+        shared = [seed for seed in members if seed in base]
+        pairs = [[{c["id"]: c for c in run["clips"]["generated"]} for run in (members[s], base[s])] for s in shared]
+        for domain, key in itertools.product(DOMAINS, scores_in(list(pairs[0][0].values())) if pairs else ()):
+            heading, scale, _ = CLIP_SCORES.get(key, (key, 1, 3))
             has = ({i for i, c in run.items() if c["domain"] == domain and key in c} for pair in pairs for run in pair)
             ids = sorted(set.intersection(*has))
             words = np.array([pairs[0][0][i]["words"] if key == "wer" else 1 for i in ids])
             if len(ids) > 1:
-                d = np.array([[scale * (run[i][key] - base[i][key]) for i in ids] for run, base in pairs])
+                d = np.array([[scale * (run[i][key] - none[i][key]) for i in ids] for run, none in pairs])
                 result.setdefault(name, {})[f"{domain} {heading}"] = paired_interval(d, words)
     return result
 
 
-def differences_table(found: dict[str, dict]) -> str:
-    """The differences as an aligned Markdown table, in bold what does not include zero; empty without any."""
-    lines = [["less none, paired", *dict.fromkeys(c for row in found.values() for c in row)]]
-    for name, row in found.items():
-        lines.append([name, *[""] * (len(lines[0]) - 1)])
-        for column, (mean, low, high) in row.items():
-            bold = "**" if low > 0 or high < 0 else ""
-            lines[-1][lines[0].index(column)] = f"{bold}{mean:+.3f} [{low:.3f} {high:.3f}]{bold}"
-    return table(lines, markdown=True) if found else ""
-
-
-def read_eval(run: Path) -> dict:
-    """eval.json of a run. Raises ValueError when it is damaged."""
-    try:
-        return json.loads((run / "eval.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{run / 'eval.json'} is not JSON ({error}): run evaluate.py --ckpt {run}/ckpt.pt") from None
-
-
-def read_run(path: Path, fad_target: float | None, mos: dict[str, tuple]) -> dict[str, float]:
-    """The columns of one evaluated run; what was not measured is not there."""
-    result = read_eval(path)
-    row = {"wer": 100 * result["wer"]["generated"]}
-    row |= {f"held_out_{name}": value for name, value in result["held_out_fm"].items()}
-    fads = result.get("fad", {})
-    row |= {f"{name}_fad": fads[name]["generated"] for name in DOMAINS if fads}
-    row |= {f"{name}_kad": fads[name]["kad"]["generated"] for name in DOMAINS if "kad" in fads.get(name, {})}
-    row |= {f"{name}_mos": score[0] for name, score in mos.items()}
-    curve = [r for r in read_csv(path / "evals.csv") if r.get("speech_fad")]
+def read_run(result: dict, fad_target: float | None, mos: dict[str, list]) -> dict[str, list[float]]:
+    """The columns of one evaluated run, [value] or, with its interval over clips, [value, low, high]; what was not
+    measured is not there."""
+    wer, clips = result["wer"], result["clips"]["generated"]
+    row = {"wer": [100 * value for value in (wer["generated"], *wer["interval"]["generated"])]}
+    for name in DOMAINS:
+        for key in (key for key in scores_in(clips) if key == "fm" or key not in CLIP_SCORES):
+            if found := [c[key] for c in clips if c["domain"] == name and key in c]:
+                row[f"held_out_{name}" if key == "fm" else f"{name} {key}"] = paired_interval(np.array([found]))
+        if scores := result.get("fad", {}).get(name):
+            row[f"{name}_fad"] = [scores["generated"], *scores["interval"]["generated"]]
+            row[f"{name}_kad"] = [scores["kad"]["generated"], *scores["kad_interval"]["generated"]]
+    row |= {f"{name}_mos": score for name, score in mos.items()}
+    curve = [r for r in read_csv(Path(result["folder"]) / "evals.csv") if r.get("speech_fad")]
     reached = [r for r in curve if fad_target is not None and float(r["speech_fad"]) <= fad_target]
     if reached and len(curve) > 1:  # a single evaluation at the end says nothing about when
-        row |= {"steps_to_target": float(reached[0]["step"]), "seconds_to_target": float(reached[0]["seconds"])}
-    return {k: v for k, v in row.items() if np.isfinite(v)}
+        row["steps_to_target"] = [float(reached[0]["step"])]
+        row["seconds_to_target"] = [float(reached[0]["seconds"])]
+    return {k: v for k, v in row.items() if np.isfinite(v[0])}
 
 
-def refuse_unlike(paths: Sequence[Path]) -> None:
-    """Raises ValueError when two runs were not measured alike; seed, a draw, and sigma, the run's own, may differ."""
-    seen: dict[str, tuple] = {}
-    for path in paths:
-        result = read_eval(path)
-        used = {k: result.get(k) for k in ("data", "vocoder", "asr", "clip_seed")} | {
-            "WER clips": result["wer"]["clips"]
-        }
-        used |= {k: v for k, v in result["sampler"].items() if k not in ("seed", "sigma")}
-        used |= {"fad_model": result["fad"]["model"]} if "fad" in result else {}
-        for key, value in used.items():
-            other, theirs = seen.setdefault(key, (path, value))
-            if value != theirs:
-                raise ValueError(f"{path} was evaluated with {key}={value}, {other} with {theirs}: evaluate one again")
-
-
-def compare(paths: Sequence[Path], fad_target: float | None = None, mos: dict | None = None) -> dict[str, dict]:
-    """{name: {column: (mean, standard error or None, n)}} over the seeds of each run NAME_sSEED. "gain" is how much
-    lower the speech FAD is than that of the run named none, in percent; the default of fad_target is the FAD of none.
-    `mos` is mean_scores by run directory. A column that one seed of a run lacks stays empty: a mean over some of the
-    seeds would compare unlike with like. Raises ValueError for runs that were not measured alike."""
-    refuse_unlike(paths)
-    groups: dict[str, list[Path]] = {}
-    for path in paths:
-        groups.setdefault(re.sub(r"_s\d+$", "", path.name), []).append(path)
+def compare(runs: dict[str, dict], fad_target: float | None = None, mos: dict | None = None) -> dict[str, dict]:
+    """{name: {"seeds": n, column: [mean] or [mean, low, high]}} of the runs NAME_sSEED, with the 95 % interval over the
+    seeds, or of a single one over its clips. The default of fad_target is the speech FAD of the run named none; `mos`
+    is mean_scores by label. A column that one seed of a run lacks stays empty: a mean over some would be unlike."""
+    groups, rows = by_name(runs), {}
     if fad_target is None and "none" in groups:
-        fad_target = np.mean([read_run(p, None, {}).get("speech_fad", np.nan) for p in groups["none"]])
-    rows: dict[str, dict] = {}
+        fads = [read_run(run, None, {}).get("speech_fad", [np.nan])[0] for run in groups["none"].values()]
+        fad_target = np.mean(fads)
     for name, members in groups.items():
-        runs = [read_run(p, fad_target, (mos or {}).get(p.name, {})) for p in members]
-        shared = [column for column in COLUMNS if all(column in run for run in runs)]
-        rows[name] = {column: mean_and_error([run[column] for run in runs]) for column in shared}
-    base = rows.get("none", {}).get("speech_fad")
-    for row in rows.values():
-        if base and "speech_fad" in row:
-            row["gain"] = (100 * (1 - row["speech_fad"][0] / base[0]), None, row["speech_fad"][2])
+        found = [read_run(run, fad_target, (mos or {}).get(name + seed, {})) for seed, run in members.items()]
+        shared = [c for c in found[0] if all(c in run for run in found)]
+        over_seeds = {c: paired_interval(np.array([[run[c][0]] for run in found])) for c in shared}
+        rows[name] = {"seeds": len(found)} | (over_seeds if len(found) > 1 else found[0])
     return rows
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None, int]:
-    """Mean, its standard error (None of a single value) and n."""
-    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-    return float(np.mean(values)), error, len(values)
+def with_interval(values: Sequence[float], form: str) -> str:
+    """ "12.0 [10.0 14.0]", or the mean alone."""
+    mean, *edges = (f"{value:{form}}" for value in values)
+    return f"{mean} [{' '.join(edges)}]" if edges else mean
 
 
-def with_error(mean: float, error: float | None, digits: int) -> str:
-    """ "12.0 ± 2.0", or the mean alone."""
-    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
-
-
-def comparison_table(rows: dict[str, dict]) -> str:
-    """The comparison as an aligned Markdown table; an empty cell was not measured."""
-    lines = [["run", "seeds", *(heading for heading, _ in COLUMNS.values())]]
+def comparison_table(rows: dict[str, dict], paired: dict[str, dict]) -> str:
+    """compare's rows and the differences as aligned Markdown tables, of the columns that a run has, and a legend."""
+    found = dict.fromkeys(c for row in rows.values() for c in row if c != "seeds")
+    columns = {c: COLUMNS[c] for c in COLUMNS if c in found} | {c: (c, 3) for c in found if c not in COLUMNS}
+    lines = [["run", "seeds", *(heading for heading, _ in columns.values())]]
     for name, row in rows.items():
-        cells = [with_error(*row[c][:2], digits) if c in row else "" for c, (_, digits) in COLUMNS.items()]
-        lines.append([name, str(max((n for _, _, n in row.values()), default=0)), *cells])
-    return table(lines, markdown=True)
+        cells = (with_interval(row[c], f".{digits}f") if c in row else "" for c, (_, digits) in columns.items())
+        lines.append([name, str(row["seeds"]), *cells])
+    less = [["less none, paired", *dict.fromkeys(c for row in paired.values() for c in row)]]
+    for name, row in paired.items():
+        less.append([name])
+        for values in (row.get(column) for column in less[0][1:]):
+            bold = "**" if values and (values[1] > 0 or values[2] < 0) else ""
+            less[-1].append(f"{bold}{with_interval(values, '+.3g')}{bold}" if values else "")
+    tables = [table(cells, markdown=True) for cells in (lines, less) if len(cells) > 1]
+    legend = "[95 % interval]: over seeds, of a single one over clips; less none: over both; bold excludes zero"
+    return "\n\n".join([*tables, legend])
+
+
+def figure(**options):
+    """A figure that opens no window; matplotlib is slow to import."""
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
 
 
 def plot(out: Path, panels: dict[str, list[tuple[str, Path, str]]], phase2: int | None = None) -> None:
     """Writes a picture of panels {title: [(label, CSV file, column)]} against steps, marked where phase II began."""
-    fig = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    from matplotlib import colormaps
+
+    fig = figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
     for ax, (title, lines) in zip(fig.subplots(1, len(panels)), panels.items(), strict=True):
-        ax.set_prop_cycle(color=[matplotlib.colormaps["tab20"](2 * k % 19) for k in range(19)])  # the dark ones first
+        ax.set_prop_cycle(color=[colormaps["tab20"](2 * k % 19) for k in range(19)])  # the dark ones first
         for label, file, column in lines:
             rows = [r for r in read_csv(file) if r.get(column)]
             x, y = [int(r["step"]) for r in rows], [float(r[column]) for r in rows]
@@ -190,11 +257,19 @@ def plot(out: Path, panels: dict[str, list[tuple[str, Path, str]]], phase2: int 
     fig.savefig(out, dpi=100)
 
 
-def listening_test(systems: dict[str, dict[str, np.ndarray]], out: Path, seed: int = 0) -> dict[str, dict]:
-    """Writes out/listening.html, which plays every clip of every system under a blind name, and out/key.json, which
-    tells them apart and stays with whoever runs the test. `systems`: {system: {"speech_0012": waveform (L,)}}. Returns
-    the key, {item: {"system", "domain", "clip"}}. Raises ValueError unless all systems have the same clips."""
-    if len({frozenset(waves) for waves in systems.values()}) != 1 or not all(systems.values()):
+def listening_test(folders: Sequence[str], clips: int, out: str = "", seed: int = 0) -> str:
+    """Writes out/listening.html, which plays the first `clips` clips a domain of every run's samples, and of the
+    originals, under blind names, and out/key.json, {item: {"system", "domain", "clip"}}, which tells them apart and
+    stays with whoever runs the test; returns what to do with them. Raises ValueError for a run without samples, and
+    unless all have the same clips."""
+    systems, out = {}, Path(out or "out/listening")
+    for label, run in labelled(map(Path, folders)).items():
+        for system, kind in ((label, "generated"), ("original", "original")):
+            found = (sorted((run / "samples" / kind).glob(f"{name}_*.wav"))[:clips] for name in DOMAINS)
+            systems[system] = {path.stem: audio.read(path, audio.SAMPLE_RATE) for paths in found for path in paths}
+        if not systems[label]:
+            raise ValueError(f"no clips in {run}/samples/generated: run evaluate.py --ckpt {run}/ckpt.pt first")
+    if len({frozenset(waves) for waves in systems.values()}) != 1:
         raise ValueError("the systems of a listening test need the same clips: evaluate all runs on the same data")
     key, items = {}, []
     for system, waves in systems.items():
@@ -211,7 +286,7 @@ def listening_test(systems: dict[str, dict[str, np.ndarray]], out: Path, seed: i
     out.mkdir(parents=True, exist_ok=True)
     (out / "listening.html").write_text(page.replace("@ITEMS@", json.dumps(items)), encoding="utf-8")
     write_json(out / "key.json", key)
-    return key
+    return f"{len(key)} clips of {', '.join(systems)}; send {out}/listening.html to listeners, keep {out}/key.json"
 
 
 def read_ratings(paths: Sequence[str | Path], key: dict[str, dict]) -> list[dict]:
@@ -232,41 +307,35 @@ def read_ratings(paths: Sequence[str | Path], key: dict[str, dict]) -> list[dict
     return list(ratings.values())
 
 
-def mean_scores(ratings: list[dict]) -> dict[str, dict[str, tuple]]:
-    """MOS over all ratings: {system: {domain: (mean, standard error or None, n)}}."""
-    groups: dict = {}
-    for r in ratings:
-        groups.setdefault(r["system"], {}).setdefault(r["domain"], []).append(r["rating"])
-    return {system: {d: mean_and_error(v) for d, v in domains.items()} for system, domains in groups.items()}
+def by_rater_and_clip(ratings: list[dict]) -> dict[tuple[str, str], np.ndarray]:
+    """{(domain, system): (raters, clips) ratings}, NaN where there is none."""
+    raters, clips = (list(dict.fromkeys(r[key] for r in ratings)) for key in ("rater", "clip"))
+    found: dict = {}
+    for r in sorted(ratings, key=lambda r: (DOMAINS.index(r["domain"]), r["system"])):
+        matrix = found.setdefault((r["domain"], r["system"]), np.full((len(raters), len(clips)), np.nan))
+        matrix[raters.index(r["rater"]), clips.index(r["clip"])] = r["rating"]
+    return found
 
 
-def paired_tests(ratings: list[dict]) -> list[tuple[str, str, str, float, float, int]]:
-    """Paired two-sided t-tests between systems, (domain, a, b, mean a - b, p, clips), on the scores of clips averaged
-    over raters first, because one listener's ratings are not independent samples (appendix C). Pairs with fewer than
-    two clips in common are left out."""
-    groups: dict = {}
-    for r in ratings:
-        groups.setdefault((DOMAINS.index(r["domain"]), r["system"]), {}).setdefault(r["clip"], []).append(r["rating"])
-    tests = []
-    for (d, a), (e, b) in itertools.combinations(sorted(groups), 2):
-        shared = sorted(set(groups[d, a]) & set(groups[e, b])) if d == e else []
-        if len(shared) > 1:
-            x, y = ([float(np.mean(groups[d, system][clip])) for clip in shared] for system in (a, b))
-            difference = np.subtract(x, y)
-            p = float(scipy.stats.ttest_rel(x, y).pvalue) if difference.std() else float(difference.mean() == 0)
-            tests.append((DOMAINS[d], a, b, float(difference.mean()), p, len(shared)))
-    return tests
+def mean_scores(ratings: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """MOS, {system: {domain: [mean, low, high]}}, with its interval over raters and clips: one listener's ratings are
+    not independent samples, nor are a clip's."""
+    scores: dict = {}
+    for (domain, system), matrix in by_rater_and_clip(ratings).items():
+        scores.setdefault(system, {})[domain] = paired_interval(matrix)
+    return scores
 
 
 def mos_table(ratings: list[dict]) -> str:
-    """Mean ± standard error per system, and the paired tests."""
-    rows = [["MOS", *DOMAINS]]
+    """MOS per system, and between systems the differences of what the same listener said of the same clip."""
+    rows = [["MOS [95 % over raters and clips]", *DOMAINS]]
     for system, scores in sorted(mean_scores(ratings).items()):
-        cells = [f"{with_error(*scores[d][:2], 2)} (n {scores[d][2]})" if d in scores else "" for d in DOMAINS]
-        rows.append([system, *cells])
+        rows.append([system, *(with_interval(scores[d], ".2f") if d in scores else "" for d in DOMAINS)])
     lines = [table(rows)]
-    for domain, a, b, difference, p, n in paired_tests(ratings):
-        lines.append(f"{domain}: {a} - {b} = {difference:+.2f}, paired t-test over {n} clips p = {p:.3g}")
+    for ((domain, a), x), ((other, b), y) in itertools.combinations(by_rater_and_clip(ratings).items(), 2):
+        if domain == other and (shared := np.isfinite(x - y)).sum() > 1:
+            counts = f"{shared.any(1).sum()} raters, {shared.any(0).sum()} clips"
+            lines.append(f"{domain}: {a} - {b} = {with_interval(paired_interval(x - y), '+.2f')}, {counts}")
     return "\n".join(lines)
 
 
@@ -283,31 +352,59 @@ def score_table(result: dict) -> str:
 
     label = f"speech WER %, n {wer['clips']} ({wer['words']} words)"
     add(label, wer, 1, 100, wer["interval"].get("generated", ()))
-    for name in DOMAINS if fad else ():
+    if wer["cer"]:
+        add("speech CER %", wer["cer"], 1, 100)
+    for name in (name for name in DOMAINS if name in fad):
         scores = fad[name]
-        add(f"{name} {fad['model']}-FAD, n {scores['clips']}", scores, 2)
+        add(f"{name} {fad['model']}-FAD, n {scores['clips']}", scores, 2, 1, scores["interval"]["generated"])
         for k, term in enumerate(("means", "covariances")):
             add(f"  of it the {term}", {s: pair[k] for s, pair in scores["terms"].items()}, 2)
         add(f"{name} {fad['model']}-KAD", scores["kad"], 2, 1, scores["kad_interval"]["generated"])
-    for name in DOMAINS:
-        for key, heading, digits in (("mcd", "mel-cepstral distance, dB", 2), ("cosine", "cosine to the original", 3)):
-            found = {s: [r[key] for r in c if r["domain"] == name and key in r] for s, c in result["clips"].items()}
-            means = {s: float(np.mean(values)) for s, values in found.items() if values}
-            if means:
-                add(f"{name} {heading}", means, digits)
-    for name, loss in result["held_out_fm"].items():
-        add(f"held-out FM loss, {name}", {"generated": loss}, 4)
-    text = f"{table(rows)}\nreal-time factor {result['real_time_factor']:.2f} at nfe {result['sampler']['nfe']}"
-    text += f", vocoder {result['vocoder']}, recogniser {result['asr']}"
+    for name, key in itertools.product(DOMAINS, scores_in(result["clips"]["generated"])):
+        heading, scale, digits = CLIP_SCORES.get(key, (key, 1, 3))
+        found = {s: [c[key] for c in rows if c["domain"] == name and key in c] for s, rows in result["clips"].items()}
+        spread = {s: paired_interval(np.array([values])) for s, values in found.items() if values}
+        if spread and key != "wer":  # whose mean is over words
+            means = {s: values[0] for s, values in spread.items()}
+            add(f"{name} {heading}", means, digits, scale, spread.get("generated", [])[1:])
+    text = f"{table(rows)}\nnoise seeds a clip {result['seeds']}, real-time factor {result['real_time_factor']:.2f} at "
+    text += f"nfe {result['sampler']['nfe']}, vocoder {result['vocoder']}, recogniser {result['asr']}, "
+    text += f"language {result['language']}"
     if fad.get("is_teacher"):
         text += f"\nwarning: {fad['model']} taught this run, so its FAD flatters; --fad_model=yamnet was no teacher"
     return text
 
 
-def index_page(run: Path, result: dict, clips: dict[str, tuple[str, np.ndarray, np.ndarray]]) -> None:
-    """Writes run/index.html: score_table, the probe figure, loss curves and, with players and mel pictures, SHOWN
-    `clips` a domain, {"speech_0012": (text, original, generated)}, waveforms (L,). The generated ones lie in
-    run/samples already, the originals and pictures are put beside them. `result` is what eval.json holds."""
+def write_samples(folder: Path, takes: dict[str, dict]) -> None:
+    """The first of evaluate.Takes of each clip, generated/NAME.wav and original/NAME.wav, and list.txt of names and
+    texts: VERSA takes them with --io=dir as --pred, --gt and --text."""
+    for kind in ("generated", "original"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        for i, (take, *_) in takes[kind].items():
+            audio.write(folder / kind / f"{clip_name(take.domain, i)}.wav", take.wav)
+    lines = (f"{clip_name(take.domain, i)} {' '.join(take.text.split())}\n" for i, (take,) in takes["original"].items())
+    (folder / "list.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def record(run: Path, result: dict, takes: dict[str, dict]) -> bool:
+    """Writes this step's row of evals.csv, the convergence curve of a run, and for its latest step samples/ and
+    eval.json; returns whether it is the latest. Rows past the end of log.csv go: training went back behind them."""
+    step, log = result["step"], read_csv(run / "log.csv")
+    last = max(step, int(log[-1]["step"])) if log else float("inf")
+    others = [r for r in read_csv(run / "evals.csv") if int(r["step"]) != step and int(r["step"]) <= last]
+    latest = all(int(r["step"]) < step for r in others)
+    if latest:
+        write_samples(run / "samples", takes)
+        write_json(eval_file(run), result)  # after the samples: runs/*.sh take a run that has it for evaluated
+    row = {"step": step, "seconds": result["seconds"], "speech_wer": result["wer"]["generated"]}
+    row |= {f"{name}_fad": result.get("fad", {}).get(name, {}).get("generated", "") for name in DOMAINS}
+    write_csv(run / "evals.csv", list(row), sorted([*others, row], key=lambda r: int(r["step"])))
+    return latest
+
+
+def index_page(run: Path, result: dict, takes: dict[str, dict]) -> None:
+    """Writes run/index.html: score_table, the probe figure, loss curves and, with players and mel pictures, SHOWN clips
+    a domain of evaluate.Takes, whose sounds are in run/samples already. `result` is what eval.json holds."""
     log = run / "log.csv"
     phase2 = next((int(r["step"]) for r in read_csv(log) if r["phase"] == "2"), None)
     panels = {"flow matching": ("fm", "held_out_speech", "held_out_audio"), "BiT-C": ("bitc",), "alignment": ("align",)}
@@ -317,16 +414,103 @@ def index_page(run: Path, result: dict, clips: dict[str, tuple[str, np.ndarray, 
     parts = [head.substitute(name=html.escape(run.name), step=result["step"], table=html.escape(score_table(result)))]
     parts += [picture.substitute(file=name) for name in ("probe.png", "curves.png") if (run / name).exists()]
     parts.append(middle.template)
-    heard = {f"{DOMAINS[SPEECH]}_{u['id']:04d}": u["heard"] for u in result["wer"]["utterances"]["generated"]}
-    for clip in (c for name in DOMAINS for c in [c for c in clips if c.startswith(name)][:SHOWN]):
-        text, *waves = clips[clip]
-        audio.write(run / "samples" / f"{clip}.original.wav", waves[0])
-        fig = Figure(figsize=(7, 1.6), layout="constrained")
-        for ax, wav in zip(fig.subplots(1, 2, sharey=True), waves, strict=True):
-            mel = audio.log_mel(torch.from_numpy(wav)).T.numpy()
-            ax.imshow(mel, aspect="auto", origin="lower", cmap="magma", vmin=-8, vmax=2)
+    utterances = reversed(result["wer"]["utterances"]["generated"])  # of a clip's takes the first is the one played
+    heard = {u["id"]: f" (heard as: {u['heard']})" for u in utterances}
+    domains = [[i for i, (take,) in takes["original"].items() if take.domain == d] for d in range(len(DOMAINS))]
+    for i in (i for ids in domains for i in ids[:SHOWN]):
+        pair = takes["original"][i][0], takes["generated"][i][0]
+        clip = clip_name(pair[0].domain, i)
+        fig = figure(figsize=(7, 1.6), layout="constrained")
+        for ax, take in zip(fig.subplots(1, 2, sharey=True), pair, strict=True):
+            ax.imshow(take.mel.T.numpy(), aspect="auto", origin="lower", cmap="magma", vmin=-8, vmax=2)
             ax.axis("off")
         fig.savefig(run / "samples" / f"{clip}.png", dpi=80)
-        text += f" (heard as: {heard[clip]})" if clip in heard else ""
-        parts.append(row.substitute(clip=clip, text=html.escape(text)))
+        parts.append(row.substitute(clip=clip, text=html.escape(pair[0].text + heard.get(i, ""))))
     (run / "index.html").write_text("".join([*parts, tail.template]), encoding="utf-8")
+
+
+EVAL_TIMES = 5  # points of t of the held-out loss
+LOGGED = "step phase loss fm bitc align grad_norm lr frames_per_s seconds held_out_speech held_out_audio".split()
+
+
+def held_out_loss(model, batch: data.Batch, sigma: float, machine: common.Machine) -> dict[str, float]:
+    """L_FM of each domain, the mean over fixed clips, EVAL_TIMES points of t and fixed noise."""
+    with machine.precision():
+        loss = probe.at_times(probe.loss_of_clips, model, batch, EVAL_TIMES, sigma).mean(0)  # (B,)
+    found = {name: batch.domain == d for d, name in enumerate(DOMAINS)}
+    return {f"held_out_{name}": loss[of_d].mean().item() for name, of_d in found.items() if of_d.any()}
+
+
+def tell_selection(run) -> None:
+    """Prints which layers are aligned with which weights, and writes selection.json."""
+    rows = {}
+    for name, layers in zip(DOMAINS, run.objective.selection, strict=True):
+        rows[name] = {l: sum(w) / len(w) for l, w in layers.items() if any(w)}
+        chosen = ", ".join(f"L{l} (weight {w:.3f})" for l, w in rows[name].items()) or "nothing"
+        print(f"phase II aligns for {name}: {chosen}", flush=True)
+    write_json(Path(run.config.out_dir) / "selection.json", rows)
+
+
+class Report:
+    """Rows of log.csv and lines on the screen: what rank 0 tells of a run."""
+
+    def __init__(self, run, machine: common.Machine, sampler: data.TrainingBatches, held_out: data.Dataset):
+        c, out_dir = run.config, Path(run.config.out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_json(out_dir / "config.json", asdict(c))
+        self.announce(run, sampler, machine)
+        self.run, self.machine, self.smooth = run, machine, math.nan
+        self.log = common.Log(out_dir / "log.csv", LOGGED, run.step)
+        self.eval_batch = data.fixed_batch(held_out, c.eval_clips, 0, c.probe_frames).to(machine.device)
+        if run.selected:
+            tell_selection(run)
+        self.restart_clock()
+
+    def announce(self, run, sampler: data.TrainingBatches, machine: common.Machine) -> None:
+        """The derived numbers, before step 0."""
+        c, million, per_epoch = run.config, common.count_parameters(run.objective.model) / 1e6, sampler.steps_per_epoch
+        kind = "bfloat16 autocast" if common.takes_bfloat16(machine.device, machine.dtype) else "float32"
+        print(
+            f"{show(c)}\n{million:.1f} M parameters, {c.n_layer} layers; {machine.world} x {machine.device}, {kind}\n"
+            f"{len(sampler.dataset)} training clips, {sampler.lengths.sum()} frames an epoch in {per_epoch} steps, "
+            f"{100 * sampler.left_out():.1f} % trimmed, padding {100 * sampler.padding():.1f} %; "
+            f"{c.max_steps / per_epoch:.0f} epochs; phase I ends at step {c.phase1_steps}",
+            flush=True,
+        )
+
+    def restart_clock(self) -> None:
+        self.since, self.spent, self.frames = time.monotonic(), 0.0, 0
+
+    def clock(self, counts: bool = True) -> None:
+        """Adds the time since the last call to the run's and to that of the next row, where it counts as training."""
+        now = time.monotonic()
+        if counts:
+            self.spent += now - self.since
+            self.run.seconds += now - self.since
+        self.since = now
+
+    def count(self, numbers: dict[str, float], frames: int) -> None:
+        """Takes in a step's losses and its frames over all ranks."""
+        self.numbers, self.frames = numbers, self.frames + frames
+        if math.isfinite(fm := numbers["fm"]):
+            self.smooth = fm if math.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * fm
+
+    def row(self, with_held_out: bool) -> None:
+        """Writes the last step's row, of the steps since the row before; none when there was no step."""
+        run, last = self.run, self.run.config.max_steps
+        if not self.frames:
+            return
+        self.clock()
+        rate = self.frames / self.spent
+        self.restart_clock()
+        loss = lambda: held_out_loss(run.ema, self.eval_batch, run.config.sigma, self.machine)  # noqa: E731
+        held = common.optional(loss, {}) if with_held_out else {}
+        phase = 1 + run.selected
+        self.log.row(step=run.step, phase=phase, frames_per_s=rate, seconds=run.seconds, **self.numbers, **held)
+        extra = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.4f}" for k, v in held.items())
+        align = f"  align {self.numbers['align']:.3f}" if "align" in self.numbers else ""
+        print(
+            f"step {run.step:6d}/{last}  fm {self.smooth:.4f}  bitc {self.numbers['bitc']:.3f}{align}  "
+            f"{rate:6.0f} frames/s  left {common.time_left(run.seconds, run.step, last)}{extra}",
+            flush=True,
+        )

@@ -11,18 +11,17 @@ real-time factor. A reference gives its style to stage 1 and the beginning of it
 B clips, T frames, N tokens, M mel bins.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal, NamedTuple
 
 from configurator import Amount, Count, configure, from_dict
+from options import SynthesisArgs
 
 
 @dataclass
-class SampleArgs:
-    """Settings of `python sample.py`; an empty or None value is the one the model was trained with."""
+class SampleArgs(SynthesisArgs):
+    """Settings of `python sample.py`: those of options.py, and:"""
 
-    ckpt: str = "out/demo/ckpt.pt"  # a checkpoint of train.py
-    data_dir: str = ""  # prepared data: tokens and tokenizers; empty: what the checkpoint was trained on
     # what to make
     text: str = ""  # say this
     event: str = ""  # make the sound of this
@@ -32,28 +31,15 @@ class SampleArgs:
     domain: Literal["speech", "audio"] = "speech"  # of tokens_from
     split: Literal["train", "held_out"] = "held_out"  # prepared clips to make again, when nothing else is asked for
     n: Count = 4  # of those, per domain
+    out: str = ""  # the file, for one clip
+    out_dir: str = ""  # the folder, for several; empty: samples/ beside the checkpoint
     # stage 1: text to tokens
-    lm: str = ""  # a checkpoint of lm.py
     reference: str = ""  # a recording whose style is taken on
     temperature: Amount = 0.6  # of the tokens; 0 takes the likeliest
     top_p: Annotated[float, (1e-6, 1)] = 0.95  # draw from the likeliest tokens that together have this probability
     guidance: Amount = 1.0  # towards the reference's style; 1 is none
     repetition: Annotated[float, (1, None)] = 1.1  # divides the probability of the last 20 tokens
     max_seconds: Annotated[float, (0.1, None)] = 12.0  # longest clip
-    # stage 2: tokens to waveform
-    nfe: Count | None = None  # velocity evaluations per clip
-    cfg_scale: float | None = None  # guidance scale; 1 is none
-    sway: float | None = None  # sway sampling coefficient
-    epss: bool = False  # F5-TTS's schedule for few steps, for nfe 5, 6, 7, 10, 12 or 16
-    method: Literal["euler", "midpoint"] = "euler"  # integrator; midpoint spends two evaluations a step
-    vocoder: str = ""  # hub name or folder of a Vocos, or griffin_lim
-    # run
-    seed: int = 0  # seeds tokens and noise
-    out: str = ""  # the file, for one clip
-    out_dir: str = ""  # the folder, for several; empty: samples/ beside the checkpoint
-    device: str = "auto"  # auto | cpu | cuda | mps
-
-    renamed: ClassVar[dict] = {"cfg": "cfg_scale"}
 
 
 if __name__ == "__main__":
@@ -89,6 +75,7 @@ class Request(NamedTuple):
     domain: int
     frames: int  # T, the reference's included
     prompt: np.ndarray = np.zeros((0, audio.N_MELS))  # (P, M) log-mel of the reference
+    text: str = ""  # what it says, for models that read it
 
 
 def settings(args, run: dict) -> dict:
@@ -99,8 +86,8 @@ def settings(args, run: dict) -> dict:
 
 def from_dataset(dataset: Dataset, ids: np.ndarray) -> list[Request]:
     """Prepared clips, to be made from their tokens alone, without reference."""
-    index = dataset.index
-    return [Request(dataset.tokens(i), int(index["domain"][i]), int(index["frames"][i])) for i in ids.tolist()]
+    rows = ((dataset.tokens(i), dataset.index[i], dataset.name_and_text(i)[1]) for i in ids.tolist())
+    return [Request(codes, int(r["domain"]), int(r["frames"]), text=text) for codes, r, text in rows]
 
 
 def to_batch(requests: Sequence[Request]) -> Batch:
@@ -112,7 +99,8 @@ def to_batch(requests: Sequence[Request]) -> Batch:
     mel = torch.zeros(len(requests), int(frames.max()), audio.N_MELS)
     for b, r in enumerate(requests):
         mel[b, : len(r.prompt)] = torch.from_numpy(r.prompt.astype(np.float32))
-    return Batch(mel, frames, tokens, token_len, domain, {}, prompt, torch.arange(len(requests)))
+    texts = tuple(r.text for r in requests)
+    return Batch(mel, frames, tokens, token_len, domain, {}, prompt, torch.arange(len(requests)), texts=texts)
 
 
 def synthesise(
@@ -218,19 +206,18 @@ def make_requests(args: SampleArgs, model: FlowModel, state: dict, device: str) 
 
 def main(args: SampleArgs) -> None:
     """Writes what is asked for as wav files, each with a .json of how it was made; prints the real-time factor."""
-    state, used = common.load(args.ckpt)
-    if "model_config" not in state:
-        raise ValueError(f"{used} is not a checkpoint of train.py")
-    run, device = state["config"], pick_device(args.device)
+    state, used = common.load(args.ckpt, needs=common.TRAINED)
+    run = state["config"] = asdict(Config()) | state["config"]  # an older one may lack a setting
+    device = pick_device(args.device)
     vocoder_name = args.vocoder or run["vocoder"]
     model, vocoder = load_model(state, device=device), audio.load_vocoder(vocoder_name, device)
-    start = time.time()
+    start = time.monotonic()
     requests, about = make_requests(args, model, state, device)
     if args.out and len(requests) > 1:
         raise ValueError(f"out={args.out} is one file and {len(requests)} clips are asked for; pass --out_dir")
-    options, between = settings(args, run), time.time()
+    options, between = settings(args, run), time.monotonic()
     waves = synthesise(model, requests, vocoder, options, run["dtype"])
-    end, seconds = time.time(), sum(map(len, waves)) / audio.SAMPLE_RATE
+    end, seconds = time.monotonic(), sum(map(len, waves)) / audio.SAMPLE_RATE
     folder = Path(args.out_dir or used.parent / "samples")
     for wav, (file, made) in zip(waves, about.items(), strict=True):
         path = Path(args.out or folder / f"{file}.wav")

@@ -117,18 +117,23 @@ class Whisper(Teacher):
     def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "Whisper":
         """From a transformers folder or a hub name, looked up on disk first; ValueError that says what to pass."""
         torchaudio()
-        from transformers import AutoTokenizer, WhisperForConditionalGeneration
+        from transformers import AutoConfig, AutoTokenizer, WhisperForConditionalGeneration
 
         for local in (True, False):
+            where = {"pretrained_model_name_or_path": str(source), "local_files_only": local}
             try:
-                model = WhisperForConditionalGeneration.from_pretrained(str(source), local_files_only=local)
-                tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=local).backend_tokenizer
-                rules = model.generation_config
+                if (kind := AutoConfig.from_pretrained(**where).model_type) != "whisper":
+                    raise ValueError(f"it is a {kind}")  # which would be read with random weights
+                model = WhisperForConditionalGeneration.from_pretrained(**where)
+                tokenizer, rules = AutoTokenizer.from_pretrained(**where).backend_tokenizer, model.generation_config
                 return cls(model, tokenizer, rules.suppress_tokens or [], rules.begin_suppress_tokens or [], device)
-            except (OSError, RuntimeError, ValueError) as error:
-                reason = type(error).__name__
-        fix = "pass a folder with a downloaded openai/whisper-* model, or demo"
-        raise ValueError(f"Whisper '{source}' is neither on disk nor on a reachable hub ({reason}): {fix}")
+            except (OSError, RuntimeError, ValueError, AttributeError) as error:
+                reason = str(error).strip().split("\n")[0][:160]
+        found = "neither on disk nor on a reachable hub"
+        if Path(source).is_dir():
+            found = f"a folder with {', '.join(sorted(f.name for f in Path(source).iterdir())[:5]) or 'nothing'} in it"
+        fix = "pass a folder with config.json, weights and tokenizer.json of an openai/whisper-* model, or demo"
+        raise ValueError(f"Whisper '{source}' is {found} ({reason}): {fix}")
 
     def _states(self, mel: torch.Tensor, frames: torch.Tensor, layer: int = -1) -> torch.Tensor:
         """Encoder states (B, ceil(T / 2), D) of mel (B, bins, T) of which the first `frames` (B,) are valid."""
@@ -164,10 +169,15 @@ class Whisper(Teacher):
         return out
 
     @torch.inference_mode()
-    def transcribe(self, wavs: list[np.ndarray]) -> list[str]:
-        """English text of every clip: greedy decoding on the 30 s window, without timestamps. At most 16 tokens and 8
-        more per second of the clip, so babble ends. Raises ValueError for a clip over 30 s."""
+    def transcribe(self, wavs: list[np.ndarray], language: str = "en") -> list[str]:
+        """Text of every clip in `language`: greedy decoding on the 30 s window, without timestamps. At most 16 tokens
+        and 8 more per second, so babble ends. Raises ValueError for a clip over 30 s, or a language it lacks."""
         wavs = checked(wavs, self.window)
+        multilingual = self.model.config.vocab_size >= 51865  # the .en models have one token less and no language
+        words = ["startoftranscript", *([language, "transcribe"] if multilingual else []), "notimestamps"]
+        prompt = [self.tokenizer.token_to_id(f"<|{word}|>") for word in words]
+        if None in prompt or (language != "en" and not multilingual):
+            raise ValueError(f"this Whisper has no language '{language}': pass a multilingual one, and a code like es")
         texts = [""] * len(wavs)
         size = self.budget // 750  # 8 clips on a CPU, 80 on a GPU
         order = sorted(range(len(wavs)), key=lambda i: len(wavs[i]))  # similar lengths end after similar steps
@@ -175,21 +185,20 @@ class Whisper(Teacher):
             mel = whisper_mel([wavs[i] for i in batch], self.window, self.filters)
             states = self._states(mel, torch.full((len(batch),), mel.shape[2], device=self.device))
             limits = [16 + 8 * len(wavs[i]) // self.sample_rate for i in batch]
-            ids = self._greedy(states, torch.tensor(limits, device=self.device))
+            ids = self._greedy(states, prompt, torch.tensor(limits, device=self.device))
             for i, text in zip(batch, self.tokenizer.decode_batch(ids.tolist()), strict=True):
                 texts[i] = text.strip()
         return texts
 
-    def _greedy(self, states: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    def _greedy(self, states: torch.Tensor, prompt: list[int], limits: torch.Tensor) -> torch.Tensor:
         """Token ids (B, steps), prompt included, from encoder states (B, 1500, D); at most `limits` (B,) per clip."""
-        multilingual = self.model.config.vocab_size >= 51865  # the .en models have one token less and no language
-        prompt = ["startoftranscript", *(["en", "transcribe"] if multilingual else []), "notimestamps"]
-        end, *ids = (self.tokenizer.token_to_id(f"<|{token}|>") for token in ["endoftext", *prompt])
-        tokens = step = torch.tensor([ids] * len(states), device=self.device)
-        done, cache = torch.zeros_like(limits, dtype=torch.bool), None
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        end, cache = self.tokenizer.token_to_id("<|endoftext|>"), EncoderDecoderCache(DynamicCache(), DynamicCache())
+        tokens = step = torch.tensor([prompt] * len(states), device=self.device)
+        done = torch.zeros_like(limits, dtype=torch.bool)
         for count in range(int(limits.max())):
-            out = self.model.model.decoder(step, encoder_hidden_states=states, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = self.model.model.decoder(step, None, states, cache, use_cache=True)  # by place: names change
             logits = self.model.proj_out(out.last_hidden_state[:, -1])  # (B, vocabulary)
             logits[:, self.suppress if count else self.suppress + self.suppress_first] = -torch.inf
             step = logits.argmax(1).masked_fill(done | (count >= limits), end)[:, None]
@@ -313,10 +322,9 @@ class BEATs(Teacher):
                 raise ValueError(f"{source}: only post-norm BEATs with gelu and 16 x 16 patches are read here")
             return cls(cfg, stored["model"], device)
         except UNREADABLE as error:
-            raise ValueError(
-                f"no BEATs checkpoint in {source} ({type(error).__name__}): pass the path of BEATs_iter3_plus_AS2M.pt, "
-                "or for tokens of Tokenizer_iter3_plus_AS2M.pt, from github.com/microsoft/unilm/tree/master/beats"
-            ) from error
+            fix = "pass the path of BEATs_iter3_plus_AS2M.pt, or for tokens of Tokenizer_iter3_plus_AS2M.pt, from"
+            what = f"no BEATs checkpoint in {source} ({type(error).__name__})"
+            raise ValueError(f"{what}: {fix} github.com/microsoft/unilm/tree/master/beats") from error
 
     def fbank(self, wav: np.ndarray) -> torch.Tensor:
         """Kaldi's log-mel of the clip scaled to 16 bits, normalised as in training: (frames, 128)."""

@@ -14,7 +14,7 @@ phase1.pt, config.json, log.csv, probe.json, probe.png, samples/, eval.json.
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Literal
 
-from configurator import Amount, Count, Natural, Positive, Share, configure, show, to_words
+from configurator import Amount, Count, Name, Natural, Positive, Share, configure, to_words
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Config:
     """Every setting of preparation, training and probing; a config file lists only what differs."""
 
     # run
-    out_dir: str = "out/unified_b"  # run directory; an unfinished run found there is continued
+    out_dir: Name = "out/unified_b"  # run directory; an unfinished run found there is continued
     branch_from: str = ""  # phase1.pt of another run: start at the end of its phase I
     seed: Natural = 0  # seeds weights, data order and noise
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -31,7 +31,7 @@ class Config:
     checkpoint_activations: bool = False  # compute activations again in backward: less memory, up to a third more time
     loader_threads: Natural = 1  # threads that prepare the next batches; 0: none
     # corpus
-    data_dir: str = "data/unified_b"  # prepared shards, shared by all runs on the same data
+    data_dir: Name = "data/unified_b"  # prepared shards, shared by all runs on the same data
     speech_dir: str = ""  # any folder of recordings, each with a same-named .txt; "demo": fetch a small corpus
     audio_dir: str = ""  # any folder of sounds, captioned by a same-named .txt or their name; "demo": fetch some
     librispeech_dir: str = ""  # LibriSpeech, any of its splits
@@ -60,7 +60,10 @@ class Config:
     tokenizer_width: Count = 1024  # of its network and of its codebook's vectors
     code_init: bool = False  # start the token table at the tokenizer's codebook, so that near codes start near
     # model
-    backbone: Literal["", "f5tts", "voicebox", "cosyvoice", "matcha"] = ""  # another's published model; empty: ours
+    backbone: str = ""  # f5tts, f5tts_text, voicebox, cosyvoice, matcha, or yours, FILE.py:Class; empty: our DiT
+    backbone_layers: str = ""  # path of your model's list of residual blocks, as net.blocks, instead of its layers()
+    init_from: str = ""  # weights to start from, ours or published, a .safetensors or .pt
+    init_partial: bool = False  # leave what has another name or shape there as it is, instead of refusing
     n_layer: Count = 24  # DiT blocks
     n_head: Count = 16  # attention heads
     n_embd: Count = 1024  # model width D
@@ -90,22 +93,26 @@ class Config:
     # probe, then intervene
     phase1_steps: Count = 5000  # phase I: L_FM + L_BiTC; at its end layers are selected and phase1.pt is saved
     probe_every: Count = 200  # steps between probes in phase I
-    probe_clips: Count = 1  # clips per domain in the probe batch
+    probe_clips: Count = 8  # clips per domain in a probe's batch, drawn anew each time
+    select_from: Count = 3  # the last probes of phase I, whose mean selects
     probe_times: Count = 8  # points of the t grid
     probe_frames: Count = 1000  # probe clips are cut to this
     bitc_weight: Amount = 1.0  # weight of L_BiTC
     align: Literal["none", "fixed", "random", "lasp", "stores", "gradnorm", "foga", "foga_excess"] = "foga"  # the rule
     ablation: Literal["zero", "mean", "resample"] = "zero"  # what FoG-A puts in a layer's place; zero: the paper's
-    align_head: Literal["mlp", "conv1d", "conv2d"] = "mlp"  # mlp on the pooled descriptor, conv on the sequence
-    align_teacher: Literal["external", "self"] = "external"  # self: a deeper layer of the model, detached (LayerSync)
-    align_target: Literal["clip", "shuffled"] = "clip"  # teacher vector of the clip, or of another one, as a control
-    align_norm: Literal["raw", "centred", "zscore"] = "raw"  # of align_target, by its domain's training clips
+    align_head: Literal["mlp", "conv1d", "conv2d", "none"] = "mlp"  # on the pooled state; with frames on each frame's
+    align_teacher: Literal["external", "self", "ema"] = "external"  # self: a deeper layer; ema: of the average
+    align_target: Literal["clip", "crop", "frames", "shuffled"] = "clip"  # shuffled: another clip's, as a control
+    target_rate: Positive = 12.5  # teacher features per second that are stored for crop and frames
+    align_norm: Literal["raw", "centred", "zscore"] = "raw"  # of the target; zscore of frames: by clip
+    t_weight: Literal["none", "taro"] = "none"  # of a clip's alignment by its t; taro: TARO's
+    dispersive: Amount = 0.0  # weight of the dispersive loss on the aligned layers, a control without a teacher
     align_layers: tuple[int, ...] = ()  # the layers, 1..n_layer, for align=fixed
     top_k: Count = 3  # layers selected per domain
     weighting: Literal["normalized", "equal", "paper"] = "paper"  # shares of align_weight by FoG-A, equal ones; eq. 11
     align_weight: Amount = 2.0  # sum of a domain's weights, whatever the rule; weighting=paper: what multiplies FoG-A
     timestep_adaptive: bool = False  # select layers for each part of the t grid of the probe, for align=foga
-    refresh_every: Natural = 0  # steps between new probes and selections in phase II; 0: selected once
+    refresh_epochs: Amount = 0.0  # epochs between new probes and selections in phase II; 0: selected once
     align_stop: Natural = 0  # step after which the alignment term is off (HASTE); 0: never
     head_dim: Natural = 0  # hidden width of the alignment heads; 0: n_embd
     # reporting
@@ -122,6 +129,9 @@ class Config:
     vocoder: str = "charactr/vocos-mel-24khz"  # hub name or folder of a Vocos, or griffin_lim, which needs no weights
     asr: str = "openai/whisper-large-v3"  # recogniser for WER: hub name or folder; "demo": Whisper tiny.en
     fad_model: Literal["yamnet", "vggish", "aisfx", "whisper", "none"] = "yamnet"  # network under FAD; not a teacher
+    max_clips: Count = 200  # most held-out clips per domain that are generated and scored
+    eval_seeds: Count = 1  # noise seeds per clip
+    language: str = "en"  # of the speech: Whisper's prompt, and the normaliser under WER
     evaluate: bool = True  # run probe.py and evaluate.py on the finished checkpoint
 
     renamed: ClassVar[dict[str, str]] = {"warmup_steps": "phase1_steps", "optimiser": "optimizer", "cfg": "cfg_scale"}
@@ -135,8 +145,7 @@ import contextlib
 import copy
 import math
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -149,20 +158,20 @@ import backbones
 import common
 import data
 import probe
-from common import DOMAINS, Machine, Optimizer, clip_and_step, command, count_parameters, step_seed
-from data import Batch, Dataset, Prefetcher, TrainingBatches, fixed_batch
-from model import DiTConfig, FlowModel, Objective, Selection, make_xt, masked_mse
+from common import DOMAINS, Machine, Optimizer, clip_and_step, command, step_seed
+from data import Dataset, Prefetcher, TrainingBatches, fixed_batch
+from model import DiTConfig, FlowModel, Objective, Selection, check_targets
+from report import Report, tell_selection
 
-EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # t of the held-out loss
-COLUMNS = "step phase loss fm bitc align grad_norm lr frames_per_s seconds held_out_speech held_out_audio".split()
 # settings that a continued run may change, and those that a branch from the end of phase I may change as well
 MAY_DIFFER = (
-    "out_dir branch_from device dtype compile checkpoint_activations loader_threads data_dir log_every eval_every "
-    "eval_clips save_every keep_every nfe cfg_scale sway vocoder asr fad_model evaluate evaluate_every"
+    "out_dir branch_from accumulate device dtype compile checkpoint_activations loader_threads data_dir log_every "
+    "eval_every eval_clips save_every keep_every nfe cfg_scale sway vocoder asr fad_model evaluate evaluate_every "
+    "eval_seeds max_clips language"
 ).split() + data.CORPUS  # what data_dir was prepared from; Run.data says which preparation it is
 BRANCH_MAY_DIFFER = (
-    "align align_target align_norm align_layers align_head align_teacher timestep_adaptive refresh_every align_stop "
-    "top_k weighting align_weight head_dim"
+    "align align_target align_norm target_rate align_layers align_head align_teacher timestep_adaptive refresh_epochs "
+    "align_stop top_k select_from weighting align_weight t_weight dispersive head_dim"
 ).split()
 
 
@@ -175,7 +184,6 @@ def train(config: Config, machine: Machine) -> "Run":
     sampler = TrainingBatches(dataset, config, machine.rank, machine.world)
     run.objective.expected = sampler.expected_clips(dataset.index["domain"])
     batches = Prefetcher(sampler, config.loader_threads, pin=machine.device.startswith("cuda"))
-    probe_batch = fixed_batch(dataset, config.probe_clips, config.seed, config.probe_frames).to(machine.device)
     report = Report(run, machine, sampler, held_out) if machine.lead else None
     finite = common.Finite(lambda: save(run) if machine.lead else None)
     stop, objective = common.StopRequest(machine.device), distributed(run, machine)
@@ -204,12 +212,12 @@ def train(config: Config, machine: Machine) -> "Run":
 
         # phase I probes; at its end layers are selected and their heads join, at a refresh they are selected anew
         switch = run.step == config.phase1_steps and not run.selected
-        refresh = bool(run.objective.heads) and due(run.step, config.refresh_every)
+        refresh = bool(run.objective.heads) and due(run.step, round(config.refresh_epochs * sampler.steps_per_epoch))
         control = switch or (refresh and config.align == "foga_excess")  # shown at the switch, else only selected by
         if switch or refresh or (not run.selected and due(run.step, config.probe_every)):
-            run.probes.append({"step": run.step, "result": probe_now(run, probe_batch, machine, control)})
+            probe_now(run, dataset, machine, control, decides=switch)
         if refresh:
-            run.objective.select(probe.select(config, run.probes[-1]["result"], config.n_layer))
+            run.objective.select(select(run))
         if switch:
             if report:
                 report.clock()  # phase1.pt tells a branch how long phase I took
@@ -217,8 +225,10 @@ def train(config: Config, machine: Machine) -> "Run":
             intervene(run)
             objective = distributed(run, machine)
             if report:
-                optional(lambda: report_phase1(run))
+                common.optional(lambda: report_phase1(run))
                 report.clock(counts=False)
+        if report and (switch or refresh):
+            tell_selection(run)
 
         # log, evaluate, save
         if report:
@@ -235,12 +245,13 @@ def train(config: Config, machine: Machine) -> "Run":
             if keep_due:
                 save(run, f"ckpt_{run.step:06d}.pt")
             if curve:
-                evaluate_checkpoint(run, machine, ["evaluate.py"])
+                stop.asked |= evaluate_checkpoint(run, machine, ["evaluate.py"]) == common.INTERRUPTED
             if held_out_due or save_due or curve:
                 report.restart_clock()  # none of that is training time
     if report and run.step < config.max_steps:
         report.row(False)  # evaluate.py tells by the log how far a run has come
         save(run)
+    stop.close()
     return run
 
 
@@ -270,6 +281,7 @@ class Run:
     optimizer: Optimizer
     ema: FlowModel
     data: str = ""  # fingerprint of the preparation that it trains on
+    world: int = 1  # ranks that share a step
     step: int = 0  # optimizer steps done
     selected: bool = False  # phase II
     probes: list[dict] = field(default_factory=list)  # one entry per probe
@@ -285,6 +297,7 @@ class Run:
             "heads": self.objective.heads.state_dict() if self.objective.heads else None,
             "optimizer": self.optimizer.state_dict(),
             "selection": self.objective.selection,
+            "batches": self.world * self.config.accumulate,
         } | {name: getattr(self, name) for name in ("selected", "data", "step", "probes", "seconds")}
 
 
@@ -297,7 +310,7 @@ def build_model(config: Config, teachers: list, device: str = "cpu") -> FlowMode
         teachers=teachers,
     )
     with torch.device(device):
-        return backbones.build(config.backbone, sizes)
+        return backbones.build(config.backbone, sizes, config.backbone_layers)
 
 
 def new_run(config: Config, meta: dict, machine: Machine) -> Run:
@@ -315,7 +328,9 @@ def new_run(config: Config, meta: dict, machine: Machine) -> Run:
     candidates = model.blocks.parameters() if config.optimizer == "muon" else ()
     matrices = [p for p in candidates if p.dim() == 2]  # a fused one, as of q, k and v, counts as one
     optimizer = common.make_optimizer(model, config, matrices)
-    return Run(config, Objective(model, config), optimizer, ema, data.fingerprint(meta))
+    objective = Objective(model, config)
+    objective.ema = ema if config.align_teacher == "ema" else None
+    return Run(config, objective, optimizer, ema, data.fingerprint(meta), machine.world)
 
 
 def init_tokens_from_codebooks(model: FlowModel, config: Config) -> None:
@@ -339,25 +354,42 @@ def trade(model: FlowModel, config: Config) -> None:
             block.compile(dynamic=True)
 
 
-def probe_now(run: Run, batch: Batch, machine: Machine, control: bool) -> dict:
-    """Probes the raw weights on rank 0, `control`: and random ones, and shares the result."""
-    c, shared = run.config, [None]
-    if machine.lead:
-        with machine.precision():
-            how = (c.probe_times, c.sigma, c.seed, c.top_k, c.ablation, control)
-            shared = [probe.probe(run.objective.model, batch, *how)]
-        for name in DOMAINS:
-            scores = shared[0][name]
-            top = " ".join(f"L{l} {scores['foga'][l - 1]:.3f}" for l in probe.top_layers(scores["foga"], c.top_k))
-            print(f"probe at step {run.step}: {name:6s} FoG-A top {top}; BiT-C {scores['bitc']:.3f}", flush=True)
+def probe_now(run: Run, dataset: Dataset, machine: Machine, control: bool, decides: bool) -> None:
+    """Adds a probe on rank 0 to those of all ranks. One that fails is left out, with a warning, unless it `decides` the
+    selection: ValueError."""
+    shared = [common.optional(lambda: probe_weights(run, dataset, machine, control)) if machine.lead else None]
     if machine.world > 1:
         dist.broadcast_object_list(shared)
-    return shared[0]
+    if shared[0]:
+        run.probes.append({"step": run.step, "result": shared[0]})
+    elif decides:
+        todo = "once that is mended the same command goes on from the last checkpoint to try again"
+        raise ValueError(f"the probe at step {run.step}, which selects the layers, failed; {todo}")
+
+
+def probe_weights(run: Run, dataset: Dataset, machine: Machine, control: bool) -> dict:
+    """Probes the raw weights on clips and noise drawn by (seed, step); `control`: and random weights."""
+    c, seed = run.config, step_seed(run.config.seed, run.step)
+    batch = fixed_batch(dataset, c.probe_clips, seed, c.probe_frames).to(machine.device)
+    with machine.precision():
+        how = (c.probe_times, c.sigma, seed, c.top_k, c.ablation, control)
+        result = probe.probe(run.objective.model, batch, *how)
+    for name in DOMAINS:
+        scores = result[name]
+        top = " ".join(f"L{l} {scores['foga'][l - 1]:.3f}" for l in probe.top_layers(scores["foga"], c.top_k))
+        print(f"probe at step {run.step}: {name:6s} FoG-A top {top}; BiT-C {scores['bitc']:.3f}", flush=True)
+    return result
+
+
+def select(run: Run) -> Selection:
+    """S and lambda (eq. 10-11) by this run's own rule, from the mean of its last probes."""
+    last = [p["result"] for p in run.probes[-run.config.select_from :]]
+    return probe.select(run.config, probe.averaged(last), run.config.n_layer)
 
 
 def intervene(run: Run, selection: Selection | None = None) -> None:
-    """Ends phase I: freezes S and lambda (eq. 10-11) by this run's own strategy and adds the heads to the optimizer."""
-    run.objective.select(selection or probe.select(run.config, run.probes[-1]["result"], run.config.n_layer))
+    """Ends phase I: freezes the selection and adds the heads to the optimizer."""
+    run.objective.select(selection or select(run))
     run.selected = True
     if run.objective.heads:
         for group in common.decay_groups(run.objective.heads.parameters(), run.config):
@@ -365,13 +397,9 @@ def intervene(run: Run, selection: Selection | None = None) -> None:
 
 
 def report_phase1(run: Run) -> None:
-    """Shows what the probes found, beside a random-init control, and what was selected; writes probe.json and .png."""
+    """Shows what the last probe found, beside a random-init control; writes probe.json and .png."""
     result, selection = run.probes[-1]["result"], run.objective.selection
     print(probe.table(result, probe.control_of(result), selection))
-    for name, layers in zip(DOMAINS, selection, strict=True):
-        means = {l: sum(w) / len(w) for l, w in layers.items() if any(w)}
-        chosen = ", ".join(f"L{l} (weight {w:.3f})" for l, w in means.items()) or "nothing"
-        print(f"phase II aligns for {name}: {chosen}", flush=True)
     probe.report(Path(run.config.out_dir), result, probe.control_of(result), selection)
 
 
@@ -389,9 +417,12 @@ def export(run: Run) -> None:
 
 def restore(run: Run, path: Path) -> None:
     """Loads ckpt.pt or phase1.pt into `run`. Raises CheckpointError when it was made with incompatible settings."""
-    state, used = common.load(path, set_aside=path.parent == Path(run.config.out_dir))
+    own = path.parent == Path(run.config.out_dir)
+    state, used = common.load(path, own, "model_config model ema heads optimizer selection selected probes".split())
     may_differ = MAY_DIFFER + ([] if state["selected"] else BRANCH_MAY_DIFFER)
-    common.same_run(run.config, run.data, state, may_differ, used)
+    todo = "" if own else "a branch continues a phase I, whose settings must match"
+    common.same_run(run.config, run.data, state, may_differ, used, run.world, todo)
+    common.check_weights(lambda: run.objective.model, 0, state["model"], used)
     run.objective.model.load_state_dict(state["model"])
     run.ema.load_state_dict(state["ema"])
     run.step, run.probes, run.seconds = state["step"], state["probes"], state["seconds"]
@@ -417,111 +448,34 @@ def open_run(config: Config, machine: Machine) -> tuple[Run, Dataset, Dataset]:
         if machine.lead and rows:
             path.parent.mkdir(parents=True, exist_ok=True)
             common.write_csv(path.with_name("evals.csv"), list(rows[0]), rows)
+    elif config.init_from:
+        told = backbones.init_from(run.objective.model, config.init_from, config.init_partial)
+        run.ema.load_state_dict(run.objective.model.state_dict())
+        if machine.lead:
+            print(told)
     if run.step == config.phase1_steps and not run.selected and run.probes:
         intervene(run)
     trade(run.objective.model, config)
     return run, Dataset(config.data_dir, "train"), Dataset(config.data_dir, "held_out")
 
 
-@torch.no_grad()
-def held_out_loss(model: FlowModel, batch: Batch, sigma: float, machine: Machine) -> dict[str, float]:
-    """L_FM of each domain on fixed clips and noise, the mean over EVAL_TIMES; global random state unchanged."""
-    totals = [0.0] * len(DOMAINS)
-    with probe.probing(model, 0), machine.precision():
-        cond = model.embed_condition(batch)
-        for t in EVAL_TIMES:
-            ts = batch.mel.new_full((len(batch.frames),), t)
-            x_t, target = make_xt(model, batch.mel, ts, sigma)
-            v = model.velocity(x_t, ts, cond)
-            for d in range(len(DOMAINS)):
-                of_domain = cond.mask & (batch.domain == d)[:, None]
-                totals[d] += masked_mse(v, target, of_domain).item() / len(EVAL_TIMES)
-    return {f"held_out_{name}": totals[d] for d, name in enumerate(DOMAINS) if (batch.domain == d).any()}
-
-
-class Report:
-    """Rows of log.csv and lines on the screen: what rank 0 tells of a run."""
-
-    def __init__(self, run: Run, machine: Machine, sampler: TrainingBatches, held_out: Dataset):
-        c, out_dir = run.config, Path(run.config.out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        common.write_json(out_dir / "config.json", asdict(c))
-        self.announce(run, sampler, machine)
-        self.run, self.machine, self.smooth = run, machine, None
-        self.log = common.Log(out_dir / "log.csv", COLUMNS, run.step)
-        self.eval_batch = fixed_batch(held_out, c.eval_clips, 0, c.probe_frames).to(machine.device)
-        self.restart_clock()
-
-    def announce(self, run: Run, sampler: TrainingBatches, machine: Machine) -> None:
-        """The derived numbers, before step 0."""
-        c, million, per_epoch = run.config, count_parameters(run.objective.model) / 1e6, sampler.steps_per_epoch
-        kind = "bfloat16 autocast" if common.takes_bfloat16(machine.device, machine.dtype) else "float32"
-        print(
-            f"{show(c)}\n{million:.1f} M parameters, {c.n_layer} layers; {machine.world} x {machine.device}, {kind}\n"
-            f"{len(sampler.dataset)} training clips, {sampler.lengths.sum()} frames an epoch in {per_epoch} steps, "
-            f"{100 * sampler.left_out():.1f} % trimmed, padding {100 * sampler.padding():.1f} %; "
-            f"{c.max_steps / per_epoch:.0f} epochs; phase I ends at step {c.phase1_steps}",
-            flush=True,
-        )
-
-    def restart_clock(self) -> None:
-        self.since, self.spent, self.frames = time.time(), 0.0, 0
-
-    def clock(self, counts: bool = True) -> None:
-        """Adds the time since the last call to the run's and to that of the next row, where it counts as training."""
-        now = time.time()
-        if counts:
-            self.spent += now - self.since
-            self.run.seconds += now - self.since
-        self.since = now
-
-    def count(self, numbers: dict[str, float], frames: int) -> None:
-        """Takes in a step's losses and its frames over all ranks."""
-        self.numbers, self.frames = numbers, self.frames + frames
-        self.smooth = numbers["fm"] if self.smooth is None else 0.95 * self.smooth + 0.05 * numbers["fm"]
-
-    def row(self, with_held_out: bool) -> None:
-        """Writes the last step's row, of the steps since the row before; none when there was no step."""
-        run, last = self.run, self.run.config.max_steps
-        if not self.frames:
-            return
-        self.clock()
-        rate = self.frames / self.spent
-        self.restart_clock()
-        held = held_out_loss(run.ema, self.eval_batch, run.config.sigma, self.machine) if with_held_out else {}
-        phase = 1 + run.selected
-        self.log.row(step=run.step, phase=phase, frames_per_s=rate, seconds=run.seconds, **self.numbers, **held)
-        extra = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.4f}" for k, v in held.items())
-        align = f"  align {self.numbers['align']:.3f}" if "align" in self.numbers else ""
-        print(
-            f"step {run.step:6d}/{last}  fm {self.smooth:.4f}  bitc {self.numbers['bitc']:.3f}{align}  "
-            f"{rate:6.0f} frames/s  left {common.time_left(run.seconds, run.step, last)}{extra}",
-            flush=True,
-        )
-
-
-def optional(work: Callable[[], None]) -> None:
-    """Runs work whose failure must not stop training; reports what failed."""
-    try:
-        work()
-    except Exception as error:
-        print(f"warning: {type(error).__name__}: {error}", file=sys.stderr)
-
-
-def evaluate_checkpoint(run: Run, machine: Machine, scripts: Sequence[str]) -> None:
-    """Runs probe.py or evaluate.py on ckpt.pt, each as a process."""
+def evaluate_checkpoint(run: Run, machine: Machine, scripts: Sequence[str]) -> int:
+    """Runs probe.py or evaluate.py on ckpt.pt, each as a process; returns INTERRUPTED, at once, where a signal came."""
     path = Path(run.config.out_dir) / "ckpt.pt"
     for name in scripts:
-        if common.run_script(name, f"--ckpt={path}", f"--device={machine.device}"):
+        code = common.run_script(name, f"--ckpt={path}", f"--device={machine.device}")
+        if code == common.INTERRUPTED:
+            return code
+        if code:
             print(f"warning: {name} failed; {path} is saved", file=sys.stderr)
+    return 0
 
 
 def check(config: Config) -> None:
     """Refuses, before anything is read, what would fail many steps later. Raises ValueError."""
     if config.align != "none":
         probe.check_strategy(config, config.n_layer)
-    if config.align_teacher == "self" and (config.align_target, config.align_norm) != ("clip", "raw"):
-        raise ValueError("align_target and align_norm change the external teacher's vectors, not align_teacher=self")
+    check_targets(config)
     if config.n_embd % (2 * config.n_head):
         raise ValueError(f"n_embd={config.n_embd}, n_head={config.n_head}: a head needs a whole, even width")
     if config.phase1_steps >= config.max_steps and config.align != "none":
@@ -529,6 +483,11 @@ def check(config: Config) -> None:
             f"max_steps={config.max_steps} ends within phase I, so nothing would be aligned; pass --phase1_steps below "
             f"{config.max_steps}, or --align=none"
         )
+    backbones.find(config.backbone, config.backbone_layers)
+    as_published = (config.crop_frames, config.trim, config.sigma, config.mel_stats) == (0, 0, 1, (0, 1))
+    if config.backbone == "f5tts_text" and not as_published:
+        how = "--crop_frames=0 --trim=0 --sigma=1 --mel_stats=0,1"
+        raise ValueError(f"backbone=f5tts_text reads whole clips, and mels without statistics: pass {how}")
     if config.backbone and (config.compile or config.checkpoint_activations):
         raise ValueError(f"compile and checkpoint_activations are for our own model, not backbone={config.backbone}")
     for key in ("vocoder", "asr") if config.evaluate else ():
@@ -538,22 +497,26 @@ def check(config: Config) -> None:
 
 def main(config: Config) -> int:
     check(config)
-    machine = common.join_group(config)
-    if not data.is_prepared(config.data_dir) and (code := common.run_script("prepare", *to_words(config))):
-        return code  # it has said why; all ranks prepare together
-    run = train(config, machine)
-    common.leave_group(machine)
-    if not machine.lead:
-        return 0
-    path = Path(config.out_dir) / "ckpt.pt"
-    if run.step < config.max_steps:
-        print(f"stopped at step {run.step}, saved in {path}; the same command continues")
-        return common.INTERRUPTED
-    export(run)
-    print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path} and model.safetensors", flush=True)
-    if config.evaluate:
-        evaluate_checkpoint(run, machine, ["probe.py", "evaluate.py"])
-    return 0
+    with common.alone_in(config.out_dir):
+        if not data.is_prepared(config.data_dir) and (code := common.run_script("prepare", *to_words(config))):
+            return code  # it has said why; all ranks prepare together
+        features = [f"--features={config.data_dir}", f"--target_rate={config.target_rate}"]
+        asked = config.align != "none" and config.align_teacher == "external" and config.align_target in data.STORED
+        stored = not asked or data.has_features(config.data_dir, config.target_rate)
+        if not stored and (code := common.run_script("prepare", *features)):
+            return code
+        machine = common.join_group(config)
+        run = train(config, machine)
+        common.leave_group(machine)
+        if not machine.lead:
+            return 0
+        path = Path(config.out_dir) / "ckpt.pt"
+        if run.step < config.max_steps:
+            print(f"stopped at step {run.step}, saved in {path}; the same command continues")
+            return common.INTERRUPTED
+        export(run)
+        print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path} and model.safetensors", flush=True)
+        return evaluate_checkpoint(run, machine, ["probe.py", "evaluate.py"]) if config.evaluate else 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python -m prepare config/demo.py --speech_dir=my/speech --audio_dir=my/sounds --data_dir=data/mine
     torchrun --nproc_per_node=8 -m prepare config/unified_b.py --librispeech_dir=X --audioset_dir=Y    # one GPU each
     python -m prepare --styles=data/demo                                    # style vectors; lm.py does it
+    python -m prepare --features=data/demo --target_rate=12.5               # teacher features; train.py does it
     python -m prepare --verify=data/demo                                    # every file against its checksum
 
 Any number of processes that share the disk prepare one folder together: each takes the next shard that nobody holds.
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import audio
@@ -34,7 +36,7 @@ import teachers
 from audio import AudioError
 from common import AUDIO, DOMAINS, SPEECH, DataError, locked, sha256, whole_file, write_json
 from configurator import configure, from_dict
-from data import INDEX, check_prepared, has_styles, is_prepared, read_meta, settings_of, token_count
+from data import FEATURES, INDEX, check_prepared, is_prepared, read_meta, settings_of, token_count
 from prepare import corpora, demo, tokenizer
 from prepare.corpora import Clip
 from train import Config
@@ -52,6 +54,7 @@ POSITIONS = [64, 0]  # columns of Whisper's position table that are taken out of
 class PrepareArgs(Config):
     verify: str = ""  # check the prepared folder of this name and do nothing else
     styles: str = ""  # add style vectors to the prepared folder of this name and do nothing else
+    features: str = ""  # add teacher features at target_rate to the prepared folder of this name and do nothing else
 
 
 @dataclass
@@ -153,6 +156,15 @@ class Networks:
         waves = [audio.resample(p.wav, audio.SAMPLE_RATE, encoder.sample_rate) for p in clips]
         return [teachers.style_vectors(x) for x in encoder.encode(waves)]
 
+    def targets(self, d: int, clips: list[Prepared], rate: float) -> list[np.ndarray]:
+        """Teacher features (N, E) of domain d's clips, `rate` per second: means of its own, or interpolated."""
+        states = self.encoders[d].encode([p.teacher_wav for p in clips])
+        if self.encoders[d].name == "beats":  # its patches are 8 bands of the same time
+            states = [x.reshape(-1, 8, x.shape[1]).mean(1) for x in states]
+        counts = [token_count(len(p.mel), rate) for p in clips]
+        pairs = zip((torch.from_numpy(x).T[None] for x in states), counts, strict=True)  # (1, E, N) each, and N wanted
+        return [F.interpolate(x, n, mode="linear" if n > x.shape[2] else "area")[0].T.numpy() for x, n in pairs]
+
     def tokens(self, d: int, clips: list[Prepared]) -> list[np.ndarray]:
         """Codes of domain d's clips, (N, streams) each; the second stream is BEATs' at the same times (eq. 15)."""
         rate, heard = self.rates[d], self.encode(d, clips) if self.files[d] else [p.teacher_wav for p in clips]
@@ -172,13 +184,10 @@ def decode(clip: Clip, teacher_rate: int, config: Config) -> Prepared:
     """The clip's mel and waveforms. Raises AudioError for a clip that cannot be used."""
     if clip.domain == SPEECH and not corpora.normal(clip.text).strip():
         raise AudioError("no text")
-    wav, rate = audio.decode(clip.source, clip.name if isinstance(clip.source, bytes) else "")
-    wav = wav[int(clip.start * rate) : None if clip.end is None else int(clip.end * rate)]
-    seconds = len(wav) / rate
-    if not config.min_seconds <= seconds <= config.max_seconds:
-        raise AudioError("too short" if seconds < config.min_seconds else "too long", f"{seconds:.2f} s")
-    if np.abs(wav).max() < 1e-4:  # a silent part of a recording that as a whole is not
-        raise AudioError("silent")
+    suffix = clip.name if isinstance(clip.source, bytes) else ""
+    wav, rate = audio.decode(clip.source, suffix, clip.start, clip.end, config.max_seconds)
+    if len(wav) / rate < config.min_seconds:
+        raise AudioError("too short", f"{len(wav) / rate:.2f} s")
     wav, teacher_wav = (audio.resample(wav, rate, to) for to in (audio.SAMPLE_RATE, teacher_rate))
     return Prepared(clip, audio.log_mel(torch.from_numpy(wav)).half().numpy(), wav, teacher_wav)
 
@@ -210,7 +219,7 @@ def prepare(config: Config) -> None:
     belongs to other settings or another corpus, or too many clips are unusable."""
     if lines := missing(config):
         raise DataError("this config needs what is not here:\n  " + "\n  ".join(lines))
-    start, lead = time.time(), os.environ.get("RANK", "0") == "0"
+    start, lead = time.monotonic(), os.environ.get("RANK", "0") == "0"
     clips, notes = corpora.read(config)
     shards, networks, lost = plan_shards(clips, config), Networks(config), {}
     out_dir = Path(config.data_dir)
@@ -242,7 +251,7 @@ def prepare(config: Config) -> None:
             finish(out_dir, list(shards), networks, lost)
     shutil.rmtree(locks, ignore_errors=True)
     if lead:
-        seconds = time.time() - start
+        seconds = time.monotonic() - start
         print(*notes, f"prepared {out_dir} in {seconds:.0f} s ({len(clips) / seconds:.1f} clips/s)", sep="\n")
 
 
@@ -278,7 +287,11 @@ def begin(out_dir: Path, clips: list[Clip], config: Config) -> None:
             raise DataError(f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER")
         out_dir.mkdir(parents=True, exist_ok=True)
         write_json(file, plan)
-    if changed := common.changed_settings(plan, json.loads(file.read_text())):
+    try:
+        changed = common.changed_settings(plan, json.loads(file.read_text()), config)
+    except (ValueError, TypeError):
+        changed = "its plan.json is damaged"
+    if changed:
         what = f"{out_dir} was begun with other settings or another corpus ({changed})"
         raise DataError(f"{what}; pass --data_dir=ANOTHER_FOLDER or delete it")
 
@@ -412,32 +425,43 @@ def join(out_dir: Path, shards: list[str], meta: dict) -> None:
     write_json(out_dir / "meta.json", meta | {"sha256": {str(f.relative_to(out_dir)): sha256(f) for f in files}})
 
 
-def add_styles(args: PrepareArgs) -> None:
-    """Writes style.npy (clips, 16, E) to each shard of args.styles, then styles.json with their checksums. A corpus
-    that `args` names is where the recordings are now. Raises DataError when they are not those that were prepared."""
-    root, meta = Path(args.styles), read_meta(args.styles)
+def add(args: PrepareArgs) -> None:
+    """Writes style.npy (clips, 16, E) to each shard of args.styles, or features_{domain}_{rate}.npy (rows, E) to those
+    of training of args.features; last of all a .json with their checksums. A corpus that `args` names is where the
+    recordings are now. Raises DataError when they are not those that were prepared."""
+    root, rate = Path(args.features or args.styles), args.target_rate
+    meta, splits, names, done = read_meta(root), SPLITS, ["style.npy"], root / "styles.json"
+    if args.features:
+        splits, names = ["train"], [FEATURES.format(d, rate) for d in range(len(DOMAINS))]
+        done, widths = root / f"features_{rate:g}.json", [width for _, width in meta["teachers"]]
+        size = sum(2 * widths[r["domain"]] * token_count(r["frames"], rate) for r in np.load(root / "train.npy"))
+        print(f"teacher features of {root} at {rate:g} per second: {size / 1e6:.1f} MB", flush=True)
     moved = {k: path for k, path in settings_of(args)["corpus"].items() if path}
     settings = meta["prepared_with"] | meta["corpus"] | moved | {"device": args.device}
     networks = Networks(from_dict(Config, settings, f"{root}/meta.json"))
     clips = {c.key: c for c in corpora.read(networks.config)[0]}
-    files = [root / name / "style.npy" for split in SPLITS for name in meta[split]["shards"]]
+    files = [root / shard / name for split in splits for shard in meta[split]["shards"] for name in names]
     lock = root.with_name(f".{root.name}.lock")
     with locked(lock):
-        for file in tqdm([file for file in files if not file.exists()], desc="shards"):
-            (root / "styles.json").unlink(missing_ok=True)  # it says that all are there
-            index, text = np.load(file.with_name("index.npy")), file.with_name("text.bin").read_bytes()
-            names = [text[r["text"] :][: r["text_len"]].decode().partition("\n")[0] for r in index]
-            keys = zip(index["domain"].tolist(), names, strict=True)
+        for path in tqdm(sorted({file.parent for file in files if not file.exists()}), desc="shards"):
+            done.unlink(missing_ok=True)  # it says that all are there
+            index, text = np.load(path / "index.npy"), (path / "text.bin").read_bytes()
+            keys = [(int(r["domain"]), text[r["text"] :][: r["text_len"]].decode().partition("\n")[0]) for r in index]
             prepared = decode_all([clips[key] for key in keys if key in clips], networks, {})
             if [len(p.mel) for p in prepared] != index["frames"].tolist():
-                raise DataError(f"{file.parent}: its recordings have changed or moved; pass the corpus it is made of")
-            styles = np.zeros((len(index), 16, networks.encoders[AUDIO].dim), np.float16)
-            for d in set(index["domain"].tolist()):
-                styles[index["domain"] == d] = networks.styles(d, [p for p in prepared if p.clip.domain == d])
-            with whole_file(file, "wb") as out:
-                np.save(out, styles)
-        if not has_styles(root):
-            write_json(root / "styles.json", {"sha256": {str(f.relative_to(root)): sha256(f) for f in files}})
+                raise DataError(f"{path}: its recordings have changed or moved; pass the corpus it is made of")
+            parts = [[p for p in prepared if p.clip.domain == d] for d in range(len(DOMAINS))]
+            if args.features:
+                rows = [networks.targets(d, part, rate) for d, part in enumerate(parts)]
+                arrays = [np.concatenate([np.zeros((0, E)), *x]) for E, x in zip(widths, rows, strict=True)]
+            else:
+                styles = [iter(networks.styles(d, part)) for d, part in enumerate(parts)]
+                arrays = [np.stack([next(styles[d]) for d in index["domain"]])]
+            for name, array in zip(names, arrays, strict=True):
+                with whole_file(path / name, "wb") as out:
+                    np.save(out, array.astype(np.float16))
+        if not done.exists():
+            write_json(done, {"sha256": {str(f.relative_to(root)): sha256(f) for f in files}})
     lock.unlink(missing_ok=True)  # all is there: whoever still holds or waits for it has nothing to do
 
 
@@ -445,7 +469,7 @@ def verify(data_dir: str) -> list[str]:
     """The files of a prepared folder that are missing or not as they were written, one line each."""
     root, problems = Path(data_dir), []
     wanted = {root / name: digest for name, digest in read_meta(data_dir)["sha256"].items()}
-    for file in (*sorted(root.glob("*/shard.json")), *root.glob("styles.json")):
+    for file in (*sorted(root.glob("*/shard.json")), *root.glob("styles.json"), *root.glob("features_*.json")):
         try:
             wanted |= {file.parent / name: digest for name, digest in json.loads(file.read_text())["sha256"].items()}
         except (OSError, ValueError, KeyError):
@@ -459,20 +483,20 @@ def verify(data_dir: str) -> list[str]:
 
 
 def main(args: PrepareArgs) -> int:
-    """Prepares, verifies or adds styles; returns the exit code. Raises DataError as they do."""
+    """Prepares, verifies or adds styles or features; returns the exit code. Raises DataError as they do."""
     if args.verify:
         if problems := verify(args.verify):
             raise DataError(f"{len(problems)} files of {args.verify} are not sound:\n  " + "\n  ".join(problems[:20]))
         print(f"{args.verify}: every file is as it was written")
         return 0
     try:
-        if args.styles:
-            add_styles(args)
+        if args.styles or args.features:
+            add(args)
             return 0
         if not is_prepared(args.data_dir):
             prepare(args)
     except KeyboardInterrupt:
-        print(f"stopped; {args.styles or args.data_dir} is not complete, the same command continues", file=sys.stderr)
+        print(f"stopped; {args.features or args.styles or args.data_dir}: the same command continues", file=sys.stderr)
         return common.INTERRUPTED
     meta = check_prepared(args)
     for split in SPLITS if os.environ.get("RANK", "0") == "0" else ():

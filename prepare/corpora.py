@@ -43,22 +43,16 @@ class Clip:
 
 def read(config) -> tuple[list[Clip], list[str]]:
     """All clips of the config's corpora in a fixed order, and a line for each thing left out. Raises DataError."""
-    clips, notes = [], []
-    for d, path in enumerate((config.speech_dir, config.audio_dir)):
-        if path:
-            clips += of_demo(d) if path == "demo" else folder(path, d)
-    for reader, path in ((librispeech, config.librispeech_dir), (audioset, config.audioset_dir)):
-        if path:
-            found, note = reader(path)
-            clips += found
-            notes += [note] * bool(note)
-    if config.manifest:
-        clips += manifest(config.manifest)
+    found = [folder(path, d) for d, path in enumerate((config.speech_dir, config.audio_dir)) if path]
+    public = ((librispeech, config.librispeech_dir), (audioset, config.audioset_dir), (manifest, config.manifest))
+    found += [reader(path) for reader, path in public if path]
+    clips, notes = [c for part, _ in found for c in part], [note for _, note in found if note]
     for d, name in enumerate(DOMAINS):
         if not any(c.domain == d for c in clips):
             raise DataError(f"no {name} clips: pass --{name}_dir=FOLDER or --{PUBLIC[d]}=FOLDER")
     taken: set[tuple[int, str]] = set()
     for clip in clips:  # what is kept of a clip later is kept by its key: a name that another one has is numbered
+        clip.name, clip.group = escaped(clip.name), escaped(clip.group)
         name, count = clip.name, 1
         while clip.key in taken:
             count += 1
@@ -67,26 +61,46 @@ def read(config) -> tuple[list[Clip], list[str]]:
     return clips, notes
 
 
+def escaped(name: str) -> str:
+    """A file's name in one line of UTF-8: what cannot be printed, such as a newline, is written as in Python."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 def _text(file: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark. Raises DataError for another encoding."""
+    """The text of a UTF-8 file, with or without a byte order mark. Raises DataError for another encoding, or kind."""
+    name = escaped(str(file))
+    if not file.is_file():  # opening a FIFO would wait for ever
+        raise DataError(f"{name}: {'not a regular file' if file.exists() else 'no such file'}")
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        raise DataError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
-def folder(path: str, domain: int) -> list[Clip]:
+def recordings(root: Path) -> tuple[list[Path], str]:
+    """The recordings below `root` in order, and a note of what is called like one, or a text, and no regular file."""
+    named = sorted(f for f in root.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES | {".txt"})
+    odd = [escaped(str(f)) for f in named if not f.is_file()]
+    files = [f for f in named if f.is_file() and f.suffix.lower() != ".txt"]
+    return files, f"left out {len(odd)}: not a regular file, as {odd[0]}" if odd else ""
+
+
+def folder(path: str, domain: int) -> tuple[list[Clip], str]:
     """Any folder: the text is a same-named .txt, else (audio only) the file's name. Grouped by text, else by name."""
+    if path == "demo":
+        return of_demo(domain), ""
     root, clips = Path(path), []
-    for file in sorted(f for f in root.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES):
-        text, group = file.stem.replace("_", " ") if domain == AUDIO else "", file.stem
-        if file.with_suffix(".txt").exists():
+    files, note = recordings(root)
+    for file in files:
+        group = escaped(file.stem)
+        text = group.replace("_", " ") if domain == AUDIO else ""
+        if file.with_suffix(".txt").is_file():
             text = _text(file.with_suffix(".txt")).strip()
             group = normal(text)
         clips.append(Clip(str(file.relative_to(root)), file, text, domain, group))
     if not clips:
         raise DataError(f"{DOMAINS[domain]}_dir={path}: no audio files ({' '.join(sorted(AUDIO_SUFFIXES))}) in it")
-    return clips
+    return clips, note
 
 
 def librispeech(path: str) -> tuple[list[Clip], str]:
@@ -96,7 +110,7 @@ def librispeech(path: str) -> tuple[list[Clip], str]:
         for line in _text(listing).split("\n"):
             utterance, _, text = line.partition(" ")
             file = listing.parent / f"{utterance}.flac"
-            if file.exists():
+            if file.is_file():
                 clips.append(Clip(str(file.relative_to(root)), file, text.lower(), SPEECH, utterance.split("-")[0]))
             elif utterance:
                 missing += 1
@@ -122,25 +136,27 @@ def audioset(path: str) -> tuple[list[Clip], str]:
         for number, line in enumerate(_text(listing).split("\n"), 1):
             if line.startswith("#") or not line.strip():
                 continue
-            [row] = csv.reader([line], skipinitialspace=True)
-            if len(row) != 4:
-                raise DataError(f'{listing}, line {number}: expected YTID, start, end, "labels"')
-            labels[row[0]] = ", ".join(names.get(label, label) for label in row[3].split(","))
-    clips = []
-    for file in sorted(f for f in root.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES):
+            try:
+                [[video, start, end, found]] = csv.reader([line], skipinitialspace=True)
+                if not 0 <= float(start) < float(end):
+                    raise ValueError
+            except (ValueError, csv.Error):
+                raise DataError(f'{listing}, line {number}: expected YTID, start, end, "labels"') from None
+            labels[video] = ", ".join(names.get(label, label) for label in found.split(","))
+    (files, note), clips = recordings(root), []
+    for file in files:
         video = next((i for i in (file.stem[:11], file.stem[1:12]) if i in labels), None)  # ids have 11 characters
         if video:
             clips.append(Clip(str(file.relative_to(root)), file, labels[video], AUDIO, video))
     if not clips:
         raise DataError(f"audioset_dir={path}: no clip below it is named after a YouTube id of its segments CSVs")
-    return clips, f"AudioSet: {len(labels) - len({c.group for c in clips})} of {len(labels)} segments have no clip"
+    without = len(labels) - len({c.group for c in clips})
+    return clips, f"AudioSet: {without} of {len(labels)} segments have no clip" + (note and f"; {note}")
 
 
-def manifest(path: str) -> list[Clip]:
+def manifest(path: str) -> tuple[list[Clip], str]:
     """A .jsonl file: a MANIFEST_LINE a clip, its path from the file's folder. Raises DataError that names the line."""
     file, clips = Path(path), []
-    if not file.is_file():
-        raise DataError(f"manifest={path}: no such file")
     for number, line in enumerate(_text(file).split("\n"), 1):
         if not line.strip():
             continue
@@ -151,6 +167,7 @@ def manifest(path: str) -> list[Clip]:
                 raise ValueError(f"start {start:g} and end {end} are no part of a recording")
             if not isinstance(row["text"], str):
                 raise TypeError(f"text is {json.dumps(row['text'])}")
+            row["text"].encode()  # half a character, as JSON may hold it, is no text
             name = f"{row['path']}" + (f"@{start:g}" if start else "")
             group = str(row.get("group", row["path"]))
             source, domain = file.parent / row["path"], DOMAINS.index(row["domain"])
@@ -158,7 +175,7 @@ def manifest(path: str) -> list[Clip]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__} {error}; expected {MANIFEST_LINE}"
             raise DataError(f"{path}, line {number}: {what}") from None
-    return clips
+    return clips, ""
 
 
 def of_demo(domain: int) -> list[Clip]:

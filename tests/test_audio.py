@@ -1,9 +1,12 @@
 """audio.py: decoding whatever comes, the mel against Vocos' own features, and the way back to samples."""
 
 import io
+import math
+import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +100,8 @@ def test_the_header_of_these_tests_is_sound():
         (wav_bytes(np.stack([tone(16000), -tone(16000)], 1), 16000, subtype="FLOAT"), "", "silent"),  # cancels
         (wav_bytes(np.array([0.1, np.nan] * 500, np.float32), 16000, subtype="FLOAT"), "", "samples not finite"),
         (wav_bytes(np.array([0.1, np.inf] * 500, np.float32), 16000, subtype="FLOAT"), "", "samples not finite"),
+        (wav_bytes(np.array([0.1, 3e38] * 500, np.float32), 16000, subtype="FLOAT"), "", "samples not finite"),
+        (wav_bytes(np.full((500, 2), 3e38, np.float32), 16000, subtype="FLOAT"), "", "samples not finite"),  # sum: inf
         (b"this is text, renamed .wav\n" * 50, "note.wav", "cannot be decoded"),
         (b"this is text, renamed .m4a\n" * 50, "note.m4a", "cannot be decoded"),
         (wav_bytes(tone(16000), 16000, format="FLAC")[:60], "cut.flac", "cannot be decoded|empty"),
@@ -118,10 +123,71 @@ def test_a_clip_that_cannot_be_used_says_why(tmp_path, source, name, reason):
     assert error.value.reason in reason.split("|")
 
 
-def test_a_missing_file_is_an_audio_error(tmp_path):
-    for name in ("no.wav", "no.g722"):
-        with pytest.raises(AudioError, match="cannot be decoded"):
-            audio.read(tmp_path / name, 24000)
+@pytest.mark.parametrize("suffix", ["wav", "g722"])
+def test_what_is_no_regular_file_is_never_opened(tmp_path, suffix):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    for name, to in (("fifo", "fifo"), ("device", "/dev/zero"), ("folder", "folder"), ("gone", "nothing")):
+        (tmp_path / f"{name}.{suffix}").symlink_to(tmp_path / to)
+        with pytest.raises(AudioError, match="^no such file" if name == "gone" else "^not a regular file"):
+            audio.read(tmp_path / f"{name}.{suffix}", 24000)
+
+
+# ---- parts and bounds
+
+
+def encoded(suffix: str, samples: np.ndarray, rate: int) -> bytes:
+    """A recording in one of the formats that PyAV reads, written by it."""
+    import av
+
+    kinds = {"m4a": ("ipod", "aac"), "aac": ("adts", "aac"), "webm": ("webm", "libopus"), "g722": ("g722", "g722")}
+    file = io.BytesIO()
+    with av.open(file, "w", format=kinds[suffix][0]) as container:
+        stream = container.add_stream(kinds[suffix][1], rate=rate, layout="mono")
+        stream.options, kind = {"aac_pns": "0"}, stream.codec_context.format.name  # whose noise is never the same
+        values = samples if kind == "fltp" else (32767 * samples).astype(np.int16)
+        for i in range(0, len(samples), 960):
+            frame = av.AudioFrame.from_ndarray(values[None, i : i + 960], format=kind, layout="mono")
+            frame.sample_rate, frame.pts = rate, i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3", "m4a", "aac", "webm", "g722"])
+def test_a_part_is_what_the_whole_has_there_and_too_long_is_refused(kind, rng):
+    rate = 16000 if kind == "g722" else 48000
+    samples = (tone(rate, 12.0) + rng.normal(0, 0.05, 12 * rate)).astype(np.float32)
+    source = wav_bytes(samples, rate, format=kind) if kind.isupper() else encoded(kind, samples, rate)
+    whole, part = (audio.decode(source, f"a.{kind}", *times)[0] for times in ((), (5.5, 7.25, 1.75)))
+    shift = 48 if kind == "webm" else 0  # its clock has milliseconds
+    wanted = [whole[int(5.5 * rate) + k : int(7.25 * rate) + k] for k in range(-shift, shift + 1)]
+    assert len(part) == 1.75 * rate and min(np.abs(part - w).max() for w in wanted) < 1e-6
+    end, _ = audio.decode(source, f"a.{kind}", 11.0, 99.0, 2.0)
+    assert abs(len(end) - rate) < 0.05 * rate
+    for times, match in (((0, None, 9.9), "^too long: "), ((2.0, None, 8.0), "^too long: "), ((13.0,), "^empty: ")):
+        with pytest.raises(AudioError, match=match):
+            audio.decode(source, f"a.{kind}", *times)
+
+
+def test_what_a_header_says_is_believed_before_anything_is_decoded(tmp_path):
+    """Four hours of 48 kHz stereo of which the disk holds a second, and a FLAC that claims 20 days."""
+    content = bytearray(wav_bytes(np.stack([tone(48000)] * 2, 1), 48000))
+    seconds, path = 14400, tmp_path / "long.wav"
+    size = seconds * 192000
+    content[4:8], content[40:44] = (struct.pack("<I", n) for n in (36 + size, size))
+    path.write_bytes(content)
+    os.truncate(path, 44 + size)
+    flac = bytearray(wav_bytes(tone(48000), 48000, format="FLAC"))
+    flac[18:26] = (int.from_bytes(flac[18:26], "big") | (2**36 - 1)).to_bytes(8, "big")
+    tracemalloc.start()
+    for source in (path, bytes(flac)):
+        for longest, reason in ((30.0, "too long"), (math.inf, "too large")):
+            with pytest.raises(AudioError, match=f"^{reason}: "):
+                audio.decode(source, longest=longest)
+        np.testing.assert_allclose(audio.decode(source, "", 0.25, 0.5, 30.0)[0], tone(48000)[12000:24000], atol=1e-4)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_write_keeps_samples_and_scales_rather_than_clips(tmp_path, rng):

@@ -1,6 +1,7 @@
 """bench.py: its rows run, its ratios have the right way up, and its table is written."""
 
 import math
+import subprocess
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,9 +31,13 @@ def test_rows_run(small, name, monkeypatch):
 
 
 def test_the_table_is_written_and_says_what_cannot_be_measured(small, capsys, monkeypatch):
-    """One row's failure leaves the others' numbers, on the screen and in the file."""
+    """One measurement's or row's failure leaves the others' numbers, on the screen and in the file."""
+
+    def none() -> float:
+        raise RuntimeError("No viable backend")
 
     def short(b):
+        yield "none", none, "s"
         yield "first", lambda: 1.0, "s"
         raise bench.torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
@@ -42,7 +47,27 @@ def test_the_table_is_written_and_says_what_cannot_be_measured(small, capsys, mo
     assert "median of 2 runs" in head and head in screen
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert cells[0] == ["what", "number", "unit"] and cells[2:] == [
-        ["first", "1 [1, 1]", "s"], ["short", "not measured: CUDA out of memory.", ""], ["last", "2 [2, 2]", "s"],
-    ]  # fmt: skip
-    shown = "first: 1 [1, 1] s\nshort: not measured: CUDA out of memory.\nlast: 2 [2, 2] s\n"
+        ["none", "not measured: No viable backend", ""],
+        ["first", "1 [1, 1]", "s"],
+        ["short", "not measured: CUDA out of memory.", ""],
+        ["last", "2 [2, 2]", "s"],
+    ]
+    shown = "none: not measured: No viable backend\nfirst: 1 [1, 1] s\n"
+    shown += "short: not measured: CUDA out of memory.\nlast: 2 [2, 2] s\n"
     assert screen.partition("\n")[2] == shown
+
+
+def test_the_parts_for_a_gpu_start_on_any_machine_and_say_what_is_missing():
+    """bash runs/gpu.sh --dry: those that need no data; one table with the device's name."""
+    done = subprocess.run(
+        ["bash", "runs/gpu.sh", "--dry", "machine", "attention", "step", "shapes"],
+        cwd=Path(bench.__file__).parent, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    head, *rows = (Path(bench.__file__).parent / "out/gpu_dry.md").read_text().splitlines()
+    assert "torch" in head
+    parts = {
+        part: [r for r in rows if r.startswith(f"| {part} ")] for part in ("machine", "attention", "step", "shapes")
+    }
+    assert [len(parts[p]) for p in ("machine", "step", "shapes")] == [5, 3, 1]
+    assert "not measured: No viable backend" in str(parts["attention"]) and "TFLOP/s" in str(parts["attention"])

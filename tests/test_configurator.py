@@ -161,6 +161,11 @@ REFUSED = {
         ("--align=best", ["align = 'best'", "expected one of none, fixed, random, lasp, stores, gradnorm, foga"]),
         ("--align_layers=4,x", ["align_layers = (4, 'x')", "expected a list of int"]),
         ("--align_layers=4,1.5", ["align_layers = (4, 1.5)", "expected a list of int"]),
+        ("--seed=1e30", ["seed = 1000000", "expected from 0 to 4294967295"]),
+        ("--seed=10^30", ["seed = '10^30'", "expected int"]),
+        ("--seed=-1", ["seed = -1", "expected from 0 to 4294967295"]),
+        ("--out_dir=", ["out_dir = ''", "expected a name"]),
+        ("--data_dir=", ["data_dir = ''", "expected a name"]),
         ("-seed=1", ["config file -seed=1: no such file"]),
         ("--seed=a\nb", ["from --seed=a b): expected int"]),  # still one line
     ],
@@ -269,8 +274,8 @@ def random_value(rng: np.random.Generator, hint):
         value = float(rng.normal() * 10.0 ** rng.integers(-8, 8))
         value = value if low is None else low + abs(value)
         return value if high is None else min(value, high)
-    letters = list("ab /=,.-_'\"#é\\ 1eE")
-    return "".join(rng.choice(letters, rng.integers(12))).lstrip("-")
+    least, letters = low or 0, list("ab /=,.-_'\"#é\\ 1eE")
+    return "x" * least + "".join(rng.choice(letters, rng.integers(12))).lstrip("-")
 
 
 def test_any_config_survives_its_command_line_and_file(rng, tmp_path):

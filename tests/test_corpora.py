@@ -1,6 +1,8 @@
 """corpora.py: each layout on a small tree of its own kind, the manifests, and the held-out split."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -11,17 +13,53 @@ from train import Config
 
 
 def test_folders(speech_dir, audio_dir, tmp_path):
-    clips = {c.name: c for c in corpora.folder(str(speech_dir), SPEECH)}
+    clips = {c.name: c for c in corpora.folder(str(speech_dir), SPEECH)[0]}
     assert len(clips) == 13
     clip = clips["deep/7.flac"]
     assert clip.text == "speaker says 7" and clip.group == "speaker says 7" and clip.domain == SPEECH
     assert clips["own.wav"].text == "Héllo, there!" and clips["own.wav"].group == "héllo there"
-    texts = {c.name: c.text for c in corpora.folder(str(audio_dir), AUDIO)}
+    texts = {c.name: c.text for c in corpora.folder(str(audio_dir), AUDIO)[0]}
     assert texts == {"deep/dog_bark.WAV": "dog bark", "rain.ogg": "Rain on a roof"}
     (tmp_path / "empty").mkdir()
     for name, d, key in (("no", SPEECH, "speech_dir"), ("empty", AUDIO, "audio_dir")):
         with pytest.raises(DataError, match=rf"{key}=.*/{name}: no audio files \(.*\.flac"):
             corpora.folder(str(tmp_path / name), d)
+
+
+def test_names_that_are_no_text_are_escaped(tmp_path):
+    """A newline parts name and text where they are stored; a name that is not UTF-8 cannot be encoded."""
+    names = (b"dog\nbark.wav", b"caf\xe9.wav", b"tab\tand\xc2\xa0space.wav", "größe_雨.wav".encode())
+    for name in names:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"")
+    clips = corpora.read(Config(audio_dir=str(tmp_path), speech_dir=str(tmp_path)))[0][4:]
+    wanted = {"dog\\nbark.wav", "caf\\udce9.wav", "tab\\tand\\xa0space.wav", "größe_雨.wav"}
+    assert {c.name for c in clips} == wanted
+    for clip in clips:
+        stored = f"{clip.name}\n{clip.text}".encode().decode().partition("\n")
+        assert stored[0] == clip.name and stored[2] == clip.name.removesuffix(".wav").replace("_", " ")
+        assert clip.group.encode() and clip.source.is_file()
+    assert len(corpora.held_out(clips, 0.5, 0)) == 4
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_bytes(b"\xe9")
+    with pytest.raises(DataError, match=r"caf\\udce9.txt: not UTF-8 text"):
+        corpora.folder(str(tmp_path), AUDIO)
+
+
+def test_only_regular_files_are_recordings_or_texts(audio_dir):
+    """What is left out is counted, never opened: that would wait for ever."""
+    os.mkfifo(audio_dir / "fifo.wav")
+    os.mkfifo(audio_dir / "deep" / "dog_bark.txt")
+    (audio_dir / "folder.mp3").mkdir()
+    for name, to in (("link", "fifo.wav"), ("device", "/dev/zero"), ("gone", "nothing"), ("fine", "rain.ogg")):
+        (audio_dir / f"{name}.ogg").symlink_to(to)
+    clips, notes = corpora.read(Config(audio_dir=str(audio_dir), speech_dir=str(audio_dir)))
+    assert [c.name for c in clips[3:]] == ["deep/dog_bark.WAV", "fine.ogg", "rain.ogg"] and clips[3].text == "dog bark"
+    assert notes == [f"left out 6: not a regular file, as {audio_dir}/deep/dog_bark.txt"] * 2
+    for listing in ("m.jsonl", "ontology.json"):
+        os.mkfifo(audio_dir / listing)
+    (audio_dir / "x_segments.csv").touch()
+    for reader, name in ((corpora.manifest, "m.jsonl"), (corpora.audioset, "")):
+        with pytest.raises(DataError, match="not a regular file"):
+            reader(str(audio_dir / name))
 
 
 def test_librispeech(librispeech):
@@ -42,10 +80,11 @@ def test_audioset(audioset):
         ("clips/--PJHxphWEs_30.000.wav", "Speech, Gush", "--PJHxphWEs", AUDIO),
         ("clips/Y-0_abcdefgh.wav", "Music", "-0_abcdefgh", AUDIO),
     ]
-    with open(audioset / "eval_segments.csv", "a") as file:
-        file.write("abc, 1.0\n")
-    with pytest.raises(DataError, match=r"eval_segments.csv, line 5: expected YTID"):
-        corpora.audioset(str(audioset))
+    listing = (audioset / "eval_segments.csv").read_text()
+    for line in ("abc, 1.0", "abc, one, 2, x", "abc, 3, 2, x", "abc, nan, 2, x", "abc, 1, 2, " + "x" * 200000):
+        (audioset / "eval_segments.csv").write_text(listing + line)
+        with pytest.raises(DataError, match=r"eval_segments.csv, line 5: expected YTID"):
+            corpora.audioset(str(audioset))
     (audioset / "ontology.json").unlink()
     with pytest.raises(DataError, match="ontology.json"):
         corpora.audioset(str(audioset))
@@ -59,7 +98,7 @@ def test_manifest(tmp_path):
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "m.jsonl").write_text(lines + "\n", encoding="utf-8-sig")
-    assert corpora.manifest(str(tmp_path / "m.jsonl")) == [
+    assert corpora.manifest(str(tmp_path / "m.jsonl"))[0] == [
         Clip("a.wav@1.5", tmp_path / "a.wav", "one", SPEECH, "anna", 1.5, 3.0),
         Clip("b/c.ogg", tmp_path / "b/c.ogg", "rain", AUDIO, "b/c.ogg", 0.0, None),
         Clip("d", tmp_path / "d", "one\u2028two", SPEECH, "d", 0.0, None),  # a line ends at its newline alone
@@ -67,7 +106,7 @@ def test_manifest(tmp_path):
 
 
 ROW = {"path": "a", "text": "", "domain": "audio"}
-WRONG = [{"domain": "music"}, {"text": None}, {"start": -1}, {"start": 2, "end": 2}]
+WRONG = [{"domain": "music"}, {"text": None}, {"text": "\ud800"}, {"start": -1}, {"start": 2, "end": 2}]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"path": "a.wav", "text": "x"}', *(json.dumps(ROW | w) for w in WRONG)])

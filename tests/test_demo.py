@@ -5,6 +5,7 @@ import hashlib
 import io
 import multiprocessing
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from common import DataError
 from prepare import demo
 
 CONTENT, AISFX = b"the package that was checked", "aisfx-0.1.2-py2.py3-none-any.whl"
+DEB = "asterisk-core-sounds-en-g722"
 
 
 def ar(members: dict[str, bytes], names_end: str = "") -> bytes:
@@ -80,10 +82,41 @@ def test_what_is_not_a_deb_is_refused(tmp_path, content):
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache, and packages whose right content is CONTENT."""
     monkeypatch.setattr(demo, "CACHE", tmp_path / "cache")
-    for role in ("aisfx", "asterisk"):
-        package = replace(demo.PACKAGES[role], sha256=hashlib.sha256(CONTENT).hexdigest())
+    inside = b"usr/a.g722" + hashlib.sha256(CONTENT).digest() + b"usr/b.g722" + hashlib.sha256(b"").digest()
+    for role, checked in (("aisfx", CONTENT), ("asterisk", inside)):
+        package = replace(demo.PACKAGES[role], sha256=hashlib.sha256(checked).hexdigest())
         monkeypatch.setitem(demo.PACKAGES, role, package)
     return tmp_path / "cache"
+
+
+def build_deb(folder: Path, version: str, content: bytes = CONTENT, compression: str = "xz") -> Path:
+    """A real package of that version and changelog with two recordings, by Debian's own tool."""
+    fields = {"Package": DEB, "Version": version, "Architecture": "all", "Maintainer": "a <a@b>", "Description": "a"}
+    files = {"DEBIAN/control": "".join(f"{k}: {v}\n" for k, v in fields.items())}
+    files |= {"usr/a.g722": content, "usr/b.g722": b"", "usr/changelog": version}
+    for name, text in files.items():
+        (folder / version / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / version / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    command = ("dpkg-deb", f"-Z{compression}", "--build", folder / version, folder)
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / f"{DEB}_{version}_all.deb"
+
+
+@pytest.mark.parametrize("compression", ["xz", "gzip", "zstd"])
+def test_a_package_of_any_version_with_the_same_recordings_is_as_good(cache, tmp_path, monkeypatch, compression):
+    """By apt after the version that was checked, or placed by hand; one with other recordings is not taken."""
+    other, same = build_deb(tmp_path / "made", "2", b"other"), build_deb(tmp_path / "made", "3", CONTENT, compression)
+    deliver = f'case "$*" in *{DEB}) cp {same} . ;; *) exit 100 ;; esac'
+    fake_apt(tmp_path / "bin", monkeypatch, deliver)
+    cache.mkdir()
+    for name, content in ((other.name, other.read_bytes()), (f"{DEB}_4_all.deb", same.read_bytes()[:-200])):
+        (cache / name).write_bytes(content)
+    assert demo.fetch("asterisk") == cache / same.name
+    assert demo.recordings("asterisk") == {"usr/a.g722": CONTENT, "usr/b.g722": b""}
+    calls = [line.split()[-1] for line in (tmp_path / "bin" / "calls").read_text().splitlines()]
+    assert calls == [f"{DEB}=1.6.1-1", DEB]
+    (tmp_path / "bin" / "apt-get").unlink()
+    assert demo.fetch("asterisk") == cache / same.name  # now it is there
 
 
 def client(monkeypatch, *deliver: tuple[str, bytes]) -> list[str]:
@@ -102,7 +135,7 @@ def client(monkeypatch, *deliver: tuple[str, bytes]) -> list[str]:
 @pytest.mark.parametrize("there, downloads", [(None, 1), (CONTENT, 0), (CONTENT[:-1] + b"D", 1)])
 def test_a_file_is_fetched_once_unless_the_right_one_is_there(cache, monkeypatch, there, downloads):
     """Placed by hand is as good; a corrupted one is fetched anew."""
-    calls = client(monkeypatch, ("other-name.whl", CONTENT), ("junk.txt", b"junk"))
+    calls = client(monkeypatch, (AISFX, CONTENT), ("junk.txt", b"junk"))
     cache.mkdir()
     if there:
         (cache / AISFX).write_bytes(there)
@@ -120,6 +153,7 @@ def test_of_several_processes_one_downloads(cache, monkeypatch, tmp_path):
             with open(folder / "half", "ab") as file:
                 file.write(bytes([byte]))
             time.sleep(0.01)
+        (folder / "half").rename(folder / AISFX)
 
     monkeypatch.setattr(demo, "_run_client", slow)
     processes = [multiprocessing.get_context("fork").Process(target=demo.fetch, args=("aisfx",)) for _ in range(4)]
@@ -152,15 +186,16 @@ def refusal(role: str, cache: Path) -> str:
     with pytest.raises(DataError) as error:
         demo.fetch(role)
     text = str(error.value)
-    assert package.filename in text and str(cache) in text and package.sha256[:12] in text and package.instead in text
+    assert package.filename in text and package.instead in text  # two ways out: an option, files placed by hand
+    assert f"or place {package.filename}" in text and text.endswith(f" in {cache}")
     assert "\n" not in text and not (cache / package.filename).exists()
     return text
 
 
 def test_another_file_than_the_checked_one_is_refused(cache, monkeypatch):
-    client(monkeypatch, ("p.whl", CONTENT + b"!"))
-    assert "another file" in refusal("aisfx", cache)
-    client(monkeypatch, ("p.whl", CONTENT))  # what the refused download left behind is in nobody's way
+    client(monkeypatch, (AISFX, CONTENT + b"!"))
+    assert "another content" in refusal("aisfx", cache)
+    client(monkeypatch, (AISFX, CONTENT))  # what the refused download left behind is in nobody's way
     assert demo.fetch("aisfx").read_bytes() == CONTENT
 
 
@@ -176,21 +211,28 @@ def test_a_failing_or_missing_client_is_one_line_that_says_what_to_do(cache, tmp
     fake_apt(tmp_path / "bin", monkeypatch, "echo half > half.deb\necho Reading >&2\necho E: no route >&2\nexit 100\n")
     assert "(E: no route)" in refusal("asterisk", cache)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "apt-get is not on this machine" in refusal("asterisk", cache)
+    assert "apt-get is not on this machine" in (text := refusal("asterisk", cache))
+    assert " and asterisk-core-sounds-en_1.6.1-1_all.deb (Debian's, any version) in " in text
 
 
 def test_old_package_lists_are_refreshed_in_a_folder_of_our_own(cache, tmp_path, monkeypatch):
+    package = build_deb(tmp_path / "made", "1.6.1-1")
     work = f"""case "$*" in
     *Dir::State::Lists=*update*) exit 0 ;;
-    *Dir::State::Lists=*download*) printf '{CONTENT.decode()}' > x.deb ;;
+    *Dir::State::Lists=*download*) cp {package} . ;;
     *) exit 100 ;; esac\n"""
     fake_apt(tmp_path / "bin", monkeypatch, work)
-    assert demo.fetch("asterisk").read_bytes() == CONTENT
+    assert demo.fetch("asterisk").read_bytes() == package.read_bytes()
     calls = (tmp_path / "bin" / "calls").read_text().splitlines()
-    assert [("update" in c, "download" in c) for c in calls] == [(False, True), (True, False), (False, True)]
-    assert all(f"Dir::State::Lists={cache}" in c for c in calls[1:])  # the machine's own lists stay as they are
-    assert "asterisk-core-sounds-en-g722=1.6.1-1" in calls[2]
-    assert [f.name for f in cache.iterdir()] == [demo.PACKAGES["asterisk"].filename]
+    assert [("update" in c, "download" in c) for c in calls] == [(False, True)] * 2 + [(True, False), (False, True)]
+    assert all(f"Dir::State::Lists={cache}" in c for c in calls[2:])  # the machine's own lists stay as they are
+    assert [f.name for f in cache.iterdir()] == [package.name]
+
+
+def test_what_later_versions_add_is_left_out():
+    names = ["hat_bdu", "tbd_perc_blip", "arovane_beat_a", "ride_tri", "bd_chip", "bd_jazz", "bd_haus", "drum_bass"]
+    chosen = [n for n in names if re.search(demo.PACKAGES["sonic_pi"].reads, f"./usr/share/samples/{n}.flac")]
+    assert chosen == names[-2:] and len(demo.recordings("sonic_pi")) == 165
 
 
 def test_clients_are_asked_for_the_one_version_without_dependencies(tmp_path, monkeypatch):

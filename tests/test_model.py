@@ -17,6 +17,7 @@ import model as m
 from common import count_parameters
 from data import Batch
 from model import AlignHeads, Condition, DiT, DiTConfig
+from train import Config
 
 SIZE = {"n_layer": 4, "n_head": 2, "n_embd": 32, "ff_mult": 2, "n_mels": 12}
 CONFIG = DiTConfig(**SIZE, dropout=0.1, codes=(11, 7), teachers=(("whisper", 12), ("aisfx", 10)))
@@ -70,6 +71,20 @@ def rows(batch: Batch, start: int, stop: int) -> Batch:
     return replace(part, mel=mel, tokens=tokens, padded=None)
 
 
+def make_heads(layers, config: DiTConfig = CONFIG, **how) -> AlignHeads:
+    return AlignHeads(config, layers, Config(**how)).double()
+
+
+def with_frames(rng, batch: Batch) -> Batch:
+    """The batch with a target of its own for stretches of frames, junk on its padding."""
+    lengths = torch.tensor([int(rng.integers(1, n + 3)) for n in batch.frames])
+    padding = torch.arange(int(lengths.max())) >= lengths[:, None]
+    target = {name: torch.randn(*padding.shape, e.shape[1]).double() for name, e in batch.teacher.items()}
+    for x in target.values():
+        x[padding] = 1e3
+    return replace(batch, target=target, target_len=lengths)
+
+
 def forward(model: DiT, batch: Batch, **kwargs):
     """velocity at a random x_t, and what went in."""
     cond = model.embed_condition(batch)
@@ -110,14 +125,19 @@ def test_gates_of_one_are_no_gates_and_a_half_is_between(model, batch):
         model.velocity(x_t, t, cond, gates=[1.0] * (L - 1))
 
 
-@pytest.mark.parametrize("head, teacher", [("mlp", "external"), ("conv1d", "self"), ("conv2d", "external")])
+HEADS = "mlp external clip, conv1d self clip, conv2d external clip, none self clip"
+HEADS += ", mlp external frames, conv1d external frames, conv1d self frames, none self frames"
+
+
+@pytest.mark.parametrize("how", HEADS.split(", "))
 @pytest.mark.parametrize("second, interleave", [(0, "pair"), (5, "pair"), (5, "sequence")])
-def test_a_clip_is_the_same_alone_and_padded(rng, second, interleave, head, teacher):
-    config = replace(CONFIG, second_codes=second, interleave=interleave)
+def test_a_clip_is_the_same_alone_and_padded(rng, second, interleave, how):
+    config, (head, teacher, target) = replace(CONFIG, second_codes=second, interleave=interleave), how.split()
     model, batch = awake(config), random_batch(rng, config)
-    heads = AlignHeads(config, [(1, 3), (2, 3)], 0, head, teacher).double()
+    batch = with_frames(rng, batch) if target == "frames" else batch
+    heads = make_heads([(1, 3), (2, 3)], config, align_head=head, align_teacher=teacher, align_target=target)
     selection = [{1: [0.7], 3: [0.2, 0.9]}, {2: [1.1], 3: [0.4]}]
-    (v, states), x_t, t, cond, target = forward(model, batch, hidden=True)
+    (v, states), x_t, t, cond, velocity = forward(model, batch, hidden=True)
     z, fm, bitc, align = m.descriptors(cond, states), 0.0, [[], []], [[], []]
     for b, n in enumerate(FRAMES):
         clip, at = rows(batch, b, b + 1), slice(b, b + 1)
@@ -126,11 +146,11 @@ def test_a_clip_is_the_same_alone_and_padded(rng, second, interleave, head, teac
         close(v[b, :n], v_alone[0])
         for padded, alone in zip(z, m.descriptors(c, h_alone), strict=True):
             close(padded[b], alone[0])
-        fm += n * m.masked_mse(v_alone, target[at, :n], c.mask)
+        fm += n * m.masked_mse(v_alone, velocity[at, :n], c.mask)
         d = int(batch.domain[b])
         bitc[d].append(m.bitc_loss(model, clip, c, (1.0, 1.0)))
         align[d].append(m.alignment_loss(model, heads, clip, c, h_alone, t[at], selection))
-    close(m.masked_mse(v, target, cond.mask), fm / sum(FRAMES))
+    close(m.masked_mse(v, velocity, cond.mask), fm / sum(FRAMES))
     mean = [torch.stack(s).mean() for s in bitc]
     close(m.bitc_loss(model, batch, cond), 0.5 * mean[0] + 1.0 * mean[1])
     together = m.alignment_loss(model, heads, batch, cond, states, t, selection)
@@ -195,6 +215,25 @@ def test_block_is_equation_22(model, batch, gate):
         h = after
 
 
+@torch.no_grad()
+def test_the_stem_convolves_as_conv1d_does(rng, model, batch):
+    """The same weights in torch's own one-dimensional module, of each clip alone."""
+    _, x_t, t, cond, _ = forward(model, batch)
+    h, _ = model.stem(x_t, t, cond)
+    for b, n in enumerate(FRAMES):
+        x = model.stem_in(torch.cat([x_t, cond.tokens, cond.prompt], -1)[b : b + 1, :n])
+        close(h[b, :n], (x + gelu(model.local(x.mT).mT))[0], 1e-12)
+
+
+def test_the_mean_of_whole_clips_is_that_under_a_full_mask(model, batch):
+    """Without a float32 copy of the states, in float32 sums all the same."""
+    x, ones = torch.randn(3, 2000, 8).bfloat16(), torch.ones(3, 2000, dtype=torch.bool)
+    masked, whole = (Condition(x, x, ones, ones[:, 0], padded) for padded in (True, False))
+    close(m.masked_mean(x, whole), m.masked_mean(x, masked), 1e-6)
+    close(m.masked_mean(x, whole).double(), x.double().mean(1), 1e-5)
+    assert m.masked_mean(x, whole).dtype == torch.float32
+
+
 @pytest.mark.parametrize("shape, padded", [((3, 2, 40, 16), True), ((5, 3, 400, 16), True), ((1, 2, 1500, 8), False)])
 def test_bfloat16_attention_is_attention(rng, shape, padded):
     """Values and gradients against float64, heads in one part and in several, within four times the fused kernel's
@@ -255,7 +294,7 @@ def test_a_new_model_has_velocity_zero_blocks_of_identity_and_orthogonal_project
 
 
 def test_flow_matching_loss_is_its_parts(rng, model, batch):
-    heads, selection = AlignHeads(CONFIG, [(2,), (1, 4)]).double(), [{2: [0.3]}, {1: [0.5], 4: [0.25]}]
+    heads, selection = make_heads([(2,), (1, 4)]), [{2: [0.3]}, {1: [0.5], 4: [0.25]}]
     seed = int(rng.integers(1 << 31))
     torch.manual_seed(seed)
     losses = m.flow_matching_loss(model, batch, 0.6, 0.4, heads, selection)
@@ -290,7 +329,7 @@ def test_descriptor_is_equation_3(model, batch):
 @torch.no_grad()
 def test_a_clip_weighs_the_same_whoever_shares_its_batch(model, batch):
     """Batches of 1 to 4 clips against a loop over clips: each is worth 1 / expected, nothing without its condition."""
-    heads, selection, expected = AlignHeads(CONFIG, [(1,), (3,)]).double(), [{1: [0.7]}, {3: [1.1]}], (2.5, 0.4)
+    heads, selection, expected = make_heads([(1,), (3,)]), [{1: [0.7]}, {3: [1.1]}], (2.5, 0.4)
     cond = model.embed_condition(batch)._replace(kept=torch.tensor([True, True, False, True, True]))
     t, (_, states) = (
         torch.rand(len(FRAMES)),
@@ -301,8 +340,8 @@ def test_a_clip_weighs_the_same_whoever_shares_its_batch(model, batch):
         d = int(batch.domain[b])
         name = CONFIG.teachers[d][0]
         e, l = batch.teacher[name][b], (1, 3)[d]
-        p = model.projections[name].weight @ m.descriptor(cond.tokens, cond.mask)[b]
-        x = heads(d, l, states[l], cond.mask)[b]
+        p = model.projections[name].weight @ m.descriptor(cond.tokens, cond)[b]
+        x = heads(d, l, states[l], cond)[b]
         wrong = [1 - (y @ e) / (y.norm() * e.norm()) for y in (p, x)]
         alone.append(
             [kept[b] * w * y / expected[d] for w, y in zip(((0.5, 1.0)[d], (0.7, 1.1)[d]), wrong, strict=True)]
@@ -352,7 +391,7 @@ def test_bitc_reaches_only_the_rows_of_used_tokens(model, batch):
 
 
 def test_alignment_is_a_loop_over_clips(model, batch):
-    heads = AlignHeads(CONFIG, [(1, 3), (3, 4)], width=9).double()
+    heads = make_heads([(1, 3), (3, 4)], head_dim=9)
     assert sorted(heads.heads) == ["audio_3", "audio_4", "speech_1", "speech_3"]
     selection = [{1: [0.7], 3: [0.1, 0.2, 0.3]}, {3: [1.1, 0.0], 4: [0.4]}]
     (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
@@ -370,7 +409,7 @@ def test_alignment_is_a_loop_over_clips(model, batch):
 
 
 def test_alignment_learns_the_batchs_target_and_bitc_its_teacher(model, batch):
-    heads, selection = AlignHeads(CONFIG, [(1,), (3,)]).double(), [{1: [0.7]}, {3: [1.1]}]
+    heads, selection = make_heads([(1,), (3,)]), [{1: [0.7]}, {3: [1.1]}]
     (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
     other = {name: torch.randn_like(x) for name, x in batch.teacher.items()}
     targeted, taught = replace(batch, target=other), replace(batch, teacher=other)
@@ -378,13 +417,125 @@ def test_alignment_learns_the_batchs_target_and_bitc_its_teacher(model, batch):
     close(m.bitc_loss(model, targeted, cond), m.bitc_loss(model, batch, cond))
 
 
+@pytest.mark.parametrize("head, t_weight", [("mlp", "none"), ("conv1d", "taro")])
+def test_alignment_of_frames_is_a_loop_over_clips_and_frames(rng, model, batch, head, t_weight):
+    batch, selection = with_frames(rng, batch), [{1: [0.7]}, {3: [1.1]}]
+    how = {"align_target": "frames", "head_dim": 9, "align_head": head, "t_weight": t_weight}
+    heads, expected = make_heads([(1,), (3,)], **how), 0.0
+    (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
+    for b, T in enumerate(FRAMES):
+        d = int(batch.domain[b])
+        l, N, h = (1, 3)[d], int(batch.target_len[b]), states[(1, 3)[d]][b]
+        layers, rows, total = heads.heads[f"{('speech', 'audio')[d]}_{l}"], batch.target[CONFIG.teachers[d][0]][b], 0.0
+        for j in range(T):
+            at = min(max((j + 0.5) * N / T - 0.5, 0), N - 1)  # of the frame's centre, in rows
+            e = rows[int(at)] * (1 - at % 1) + rows[min(int(at) + 1, N - 1)] * (at % 1)
+            if head == "mlp":
+                x = linear(layers[3], gelu(linear(layers[1], layer_norm(h[j]))))
+            else:
+                x = layers.bias + sum(layers.weight[:, :, k] @ h[j + k - 1] for k in range(3) if 0 <= j + k - 1 < T)
+            total += 1 - (x @ e) / (x.norm() * e.norm())
+        weight = selection[d][l][0] * (2 * t[b] if t_weight == "taro" else 1) / (batch.domain == d).sum()
+        expected += weight * total / T
+    close(m.alignment_loss(model, heads, batch, cond, states, t, selection), expected, 1e-6)
+
+
+def test_layersync_compares_tokens_with_a_deeper_layer_that_stays(model, batch):
+    heads = make_heads([(1,), (2,)], align_head="none", align_teacher="self", align_target="frames")
+    assert not list(heads.parameters())
+    (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
+    loss, expected = m.alignment_loss(model, heads, batch, cond, states, t, [{1: [1.0]}, {2: [1.0]}]), 0.0
+    for b, T in enumerate(FRAMES):
+        l = (1, 2)[batch.domain[b]]
+        x, y = states[l][b, :T], states[l + 1][b, :T]
+        wrong = 1 - (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
+        expected += wrong.mean() / (batch.domain == batch.domain[b]).sum()
+    close(loss, expected)
+    loss.backward()
+    assert any(p.grad is not None for p in model.blocks[1].parameters())
+    assert all(p.grad is None for block in model.blocks[2:] for p in block.parameters())
+
+
+@pytest.mark.parametrize("target", ["clip", "frames"])
+def test_the_average_teaches_at_less_noise_and_gets_no_gradient(rng, model, batch, target):
+    """SRA by hand: the same noise and mel at t2, a deeper layer; every other loss as without it."""
+    ema, seed = awake(), int(rng.integers(1 << 31))
+    how = {"align_teacher": "ema", "align_head": "none", "align_target": target}
+    objective = m.Objective(model, Config(**how, sigma=0.6, token_drop=0.4))
+    objective.select([{1: [0.3]}, {2: [0.8]}])
+    objective.ema = ema
+    torch.manual_seed(seed)
+    losses = objective(batch)
+    torch.manual_seed(seed)
+    plain = m.flow_matching_loss(model, batch, 0.6, 0.4)
+    assert losses["fm"] == plain["fm"] and losses["bitc"] == plain["bitc"]
+    torch.manual_seed(seed)
+    cond = model.embed_condition(batch, 0.4)
+    t = torch.rand(len(FRAMES))
+    x0, x1 = 0.6 * torch.randn_like(batch.mel), model.normalise(batch.mel)
+    later = (t + 0.2 * torch.rand(len(FRAMES))).clamp_max(1)
+    mix = [(1 - u[:, None, None].double()) * x0 + u[:, None, None] * x1 for u in (t, later)]
+    states = model.velocity(mix[0], t, cond, hidden=True)[1]
+    deep = ema.velocity(mix[1], later, ema.embed_condition(batch), hidden=True)[1]
+    pooled = [[m.descriptor(h, cond)[:, None] if target == "clip" else h for h in s] for s in (states, deep)]
+    expected = 0.0
+    for b in cond.kept.nonzero().flatten().tolist():
+        d, n = int(batch.domain[b]), 1 if target == "clip" else FRAMES[b]
+        x, y = pooled[0][(1, 2)[d]][b, :n], pooled[1][(2, 3)[d]][b, :n]
+        count = ((batch.domain == d) & cond.kept).sum()
+        expected += (0.3, 0.8)[d] * (1 - F.cosine_similarity(x, y)).mean() / count
+    close(losses["align"], expected, 1e-6)
+    sum(losses.values()).backward()
+    assert all(p.grad is None for p in ema.parameters())
+
+
+def test_dispersion_is_a_loop_over_pairs_and_needs_no_teacher(model, batch):
+    heads, selection = make_heads([(1, 3), (2,)], dispersive=0.25), [{1: [0.0], 3: [0.0]}, {2: [0.0]}]
+    (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
+    expected = 0.0
+    for d, layers in enumerate(selection):
+        clips = [b for b in CLIPS if batch.domain[b] == d]
+        for l in layers:
+            z = [states[l][b, : FRAMES[b]].mean(0) for b in clips]
+            near = [math.exp(-2 * (x - y).square().mean().item()) for x in z for y in z]
+            expected += 0.25 * math.log(np.mean(near)) / len(layers)
+    loss = m.alignment_loss(model, heads, batch, cond, states, t, selection)
+    close(loss, expected)
+    loss.backward()
+    assert model.blocks[0].qkv.weight.grad.any() and all(p.grad.isfinite().all() for p in model.blocks[2].parameters())
+    none = m.dispersive_loss(torch.randn(3, 5).requires_grad_(), torch.zeros(3, dtype=torch.bool))
+    none.backward()
+    assert none == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "align_head=none",
+        "align_head=conv2d align_target=frames",
+        "align_teacher=self align_target=crop",
+        "align_teacher=ema align_target=shuffled",
+        "align_teacher=self align_norm=centred",
+        "dispersive=1 refresh_epochs=10",
+    ],
+)
+def test_settings_that_do_not_go_together(words):
+    m.check_targets(Config(align_head="none", align_teacher="ema", align_target="frames", dispersive=0.1))
+    changes = dict(word.split("=") for word in words.split())
+    changes |= {k: int(v) for k, v in changes.items() if v.isdigit()}
+    with pytest.raises(ValueError, match=words.split("=")[0]) as error:
+        m.check_targets(Config(**changes))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind, bands", [("conv1d", 1), ("conv2d", 16)])
 def test_convolutional_heads_see_neighbours_and_bands(rng, kind, bands):
     """Against a loop over (frame, band) of the valid frames, zeros around them."""
-    head = AlignHeads(CONFIG, [(1,), ()], 16, kind).double().heads["speech_1"]
+    head = make_heads([(1,), ()], head_dim=16, align_head=kind).heads["speech_1"]
     n, T, D, reach = 5, 8, CONFIG.n_embd, int(bands > 1)
     assert head.bands == bands
-    h, mask = torch.randn(1, T, D, dtype=torch.float64), (torch.arange(T) < n)[None]
+    h = torch.randn(1, T, D, dtype=torch.float64)
+    cond = Condition(h, h, (torch.arange(T) < n)[None], torch.ones(1))
     x = layer_norm(h[0, :n]).view(n, bands, D // bands)
     pooled = torch.zeros(bands, 16 // bands, dtype=torch.float64)
     for i, b in itertools.product(range(n), range(bands)):
@@ -393,18 +544,18 @@ def test_convolutional_heads_see_neighbours_and_bands(rng, kind, bands):
             if 0 <= i + di < n and 0 <= b + db < bands:
                 y = y + head.conv.weight[:, :, di + 1, db + reach] @ x[i + di, b + db]
         pooled[b] += gelu(y) / n
-    close(head(h, mask)[0], linear(head.out, pooled.flatten()))
+    close(head(h, cond)[0], linear(head.out, pooled.flatten()))
 
 
 def test_self_alignment_learns_from_a_deeper_layer_and_does_not_move_it(model, batch):
-    heads = AlignHeads(CONFIG, [(1,), (1,)], teacher="self").double()
+    heads = make_heads([(1,), (1,)], align_teacher="self")
     (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
     assert [m.deeper_layer(l, 12) for l in (1, 6, 10, 11)] == [5, 10, 12, 12] and m.deeper_layer(1, 2) == 2
-    deep = m.descriptor(states[m.deeper_layer(1, L)], cond.mask)
+    deep = m.descriptor(states[m.deeper_layer(1, L)], cond)
     expected = 0.0
     for d in range(2):
         own = batch.domain == d
-        x = heads(d, 1, states[1], cond.mask)[own]
+        x = heads(d, 1, states[1], cond)[own]
         expected += (1 - (x * deep[own]).sum(1) / (x.norm(dim=1) * deep[own].norm(dim=1))).mean()
     loss = m.alignment_loss(model, heads, batch, cond, states, t, [{1: [1.0]}, {1: [1.0]}])
     close(loss, expected)
@@ -416,7 +567,7 @@ def test_self_alignment_learns_from_a_deeper_layer_and_does_not_move_it(model, b
 @pytest.mark.parametrize("present", [0, 1])
 def test_a_missing_domain_adds_zero_but_its_heads_get_gradients(rng, model, present):
     batch = random_batch(rng, domain=torch.full((len(FRAMES),), present))
-    heads, selection = AlignHeads(CONFIG, [(2,), (2,)]).double(), [{2: [0.5]}, {2: [0.5]}]
+    heads, selection = make_heads([(2,), (2,)]), [{2: [0.5]}, {2: [0.5]}]
     (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
 
     there, away = ([s if (d == present) == kept else {} for d, s in enumerate(selection)] for kept in (True, False))

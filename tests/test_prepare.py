@@ -316,6 +316,40 @@ def test_styles_are_added_later_and_change_nothing_else(tmp_path, config, level,
     assert not data.has_styles(config.data_dir)
 
 
+def test_teacher_features_are_added_to_the_training_shards(config, level, monkeypatch, capsys):
+    """Against a loop over stretches of the teacher's own; after a stop, at two rates side by side."""
+    monkeypatch.setattr(preparation, "SHARD_CLIPS", 4)
+    preparation.prepare(config)
+    before, words = tree(config.data_dir), {"features": config.data_dir}
+
+    def fails(path, *rest):
+        assert "per second: 0.0 MB" in capsys.readouterr().out  # said before anything is written
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "whole_file", fails)
+        assert run(Config(), **words, target_rate=12.5) == 75 and not data.has_features(config.data_dir, 12.5)
+    for rate in (12.5, 80.0):
+        assert run(Config(), **words, target_rate=rate) == 0 and data.has_features(config.data_dir, rate)
+    after, dataset = tree(config.data_dir), data.Dataset(config.data_dir, "train")
+    assert {k: v for k, v in after.items() if "features" not in k} == before
+    assert {k.split("/")[0] for k in after if k.endswith("80.npy")} == set(dataset.meta["train"]["shards"])
+    assert preparation.verify(config.data_dir) == []
+    for i, r in enumerate(dataset.index):
+        source = Path((config.speech_dir, config.audio_dir)[r["domain"]], dataset.name_and_text(i)[0])
+        [x] = level.encode([preparation.decode(Clip("", source, "a", r["domain"], ""), 16000, config).teacher_wav])
+        few, many = (dataset.features(i, rate, 0, int(r["frames"])).numpy() for rate in (12.5, 80.0))
+        assert [len(few), len(many)] == [data.token_count(r["frames"], rate) for rate in (12.5, 80.0)]
+        edges = np.arange(len(few) + 1) * len(x) / len(few)
+        means = [x[int(a) : int(np.ceil(b))].mean(0) for a, b in itertools.pairwise(edges)]
+        np.testing.assert_allclose(few, means, atol=1e-3)
+        at = ((np.arange(len(many)) + 0.5) * len(x) / len(many) - 0.5).clip(0, len(x) - 1)
+        linear = np.stack([np.interp(at, np.arange(len(x)), column) for column in x.T], 1)
+        np.testing.assert_allclose(many, linear, atol=1e-3)
+    next(Path(config.data_dir).glob("*/features_0_80.npy")).write_bytes(b"half")
+    assert ["not as it was written" in line for line in preparation.verify(config.data_dir)] == [True]
+
+
 def test_verify_names_what_is_missing_or_changed(config, level, monkeypatch, capsys):
     monkeypatch.setattr(preparation, "SHARD_CLIPS", 6)
     preparation.prepare(config)
@@ -423,7 +457,7 @@ def test_prepare_end_to_end(tmp_path, capsys):
                 alone = preparation.encode_file(str(source), int(r["domain"]), config)
                 np.testing.assert_array_equal(alone.tokens, codes)
                 np.testing.assert_allclose(alone.style, dataset.style(i).astype(np.float32), rtol=2e-2, atol=2e-2)
-    with pytest.raises(AudioError, match=r"gone\.wav: cannot be decoded"):
+    with pytest.raises(AudioError, match=r"gone\.wav: no such file"):
         preparation.encode_file(str(tmp_path / "gone.wav"), SPEECH, config)
     stored = np.concatenate([train.mel(i) for i in range(len(train))]).astype(np.float64).clip(min=config.mel_floor)
     np.testing.assert_allclose(meta["mel_mean"], stored.mean(0), rtol=1e-6)  # of the training split alone

@@ -21,10 +21,15 @@ from hypothesis import strategies as st
 
 import audio
 import common
+import data
+import lm
+import report
+import sample
 import train
 from configurator import to_words
 
 ROOT = Path(__file__).parent.parent
+MACHINE = common.Machine(0, 1, "cpu", "float32")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -34,20 +39,20 @@ def command(config) -> list[str]:
 
 def logged(out_dir: Path) -> list[int]:
     """The steps in log.csv; a row that a kill cut off does not count."""
-    return [int(r["step"]) for r in common.read_csv(out_dir / "log.csv") if r["seconds"]]
+    return [int(r["step"]) for r in common.read_csv(out_dir / "log.csv")]
 
 
 def wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.time() + seconds
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.time() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.05)
 
 
 def run_training(config) -> None:
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    train.train(config, common.Machine(0, 1, "cpu", "float32"))
+    train.train(config, MACHINE)
 
 
 @pytest.mark.slow
@@ -63,12 +68,16 @@ def test_fifty_kills_lose_no_more_than_save_every(tiny_config):
         process = context.Process(target=run_training, args=(config,))
         process.start()
         wait_for(lambda s=started: (out_dir / "log.csv").exists() and (out_dir / "log.csv").stat().st_mtime != s)
-        stray = [p for p in out_dir.glob(".*.part") if p.stat().st_mtime < (out_dir / "log.csv").stat().st_mtime - 5]
+        stray = [
+            p
+            for p in out_dir.glob(f".*.{common.PART}")
+            if p.stat().st_mtime < (out_dir / "log.csv").stat().st_mtime - 5
+        ]
         assert not stray
         time.sleep(rng.uniform(0, 0.4))
         process.kill()
         process.join()
-        parts += bool(list(out_dir.glob(".*.part")))
+        parts += bool(list(out_dir.glob(f".*.{common.PART}")))
         if common.exists(out_dir / "ckpt.pt"):
             state, _ = common.load(out_dir / "ckpt.pt")
             reached = max(logged(out_dir), default=0)
@@ -113,11 +122,11 @@ def test_sigterm_under_torchrun_saves_within_25_seconds(tiny_config):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     job = subprocess.Popen([*TORCHRUN, *command(config)], cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
     wait_for(lambda: len(logged(Path(config.out_dir))) > 5, 90)
-    start = time.time()
+    start = time.monotonic()
     job.send_signal(signal.SIGTERM)
     job.wait(timeout=25)
     state, _ = common.load(Path(config.out_dir) / "ckpt.pt")
-    assert time.time() - start < 25 and state["step"] >= 5
+    assert time.monotonic() - start < 25 and state["step"] >= 5
 
 
 @pytest.mark.slow
@@ -127,8 +136,7 @@ def test_one_dead_rank_ends_the_job_with_a_message(tiny_config):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     job = subprocess.Popen([*TORCHRUN, *command(config)], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(logged(Path(config.out_dir))) > 5, 90)
-    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(int(children(job.pid)[-1]), signal.SIGKILL)
     _, err = job.communicate(timeout=60)
     assert job.returncode and re.search(r"exitcode\s*:\s*-9|SIGKILL", err)
 
@@ -138,9 +146,7 @@ def test_one_dead_rank_ends_the_job_with_a_message(tiny_config):
 def test_one_rank_and_two_agree_over_fifty_steps(tiny_config, tmp_path):
     """The same global batch: two batches in turn on one rank, or one on each of two."""
     config = replace(tiny_config, max_steps=50, phase1_steps=25, probe_every=10, eval_every=100, save_every=50)
-    one = train.train(
-        replace(config, accumulate=2, out_dir=str(tmp_path / "one")), common.Machine(0, 1, "cpu", "float32")
-    )
+    one = train.train(replace(config, accumulate=2, out_dir=str(tmp_path / "one")), MACHINE)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     two = replace(config, out_dir=str(tmp_path / "two"))
     subprocess.run([*TORCHRUN, *command(two)], cwd=ROOT, env=env, check=True, capture_output=True, timeout=200)
@@ -169,17 +175,272 @@ def test_second_interrupt_stops_at_once():
             signal.signal(number, handler)
 
 
-def test_failing_optional_work_is_reported_and_changes_nothing(tiny_config, monkeypatch, capsys, tmp_path):
-    whole = train.train(replace(tiny_config, out_dir=str(tmp_path / "whole")), common.Machine(0, 1, "cpu", "float32"))
+class Failing:
+    """Calls that fail from the `first` on, or that one alone."""
 
-    def broken(*args):
-        raise OSError("no space left for a figure")
+    def __init__(self, honest, first: int, forever: bool = True):
+        self.honest, self.first, self.forever, self.calls = honest, first, forever, 0
 
-    monkeypatch.setattr(train.probe, "report", broken)
-    run = train.train(tiny_config, common.Machine(0, 1, "cpu", "float32"))
-    assert "warning: OSError: no space left for a figure" in capsys.readouterr().err
+    def __call__(self, *args):
+        self.calls += 1
+        if self.calls == self.first or (self.forever and self.calls > self.first):
+            raise RuntimeError("no memory left")
+        return self.honest(*args)
+
+
+SHORT = dict(max_steps=6, phase1_steps=4, probe_every=2, eval_every=3, save_every=3, select_from=1)
+
+
+@pytest.mark.parametrize(
+    "module, name, forever",
+    [(train.probe, "report", True), (report, "held_out_loss", True), (train.probe, "probe", False)],
+)
+def test_failing_optional_work_is_reported_and_changes_nothing(
+    tiny_config, monkeypatch, capsys, tmp_path, module, name, forever
+):
+    """A figure, the held-out loss, and the first probe, which does not select."""
+    config = replace(tiny_config, **SHORT)
+    whole = train.train(replace(config, out_dir=str(tmp_path / "whole")), MACHINE)
+    monkeypatch.setattr(module, name, Failing(getattr(module, name), 1, forever))
+    run = train.train(config, MACHINE)
+    assert "warning: RuntimeError: no memory left" in capsys.readouterr().err
     for a, b in zip(whole.objective.parameters(), run.objective.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_failing_refresh_keeps_the_selection(tiny_config, monkeypatch, capsys):
+    config = replace(tiny_config, **SHORT | {"refresh_epochs": 0.1, "top_k": 1})
+    monkeypatch.setattr(train.probe, "probe", Failing(train.probe.probe, 3))
+    run = train.train(config, MACHINE)
+    first, _ = common.load(Path(config.out_dir) / "phase1.pt")
+    assert run.step == 6 and "warning" in capsys.readouterr().err and [p["step"] for p in run.probes] == [2, 4]
+    chosen = [{l for l, weights in layers.items() if any(weights)} for layers in run.objective.selection]
+    scores = [first["probes"][-1]["result"][name]["foga"] for name in common.DOMAINS]
+    assert chosen == [{1 + int(np.argmax(s))} for s in scores]
+
+
+def test_a_failing_probe_that_selects_stops_and_says_what_to_do(tiny_config, monkeypatch, tmp_path):
+    config = replace(tiny_config, **SHORT)
+    whole = train.train(replace(config, out_dir=str(tmp_path / "whole")), MACHINE)
+    with monkeypatch.context() as m:
+        m.setattr(train.probe, "probe", Failing(train.probe.probe, 2))
+        with pytest.raises(ValueError, match=r"the probe at step 4, which selects the layers, failed.*same command"):
+            train.train(config, MACHINE)
+    run = train.train(config, MACHINE)  # the same command, once there is memory
+    assert run.objective.selection == whole.objective.selection and logged(Path(config.out_dir)) == [*range(1, 7)]
+    for a, b in zip(whole.objective.parameters(), run.objective.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def lm_config(tiny_config, tmp_path) -> lm.LMConfig:
+    sizes = dict(lm="small", n_layer=1, n_head=2, n_embd=16, coarse_clusters=4, device="cpu", dtype="float32")
+    steps = dict(max_steps=4, batch_tokens=1200, batch_size=6, log_every=1, eval_every=2, eval_clips=2, save_every=2)
+    return lm.LMConfig(**sizes, **steps, dropout=0.1, data_dir=tiny_config.data_dir, out_dir=str(tmp_path / "lm"))
+
+
+def test_a_failing_held_out_loss_changes_nothing_in_stage_1(lm_config, monkeypatch, capsys, tmp_path):
+    whole = lm.train(replace(lm_config, out_dir=str(tmp_path / "whole")), MACHINE)
+    honest = lm.LM.forward
+
+    def forward(self, batch, style_drop=0.0, each=False):
+        return honest(self, batch, style_drop) if not each else Failing(None, 1)()
+
+    monkeypatch.setattr(lm.LM, "forward", forward)
+    run = lm.train(lm_config, MACHINE)
+    assert "warning" in capsys.readouterr().err
+    for a, b in zip(whole.lm.parameters(), run.lm.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_folder_in_use_or_of_no_use_is_refused_before_any_work(tiny_config, lm_config, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "run_script", lambda *words: pytest.fail("work was begun"))
+    for main, config in ((train.main, tiny_config), (lm.main, lm_config)):
+        with common.alone_in(config.out_dir), pytest.raises(common.DataError, match=f"in use by process {os.getpid()}"):
+            main(config)
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match="file"):  # which common.command makes a line
+            main(replace(config, out_dir=str(tmp_path / "file" / "run"), data_dir=str(tmp_path / "unprepared")))
+
+
+def test_more_ranks_need_less_accumulation(tiny_config, monkeypatch):
+    """What two accumulated batches began, one batch on each of two ranks may continue, and nothing else."""
+    config = replace(tiny_config, accumulate=2, max_steps=4, phase1_steps=3)
+    train.train(config, MACHINE)
+    two = common.Machine(0, 2, "cpu", "float32")
+    assert train.open_run(replace(config, accumulate=1), two)[0].step == 4
+    for changes, machine, todo in (({"accumulate": 1}, MACHINE, "--accumulate=2"), ({}, two, "--accumulate=1")):
+        with pytest.raises(common.CheckpointError, match=f"takes 2 batches a step, .* pass {todo}"):
+            train.open_run(replace(config, **changes), machine)
+
+
+def test_a_branch_says_which_settings_of_phase_1_differ(tiny_config, tmp_path):
+    train.train(tiny_config, MACHINE)
+    phase1 = str(Path(tiny_config.out_dir) / "phase1.pt")
+    branch = replace(tiny_config, branch_from=phase1, out_dir=str(tmp_path / "b"), align="none", sigma=0.25)
+    with pytest.raises(
+        common.CheckpointError, match=r"\(sigma: 0.5 -> 0.25\); a branch .* phase I.*must match"
+    ) as error:
+        train.open_run(branch, MACHINE)
+    assert "out_dir" not in str(error.value)
+
+
+def test_a_log_with_torn_and_garbled_rows_is_continued(tiny_config, monkeypatch):
+    with monkeypatch.context() as m:
+        calls = iter(range(99))
+        m.setattr(common.StopRequest, "agreed", lambda self: next(calls) >= 5)
+        train.train(tiny_config, MACHINE)
+    path = Path(tiny_config.out_dir) / "log.csv"
+    with open(path, "ab") as file:
+        file.write(b"\xff\xfe\0garbage,,\n3" + b"\0" * 200_000)
+    train.train(tiny_config, MACHINE)
+    assert logged(path.parent) == list(range(1, 13)) and len(path.read_bytes().splitlines()) == 13
+
+
+def test_a_clock_that_is_set_back_takes_no_time_off(tiny_config, lm_config, monkeypatch):
+    clock = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    for run in (train.train(tiny_config, MACHINE), lm.train(lm_config, MACHINE)):
+        assert 0 < run.seconds < 60
+
+
+def test_the_mean_on_the_screen_leaves_out_what_is_not_finite(tiny_config, monkeypatch, capsys):
+    honest = data.TrainingBatches.__call__
+
+    def damaged(self, k):
+        batch = honest(self, k)
+        if k == 2:
+            batch.mel[0, 0, 0] = float("nan")
+        return batch
+
+    monkeypatch.setattr(data.TrainingBatches, "__call__", damaged)
+    train.train(replace(tiny_config, **SHORT, loader_threads=0), MACHINE)
+    shown = re.findall(r"^step .* fm (\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(shown) == 6 and "nan" not in shown
+
+
+@pytest.mark.parametrize("code, scripts", [(0, 2), (3, 2), (common.INTERRUPTED, 1)])
+def test_no_script_is_started_after_a_signal(tiny_config, monkeypatch, code, scripts):
+    started = []
+    monkeypatch.setattr(common, "run_script", lambda *words: started.append(words[0]) or code)
+    ended = train.main(replace(tiny_config, evaluate=True, max_steps=2, phase1_steps=1))
+    assert started == ["probe.py", "evaluate.py"][:scripts] and ended == (code if scripts == 1 else 0)
+
+
+def test_a_signal_in_an_evaluation_on_the_way_stops_the_training(tiny_config, monkeypatch):
+    monkeypatch.setattr(common, "run_script", lambda *words: common.INTERRUPTED)
+    assert train.main(replace(tiny_config, evaluate_every=2)) == common.INTERRUPTED
+    assert common.load(Path(tiny_config.out_dir) / "ckpt.pt")[0]["step"] == 2
+
+
+def rewrite(path: Path, change) -> None:
+    """A checkpoint with some of it changed."""
+    state, _ = common.load(path)
+    change(state)
+    common.save(path, state, keep_previous=False)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [(lambda s: s["model_config"].update(n_layer=10**7), "tensors for 10000000 layers"),
+     (lambda s: s["model_config"].update(n_embd=10**6), r"expected \(.*1000000"),
+     (lambda s: s["ema"].popitem(), "is not there, expected"),
+     (lambda s: s.pop("model_config"), "it has no model_config")],
+)  # fmt: skip
+def test_a_checkpoint_that_does_not_fit_is_one_line(tiny_config, change, message):
+    train.train(replace(tiny_config, max_steps=2, phase1_steps=1), MACHINE)
+    path = Path(tiny_config.out_dir) / "ckpt.pt"
+    rewrite(path, change)
+    start = time.monotonic()
+    with pytest.raises(common.CheckpointError, match=message) as error:
+        sample.main(sample.SampleArgs(ckpt=str(path), vocoder="griffin_lim", device="cpu"))
+    assert "\n" not in str(error.value) and time.monotonic() - start < 5
+    with pytest.raises(common.CheckpointError, match="another kind of checkpoint"):
+        lm.load_lm(path)
+
+
+def test_an_lm_that_does_not_fit_is_one_line(lm_config):
+    lm.train(replace(lm_config, max_steps=1), MACHINE)
+    path = Path(lm_config.out_dir) / "ckpt.pt"
+    rewrite(path, lambda s: s["net"].update(num_hidden_layers=10**7))
+    with pytest.raises(common.CheckpointError, match="tensors for 10000000 layers"):
+        lm.load_lm(path)
+    with pytest.raises(common.CheckpointError, match="another kind of checkpoint .it has no model_config"):
+        sample.main(sample.SampleArgs(ckpt=str(path)))
+
+
+SHARD_FILES = ("mel.bin", "tokens.bin", "teacher_1.npy", "text.bin", "index.npy")
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def noise(path: Path) -> None:
+    path.write_bytes(b"noise" * 99)
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [("train.npy", Path.unlink), ("train.npy", noise), ("meta.json", noise),
+     ("meta.json", lambda p: p.write_text("[]")), ("train_00000/mel.bin", Path.unlink),
+     *((f"train_00000/{name}", cut) for name in SHARD_FILES),
+     ("train_00000/tokens.bin", lambda p: p.write_bytes(b"\xff\0\0\0" * (p.stat().st_size // 4)))],
+)  # fmt: skip
+def test_an_incomplete_data_folder_is_one_line_that_names_the_file(tiny_config, name, damage):
+    damage(Path(tiny_config.data_dir) / name)
+    with pytest.raises(common.DataError, match=f"{name} is damaged") as error:
+        train.train(tiny_config, MACHINE)
+    assert "\n" not in str(error.value)
+
+
+def test_a_sound_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(OSError, match=str(tmp_path)):
+        audio.write(tmp_path / "none" / "a.wav", np.zeros(100))
+
+
+def test_ctrl_c_while_a_script_imports_is_silent(tiny_config):
+    job = subprocess.Popen([sys.executable, *command(tiny_config)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: "libtorch" in Path(f"/proc/{job.pid}/maps").read_text())
+    job.send_signal(signal.SIGINT)
+    assert job.communicate(timeout=10)[1] == "" and job.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+
+
+def children(pid: int) -> list[str]:
+    return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+
+
+def running(pid: str) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 75), (signal.SIGKILL, -9)])
+def test_a_signal_in_the_final_probe_ends_all_within_seconds(tiny_config, number, code):
+    config = replace(tiny_config, evaluate=True)
+    job = subprocess.Popen([sys.executable, *command(config)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: children(job.pid), 90)
+    (child,) = children(job.pid)
+    assert "probe.py" in Path(f"/proc/{child}/cmdline").read_text()
+    time.sleep(random.uniform(0, 3))  # in its imports, or later
+    job.send_signal(number)
+    assert job.wait(timeout=15) == code and job.stderr.read() == ""
+    wait_for(lambda: not running(child), 5)
+    assert not (Path(config.out_dir) / "eval.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_ranks_end_with_a_torchrun_that_is_killed(tiny_config):
+    config = replace(tiny_config, max_steps=10**6, phase1_steps=10**6 - 1, probe_every=10**6, save_every=10**6)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen([*TORCHRUN, *command(config)], cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(logged(Path(config.out_dir))) > 5, 90)
+    ranks = children(job.pid)
+    job.kill()
+    wait_for(lambda: not any(map(running, ranks)), 15)
+    assert len(ranks) == 2 and common.load(Path(config.out_dir) / "ckpt.pt")[0]["step"] > 5
 
 
 # ---- recordings from strangers

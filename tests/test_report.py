@@ -14,25 +14,40 @@ import scipy.stats
 import soundfile
 
 import audio
+import evaluate
 import report
 
 
 def result_of(speech_fad=10.0, wer=0.1, loss=0.2) -> dict:
     """What eval.json holds of a run."""
     heard = {"original": [], "vocoded": [], "generated": [{"id": 3, "text": "a <b>", "heard": "a & b", "wer": 0.5}]}
-    wers = {"clips": 3, "words": 17, "original": 0.01, "vocoded": 0.0625, "generated": wer, "utterances": heard}
+    wers = {
+        "cer": {},
+        "clips": 3,
+        "words": 17,
+        "original": 0.01,
+        "vocoded": 0.0625,
+        "generated": wer,
+        "utterances": heard,
+    }
     wers["interval"] = {"generated": [0.4, 0.6]}
-    clips = [{"id": 3, "domain": "speech", "wer": 0.5, "words": 4, "mcd": 6.5, "cosine": 0.5}]
+    clips = [
+        {"id": 3, "domain": "speech", "wer": 0.5, "words": 4, "mcd": 6.5, "cosine": 0.5, "fm": loss, "mine": 0.125},
+        {"id": 4, "domain": "audio", "fm": 2 * loss - 0.01},
+        {"id": 5, "domain": "audio", "fm": 2 * loss + 0.01},
+    ]
     fad = {"clips": 7, "original": 10.0, "vocoded": 11.0, "from text": 13.0}
     systems = ("original", "vocoded", "generated", "from text")
     fad |= {"terms": {s: [2.5, 7.5] for s in systems}, "kad": dict.fromkeys(systems, 1.25)}
-    fad["kad_interval"] = {s: [0.75, 2.0] for s in systems}
+    fad |= {k: {s: [0.75, 2.0] for s in systems} for k in ("interval", "kad_interval")}
     fads = {"model": "yamnet", "speech": fad | {"generated": speech_fad}, "audio": fad | {"generated": 5.0}}
     used = {
         "vocoder": "griffin_lim",
         "asr": "demo",
         "data": "abcd",
         "clip_seed": 0,
+        "seeds": 1,
+        "language": "en",
         "sampler": {"nfe": 16, "cfg_scale": 2.0, "seed": 1},
     }
     numbers = {"step": 100, "real_time_factor": 0.5, "held_out_fm": {"speech": loss, "audio": 2 * loss}}
@@ -55,20 +70,27 @@ def test_compare_by_hand(tmp_path):
         make_run(tmp_path / "agrepa_s0", 8, 0.05, [(50, 11), (100, 8)]),
         make_run(tmp_path / "agrepa_s1", 10, 0.05, [(50, 13), (100, 10)]),
     ]
-    rows = report.compare(runs, None, {"none_s0": {"speech": (3.0, 0.1, 9)}})
-    assert list(rows) == ["none", "agrepa"]
-    mean, error, n = rows["none"]["speech_fad"]
-    assert (mean, n) == (12, 2) and error == pytest.approx(np.sqrt(8) / np.sqrt(2))
+    rows = report.compare(report.read_runs(runs), None, {"none_s0": {"speech": [3.0]}})
+    assert list(rows) == ["none", "agrepa"] and rows["none"]["seeds"] == 2
+    expected = scipy.stats.ttest_1samp([10, 14], 0).confidence_interval()
+    assert rows["none"]["speech_fad"] == pytest.approx([12, expected.low, expected.high])
     assert rows["none"]["wer"][0] == pytest.approx(15) and rows["none"]["held_out_audio"][0] == pytest.approx(0.4)
     # the target is none's mean, 12: agrepa reaches it at 50 and 100; one seed of none never does, so none is empty
     assert rows["agrepa"]["steps_to_target"][0] == 75 and rows["agrepa"]["seconds_to_target"][0] == 37.5
-    assert rows["agrepa"]["gain"][0] == pytest.approx(25) and rows["none"]["gain"][0] == 0
     assert not {"steps_to_target", "speech_mos"} & set(rows["none"])  # one seed of two was heard
-    table = report.comparison_table(rows).splitlines()
-    assert len({len(line) for line in table}) == 1 and len(table) == 4
-    cells = [c.strip() for c in table[2].split("|")][1:-1]
-    assert cells == ["none", "2", "0.2000 ± 0.0000", "0.4000 ± 0.0000", "15.0 ± 5.0", "12.00 ± 2.00", "5.00 ± 0.00",
-                     "1.25 ± 0.00", "1.25 ± 0.00", "", "", "", "", "0.0"]  # fmt: skip
+    table = report.comparison_table(rows, {}).splitlines()
+    assert len({len(line) for line in table[:4]}) == 1 and len(table) == 6 and "over seeds" in table[5]
+    cells = [c.strip() for c in table[2].split("|")][1:-1]  # "speech MOS" is nowhere
+    flat = "5.00 [5.00 5.00]", "1.25 [1.25 1.25]", "1.25 [1.25 1.25]"
+    assert cells == ["none", "2", "0.2000 [0.2000 0.2000]", "0.4000 [0.4000 0.4000]", "15.0 [-48.5 78.5]",
+                     "12.00 [-13.41 37.41]", *flat, "", "", "0.125 [0.125 0.125]"]  # fmt: skip
+
+
+def test_a_single_seed_has_the_interval_over_its_clips(tmp_path):
+    row = report.compare(report.read_runs([make_run(tmp_path / "a_s0")]))["a"]
+    half = 0.01 * scipy.stats.t.ppf(0.975, 1)  # of .39 and .41
+    assert row["held_out_audio"] == pytest.approx([0.4, 0.4 - half, 0.4 + half]) and row["held_out_speech"] == [0.2]
+    assert row["speech_fad"] == [10, 0.75, 2] and row["wer"] == pytest.approx([10, 40, 60])
 
 
 def test_differences_of_systems_alike_but_for_noise(rng):
@@ -88,13 +110,29 @@ def test_differences_of_systems_alike_but_for_noise(rng):
     assert called.pop("effect") > 190 and max(called.values()) <= 20, called
 
 
+def test_missing_cells_and_single_values(rng):
+    """Of raters who each heard some clips: the naive sums over the cells that are there."""
+    d = rng.normal(3, 1, (6, 9))
+    d[rng.random((6, 9)) < 0.3] = np.nan
+    mean, low, high = report.paired_interval(d)
+    cells = [(i, j, d[i, j] - np.nanmean(d)) for i, j in itertools.product(range(6), range(9)) if np.isfinite(d[i, j])]
+    by = [[sum(x for *at, x in cells if at[axis] == k) for k in range(n)] for axis, n in ((0, 6), (1, 9))]
+    parts = [sum(x * x for x in sums) / len(cells) ** 2 * n / (n - 1) for sums, n in zip(by, (6, 9), strict=True)]
+    assert mean == pytest.approx(np.nanmean(d)) and mean - low == pytest.approx(high - mean)
+    least, most = (scipy.stats.t.ppf(0.975, n) * x**0.5 for n, x in ((13, max(parts)), (4, sum(parts))))
+    assert least <= high - mean <= most
+    assert report.paired_interval(np.array([[7.0]])) == [7]
+
+
 def test_interval_of_one_seed_is_the_paired_t_test(rng):
     d = rng.normal(0.3, 1, 24)
     expected = scipy.stats.ttest_1samp(d, 0).confidence_interval()
     assert report.paired_interval(d[None]) == pytest.approx([d.mean(), expected.low, expected.high])
-    trainings = np.repeat(rng.normal(size=(4, 1)), 24, 1)  # nothing but how trainings went
+    trainings = rng.normal(size=(4, 1))
     expected = scipy.stats.ttest_1samp(trainings[:, 0], 0).confidence_interval()
-    assert report.paired_interval(trainings)[1:] == pytest.approx([expected.low, expected.high])
+    for clips in (1, 24):  # nothing but how trainings went
+        found = report.paired_interval(np.repeat(trainings, clips, 1))[1:]
+        assert found == pytest.approx([expected.low, expected.high])
     assert report.paired_interval(np.zeros((1, 5))) == [0, 0, 0]
 
 
@@ -105,26 +143,34 @@ def test_differences_are_paired_by_clip_and_seed(rng, tmp_path):
         mcd = level + 0.5 * seed + (name == "foga") * (rng.normal(0, 0.01, 12) - 0.25)  # level and seed cancel
         rows = [{"id": i, "domain": "audio", "mcd": m, "cosine": 0.5} for i, m in enumerate(mcd)]
         runs.append(make_run(tmp_path / f"{name}_s{seed}", clips={"generated": rows[:: (-1) ** seed]}))
-    runs.append(make_run(tmp_path / "lasp_s7"))  # none has no seed 7
-    found = report.differences(runs)
-    assert list(found) == ["foga"] and found["foga"]["audio MCD, dB"] == pytest.approx([-0.25] * 3, abs=0.05)
-    lines = report.differences_table(found).splitlines()
+    runs.append(make_run(tmp_path / "lasp_s7", clips={"generated": rows}))  # none has no seed 7
+    found = report.differences(report.read_runs(runs))
+    expected = pytest.approx([-0.25] * 3, abs=0.05)
+    assert list(found) == ["foga"] and found["foga"]["audio mel-cepstral distance, dB"] == expected
+    lines = report.comparison_table({}, found).splitlines()
     cells = [c.strip() for c in lines[2].split("|")][1:-1]
-    assert lines[0].count("|") == 4 and cells[0] == "foga" and cells[2] == "+0.000 [0.000 0.000]"
-    assert re.fullmatch(r"\*\*-0\.2\d\d \[-0\.2\d\d -0\.2\d\d\]\*\*", cells[1])
-    assert report.differences_table(report.differences(runs[:2])) == ""
+    assert lines[0].count("|") == 4 and cells[0] == "foga" and cells[2] == "+0 [+0 +0]"
+    assert re.fullmatch(r"\*\*-0\.2\d* \[-0\.2\d* -0\.2\d*\]\*\*", cells[1])
+    assert report.differences(report.read_runs(runs[:2])) == {}
 
 
 def test_one_evaluation_says_nothing_about_when(tmp_path):
-    row = report.compare([make_run(tmp_path / "a_s0", curve=[(100, 10)])], 50, {"a_s0": {"audio": (3.5, None, 4)}})["a"]
-    assert "steps_to_target" not in row and row["audio_mos"] == (3.5, None, 1)
+    runs = report.read_runs([make_run(tmp_path / "a_s0", curve=[(100, 10)])])
+    row = report.compare(runs, 50, {"a_s0": {"audio": [3.5, 3, 4]}})["a"]
+    assert "steps_to_target" not in row and row["audio_mos"] == [3.5, 3, 4]
 
 
 def test_what_was_not_measured_stays_empty(tmp_path):
     run = make_run(tmp_path / "lasp_s0", wer=float("nan"))
-    (run / "eval.json").write_text(json.dumps({k: v for k, v in report.read_eval(run).items() if k != "fad"}))
-    rows = report.compare([run, make_run(tmp_path / "foga_s0")])  # and is nothing that runs could differ in
-    assert sorted(rows["lasp"]) == ["held_out_audio", "held_out_speech"] and "speech_fad" in rows["foga"]
+    result = json.loads((run / "eval.json").read_text())
+    (run / "eval.json").write_text(json.dumps({k: v for k, v in result.items() if k != "fad"}))
+    rows = report.compare(
+        report.read_runs([run, make_run(tmp_path / "foga_s0")])
+    )  # and is nothing that runs could differ in
+    assert (
+        sorted(rows["lasp"]) == ["held_out_audio", "held_out_speech", "seeds", "speech mine"]
+        and "speech_fad" in rows["foga"]
+    )
 
 
 CHANGES = {"fad_model": {"fad": {"model": "vggish"}}, "vocoder": {"vocoder": "v"}, "asr": {"asr": "pocketsphinx"}}
@@ -134,45 +180,80 @@ CHANGES |= {"data": {"data": "0123"}, "clip_seed": {"clip_seed": 1}, "nfe": {"sa
 @pytest.mark.parametrize("key", CHANGES)
 def test_runs_measured_unlike_are_not_compared(tmp_path, key):
     runs = [make_run(tmp_path / "a_s0"), make_run(tmp_path / "b_s0", sampler={"nfe": 16, "cfg_scale": 2.0, "seed": 2})]
-    report.compare(runs)
+    report.read_runs(runs)
     make_run(runs[1], **CHANGES[key])
     with pytest.raises(ValueError, match=f"b_s0 was evaluated with {key}=.*a_s0 with "):
-        report.compare(runs)
+        report.read_runs(runs)
 
 
 def test_a_damaged_result_is_named(tmp_path):
-    (make_run(tmp_path / "a_s0") / "eval.json").write_text("{")
-    with pytest.raises(ValueError, match="eval.json is not JSON"):
-        report.compare([tmp_path / "a_s0"])
+    for text, problem in (("{", "is not JSON"), ('{"wer": 1, "clips": 2}', "is of an older evaluate.py")):
+        (make_run(tmp_path / "a_s0") / "eval.json").write_text(text)
+        with pytest.raises(ValueError, match=f"eval.json {problem}.*: run evaluate.py"):
+            report.read_runs([tmp_path / "a_s0"])
+
+
+def test_scores_of_others_stand_beside_ours(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("none_s0", "foga_s0")]
+    file = tmp_path / "scores.csv"
+    rows = [f"{run.name},audio_000{i},{i + (k and 0.5)}" for k, run in enumerate(runs) for i in (4, 5)]
+    file.write_text("\n".join(["run,clip,utmos", *rows, "other_s0,audio_0004,9", "foga_s0,speech_0003,"]))
+    found = report.read_runs(runs, scores=str(file))
+    row, less = report.compare(found)["foga"], report.differences(found)["foga"]
+    assert row["audio utmos"][0] == 5 and less["audio utmos"] == [0.5, 0.5, 0.5] and "speech utmos" not in row
+    assert "audio utmos" in report.comparison_table({"foga": row}, {"foga": less})
+    file.write_text("clip,utmos\naudio_0004,1\n")
+    with pytest.raises(ValueError, match="scores.csv: no row of these runs and clips; the columns are run, clip"):
+        report.read_runs(runs, scores=str(file))
+
+
+def test_runs_of_one_name_keep_apart(tmp_path):
+    runs = [make_run(tmp_path / table / "none_s0") for table in ("a", "b")]
+    assert list(report.read_runs(runs)) == [str(run) for run in runs]
 
 
 @pytest.fixture
-def systems(rng) -> dict[str, dict[str, np.ndarray]]:
-    clips = ["speech_0001", "speech_0002", "audio_0007"]
-    return {s: {c: rng.uniform(-0.5, 0.5, 3000).astype(np.float32) for c in clips} for s in ("none_s0", "secret_s0")}
+def systems(rng, tmp_path) -> dict[str, dict[str, np.ndarray]]:
+    """Samples of two runs in tmp_path, and their originals."""
+    found = {}
+    for system in ("none_s0", "secret_s0", "original"):
+        found[system] = {}
+        for clip in ("speech_0001", "speech_0002", "audio_0007"):
+            wav = found[system][clip] = rng.uniform(-0.5, 0.5, 3000).astype(np.float32)
+            runs = [(system, "generated")] if system != "original" else [(s, "original") for s in found]
+            for run, kind in runs:
+                path = tmp_path / run / "samples" / kind / f"{clip}.wav"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                audio.write(path, wav)
+    return found
+
+
+def make_page(tmp_path: Path) -> dict[str, dict]:
+    report.listening_test([str(tmp_path / name) for name in ("none_s0", "secret_s0")], 5, str(tmp_path))
+    return json.loads((tmp_path / "key.json").read_text())
 
 
 def test_the_page_is_blind_and_holds_every_sound(systems, tmp_path):
-    key = report.listening_test(systems, tmp_path)
+    key = make_page(tmp_path)
     page = (tmp_path / "listening.html").read_text()
     assert "secret" not in page and "none_s0" not in page and "speech_0001" not in page
     items = json.loads(re.search(r'<script type="application/json" id="items">(.*?)</script>', page, re.S)[1])
-    assert {i["id"] for i in items} == set(key) and len(items) == 6
-    assert json.loads((tmp_path / "key.json").read_text()) == key
+    assert {i["id"] for i in items} == set(key) and len(items) == 9
     for item in items:
         where = key[item["id"]]
-        kind, data = item["src"].split(",")
-        wav, rate = soundfile.read(io.BytesIO(base64.b64decode(data)))
+        kind, content = item["src"].split(",")
+        wav, rate = soundfile.read(io.BytesIO(base64.b64decode(content)))
         assert kind == "data:audio/flac;base64" and rate == audio.SAMPLE_RATE and item["kind"] == where["domain"]
-        np.testing.assert_allclose(wav, systems[where["system"]][where["clip"]], atol=1 / 2**15)
+        np.testing.assert_allclose(wav, systems[where["system"]][where["clip"]], atol=2 / 2**15)
     assert not re.search(r"(src|href)=\"?https?:", page)  # self-contained
+    assert "natural" in re.search(r"speech: '(.*)'", page)[1] and "natural" not in re.search(r"audio: '(.*)'", page)[1]
 
 
 def test_systems_need_the_same_clips(systems, tmp_path):
-    del systems["none_s0"]["audio_0007"]
+    (tmp_path / "none_s0/samples/generated/audio_0007.wav").unlink()
     with pytest.raises(ValueError, match="same clips"):
-        report.listening_test(systems, tmp_path)
-    assert not list(tmp_path.iterdir())
+        make_page(tmp_path)
+    assert not (tmp_path / "listening.html").exists()
 
 
 DOMAIN = {c: "speech" if c < 4 else "audio" for c in range(6)}
@@ -184,31 +265,28 @@ def write_ratings(path: Path, rows: list[str], columns: str = "rater,item,rating
     return path
 
 
-def test_scores_against_scipy(rng, tmp_path):
-    given = {(r, i): int(rng.integers(1, 6)) for r in "xyz" for i in KEY}
+def test_scores_over_raters_and_clips(rng, tmp_path):
+    """Raters who differ by a level: its noise is in the scores' interval, not in the differences between systems."""
+    given = {(r, i): int(rng.integers(1, 4) + (r == "x") + (i[0] == "b")) for r in "xyz" for i in KEY}
     rows = {r: [f"{r},{i},{n}" for (q, i), n in given.items() if q == r] for r in "xyz"}
     paths = [write_ratings(tmp_path / f"{r}.csv", rows[r]) for r in rows]
     ratings = report.read_ratings(paths, KEY)
-    scores = report.mean_scores(ratings)
+    scores, text = report.mean_scores(ratings), report.mos_table(ratings)
+    matrix = {s: np.array([[given[r, f"{s}{c}"] for c in range(4)] for r in "xyz"], float) for s in "ab"}
     for system in "ab":
-        values = [given[r, f"{system}{c}"] for c in range(4) for r in "xyz"]
-        mean, error, n = scores[system]["speech"]
-        assert (mean, n) == (pytest.approx(np.mean(values)), 12) and error == pytest.approx(scipy.stats.sem(values))
-    tests = {(d, a, b): rest for d, a, b, *rest in report.paired_tests(ratings)}
-    assert set(tests) == {("speech", "a", "b"), ("audio", "a", "b")}
-    means = [[np.mean([given[r, f"{s}{c}"] for r in "xyz"]) for c in range(4)] for s in "ab"]
-    difference, p, n = tests["speech", "a", "b"]
-    expected = scipy.stats.ttest_rel(*means).pvalue
-    assert n == 4 and difference == pytest.approx(np.mean(means[0]) - np.mean(means[1]))
-    assert p == pytest.approx(expected if np.ptp(np.subtract(*means)) else float(difference == 0))
-    assert f"n {3 * 4}" in report.mos_table(ratings) and "over 4 clips" in report.mos_table(ratings)
+        assert scores[system]["speech"] == pytest.approx(report.paired_interval(matrix[system]))
+        assert scores[system]["speech"][0] == pytest.approx(matrix[system].mean())
+    difference = report.with_interval(report.paired_interval(matrix["a"] - matrix["b"]), "+.2f")
+    assert f"speech: a - b = {difference}, 3 raters, 4 clips" in text and "audio: a - b" in text
+    assert scipy.stats.sem(matrix["a"].ravel()) > 0 and "speech: b - a" not in text
 
 
-def test_equal_and_single_scores():
-    ratings = [KEY[i] | {"rater": "x", "rating": n} for i, n in (("a0", 3), ("b0", 3), ("a1", 4), ("b1", 4))]
-    assert report.paired_tests(ratings) == [("speech", "a", "b", 0, 1, 2)]
-    assert report.paired_tests(ratings[:2]) == []
-    assert report.mean_scores(ratings[:1]) == {"a": {"speech": (3, None, 1)}}
+def test_ratings_of_one_rater_repeated_say_no_more():
+    """Twelve ratings by one listener who gives each clip a number of its own: the interval is that of four clips."""
+    ratings = [KEY[f"a{c}"] | {"rater": r, "rating": 2 + c % 2} for c in range(4) for r in "xyz"]
+    expected = scipy.stats.ttest_1samp([2, 3, 2, 3], 0).confidence_interval()
+    assert report.mean_scores(ratings)["a"]["speech"] == pytest.approx([2.5, expected.low, expected.high])
+    assert report.mean_scores(ratings[:1]) == {"a": {"speech": [2]}} and "a - b" not in report.mos_table(ratings)
 
 
 def test_a_later_rating_replaces_an_earlier_one(tmp_path):
@@ -231,7 +309,7 @@ def test_rate_reload_export_score_in_a_browser(systems, tmp_path):
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     if not Path("/usr/bin/chromedriver").exists():
         pytest.skip("no /usr/bin/chromedriver (Debian packages chromium and chromium-driver)")
-    key = report.listening_test(systems, tmp_path)
+    key = make_page(tmp_path)
     options = webdriver.ChromeOptions()
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync"):
         options.add_argument(f"--{flag}")
@@ -242,15 +320,15 @@ def test_rate_reload_export_score_in_a_browser(systems, tmp_path):
         find = lambda name: browser.find_element("id", name)  # noqa: E731
         keys = lambda text: browser.find_element("tag name", "body").send_keys(text)  # noqa: E731
         seen = {}
-        for n in range(6):
+        for n in range(9):
             rating = seen[find("player").get_attribute("data-id")] = 1 + n % 5
             find(f"rate{rating}").click() if n % 2 else keys(str(rating))
             assert find(f"rate{rating}").get_attribute("aria-pressed") == "true"
-            if n < 5:
+            if n < 8:
                 keys("\ue014")  # right arrow
             if n == 2:
                 browser.refresh()
-                assert "3 rated" in find("where").text and "Clip 4 of 6" in find("where").text
+                assert "3 rated" in find("where").text and "Clip 4 of 9" in find("where").text
         assert set(seen) == set(key) and "Thank you" in find("where").text
         find("rater").send_keys('J. O\'Neil, "Jo"')
         assert find("player").get_property("error") is None
@@ -264,21 +342,24 @@ def test_rate_reload_export_score_in_a_browser(systems, tmp_path):
     given = {(key[i]["system"], key[i]["clip"]): n for i, n in seen.items()}
     assert {(r["system"], r["clip"]): r["rating"] for r in ratings} == given
     assert {r["rater"] for r in ratings} == {'J. O\'Neil, "Jo"'}
-    assert set(report.mean_scores(ratings)) == {"none_s0", "secret_s0"}
+    assert set(report.mean_scores(ratings)) == {"none_s0", "secret_s0", "original"}
 
 
 def test_table_holds_every_number():
     result = result_of(speech_fad=12.0, wer=0.5, loss=0.1234)
     text = report.score_table(result)
-    for part in ("1.0      6.2       50.0      [40.0 60.0]", "n 3 (17 words)", "10.00    11.00      12.00", "0.1234",
-                 "7.50     7.50       7.50\n", "1.25     1.25       1.25      [0.75 2.00]", "6.50"):  # fmt: skip
-        assert part in text, text
+    lines = (
+        *("speech WER %, n 3 (17 words) 1.0 6.2 50.0 [40.0 60.0]", "of it the covariances 7.50 7.50 7.50"),
+        *("FAD, n 7 10.00 11.00 12.00 [0.75 2.00]", "KAD 1.25 1.25 1.25 [0.75 2.00]", "dB 6.50 6.50"),
+        *("audio held-out FM x1000 246.80 246.80 [119.74 373.86]", "speech mine 0.125 0.125", "noise seeds a clip 1,"),
+    )
+    assert all(line in " ".join(text.split()) for line in lines), text
     assert "warning" not in text
     result["fad"]["is_teacher"] = True
     assert "warning: yamnet taught this run" in report.score_table(result)
     result["wer"] |= {"from text": 0.75, "utterances": result["wer"]["utterances"] | {"from text": []}}
     lines = report.score_table(result).splitlines()
-    assert "from text" in lines[0] and "75.0" in lines[1] and lines[2].endswith("13.00")
+    assert "from text" in lines[0] and "75.0" in lines[1] and "12.00      13.00" in lines[2]
     assert max(map(len, lines[:-1])) <= 120
     del result["fad"]
     assert "FAD" not in report.score_table(result)
@@ -286,16 +367,13 @@ def test_table_holds_every_number():
 
 def test_every_link_of_the_page_is_there(rng, tmp_path):
     run = make_run(tmp_path / "demo", asr="WER < 5 & more")
-    clips = {
-        c: ("a <b> $clip", *rng.normal(0, 0.1, (2, 6000)).astype(np.float32)) for c in ("speech_0003", "audio_0001")
-    }
-    (run / "samples").mkdir()
-    for clip, (_, _, generated) in clips.items():
-        audio.write(run / "samples" / f"{clip}.wav", generated)
-    report.index_page(run, report.read_eval(run), clips)
+    take = lambda domain: evaluate.Take(rng.normal(0, 0.1, 6000).astype(np.float32), domain, "a <b> $clip")  # noqa: E731
+    takes = {system: {3: [take(0)], 1: [take(1)]} for system in ("original", "generated")}
+    report.write_samples(run / "samples", takes)
+    report.index_page(run, report.read_eval(run / "eval.json"), takes)
     page = (run / "index.html").read_text()
     links = re.findall(r'src="([^"]+)"', page)
     assert len(links) == 3 * 2 + 1 and all((run / link).stat().st_size > 0 for link in links)
     assert "WER &lt; 5 &amp; more" in page and "a &lt;b&gt; $clip" in page and "a &amp; b" in page
-    original = soundfile.read(run / "samples" / "speech_0003.original.wav")[0]
-    np.testing.assert_allclose(original, clips["speech_0003"][1], atol=1 / 2**15)
+    original = soundfile.read(run / "samples" / "original" / "speech_0003.wav")[0]
+    np.testing.assert_allclose(original, takes["original"][3][0].wav, atol=1 / 2**15)

@@ -18,22 +18,16 @@ import model
 import sample
 import train
 from common import AUDIO, SPEECH
-from evaluate import EvalArgs
 from prepare import __main__ as preparation
 from prepare.corpora import Clip
 from sample import Request, SampleArgs
 
 
-def test_settings_that_stand_twice_agree():
-    """evaluate.py and sample.py state the sampler's settings each, as neither may load torch to refuse a typo; what
-    evaluate.py does not ask for when it makes tokens is what sample.py's user gets."""
-    ours, theirs = ({f.name: (f.type, f.default) for f in fields(cls)} for cls in (SampleArgs, EvalArgs))
-    shared = {name for name in ours if name in theirs} - {"out"}
-    assert shared >= set("ckpt data_dir lm nfe cfg_scale sway epss method vocoder seed device".split())
-    assert all(ours[name] == theirs[name] for name in shared) and SampleArgs.renamed == EvalArgs.renamed
+def test_what_evaluation_does_not_ask_for_is_what_samples_user_gets():
+    ours = {f.name: f.default for f in fields(SampleArgs)}
     given = {k: p.default for f in (lm.generate, sample.Stage1.requests) for k, p in signature(f).parameters.items()}
     for name in ("temperature", "top_p", "guidance", "repetition", "seed", "max_seconds"):
-        assert ours[name][1] == given[name], name
+        assert ours[name] == given[name], name
 
 
 def test_requests_of_prepared_clips_are_its_batch(tiny_config):
@@ -173,8 +167,8 @@ def test_what_does_not_fit_is_named(trained, tmp_path, capsys):
     for wrong, error, message in (
         ({"text": "hi"}, ValueError, "pass --lm=CKPT"),
         ({"n": 2, "out": "a.wav"}, ValueError, "is one file and 4 clips are asked for"),
-        ({"text": "hi", "lm": ckpt}, common.CheckpointError, "is not a checkpoint of lm.py"),
-        ({"ckpt": trained["lm"]}, ValueError, "is not a checkpoint of train.py"),
+        ({"text": "hi", "lm": ckpt}, common.CheckpointError, "another kind of checkpoint .it has no net"),
+        ({"ckpt": trained["lm"]}, common.CheckpointError, "another kind of checkpoint .it has no"),
         ({"text": "hi", "lm": other}, ValueError, r"writes codes of \(16, 17\), the model reads \(16, 16\)"),
     ):
         with pytest.raises(error, match=message):

@@ -1,6 +1,7 @@
 """Tests of teachers.py against independent references: transformers' own encoder and generate, numpy float64 spectra,
 the networks written out plainly, and a loop over single clips for every batch."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import BEATS_CFG
 
+import audio
 import teachers
 from prepare import demo
 
@@ -99,7 +101,9 @@ def test_whisper_transcribes_as_transformers_does(whisper, speech):
     from transformers import GenerationConfig
 
     wavs = list(speech.values())
-    texts = whisper.transcribe(wavs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        texts = whisper.transcribe(wavs)
     words = ["message deleted", "waiting to speak with a representative", "press 4 to place an outgoing call"]
     assert [t.lower().strip(".") for t in texts] == words
     ids = {"decoder_start_token_id": 50257, "no_timestamps_token_id": 50362}
@@ -110,6 +114,58 @@ def test_whisper_transcribes_as_transformers_does(whisper, speech):
     with torch.inference_mode():
         ids = whisper.model.generate(mel, generation_config=settings, max_new_tokens=60)
     assert texts == [t.strip() for t in whisper.tokenizer.decode_batch(ids.tolist())]
+
+
+def tiny_multilingual_whisper() -> teachers.Whisper:
+    """Random weights, and a tokenizer with the published ids of the words that prompts are made of."""
+    audio.torchaudio()
+    from tokenizers import Tokenizer, models
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    prompt = {50257: "endoftext", 50258: "startoftranscript", 50259: "en", 50262: "es", 50359: "transcribe"}
+    words = {i: f"<|{prompt.get(i, i)}|>" for i in range(51865)} | {50363: "<|notimestamps|>"}
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in words.items()}, "<|endoftext|>"))
+    torch.manual_seed(3)
+    sizes = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in (("layers", 1), ("attention_heads", 2))}
+    config = WhisperConfig(d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, init_std=0.3, **sizes)
+    return teachers.Whisper(WhisperForConditionalGeneration(config), tokenizer, [], [])
+
+
+@pytest.mark.parametrize("language, token", [("en", 50259), ("es", 50262)])
+def test_whisper_transcribes_in_a_language_as_transformers_does(whisper, language, token):
+    multilingual = tiny_multilingual_whisper()
+    from transformers import GenerationConfig
+
+    ids = dict(decoder_start_token_id=50258, no_timestamps_token_id=50363, eos_token_id=50257, pad_token_id=50257)
+    ids |= dict(lang_to_id={f"<|{language}|>": token}, task_to_id={"transcribe": 50359}, is_multilingual=True)
+    wav, settings = noise(1, 16000), GenerationConfig(**ids, task="transcribe", language=language, max_new_tokens=24)
+    with torch.inference_mode():
+        found = multilingual.model.generate(hf_mel(multilingual, wav), generation_config=settings)
+    words = multilingual.transcribe([wav], language)[0].split()
+    assert words[:4] == ["<|startoftranscript|>", f"<|{language}|>", "<|transcribe|>", "<|notimestamps|>"]
+    assert words[4:] == [multilingual.tokenizer.id_to_token(i) for i in found[0].tolist()] and len(set(words)) > 5
+    for model, unknown in ((whisper, "es"), (multilingual, "tlh")):
+        with pytest.raises(ValueError, match=f"has no language '{unknown}': pass a multilingual one"):
+            model.transcribe([], unknown)
+
+
+@pytest.mark.parametrize(
+    "files, match",
+    [
+        ({}, "a folder with nothing in it"),
+        ({"a.wav": "", "b.txt": ""}, "a folder with a.wav, b.txt in it"),
+        ({"config.json": "{"}, "with config.json in it .*not a valid JSON"),
+        ({"config.json": '{"model_type": "hubert"}', "model.safetensors": ""}, r"\(it is a hubert\)"),
+        ({"config.json": '{"model_type": "whisper"}'}, "with config.json in it .*no file named"),
+        (None, "neither on disk nor on a reachable hub"),
+    ],
+)
+def test_what_is_no_whisper_says_what_is_there_and_what_to_pass(tmp_path, files, match):
+    for name, text in (files or {}).items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{match}.*: pass a folder with config.json, weights and") as error:
+        demo.load_teacher("whisper", tmp_path if files is not None else tmp_path / "none")
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_whisper_is_frozen_and_refuses_what_it_cannot_take(whisper):

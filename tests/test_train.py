@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import backbones
 import common
 import data
+import report
 import train
 from common import Machine
 from configurator import to_words
@@ -107,15 +108,12 @@ def test_branches_of_one_phase1(tiny_config, tmp_path):
 def test_phases(tiny_config):
     out = Path(tiny_config.out_dir)
     out.mkdir()
-    (out / ".ckpt.pt.part").write_bytes(b"half")  # of a killed save
+    (out / f".ckpt.pt.{common.PART}").write_bytes(b"half")  # of a killed save
     run = train.train(tiny_config, MACHINE)
     assert not list(out.glob(".*"))
     assert [p["step"] for p in run.probes] == [3, 6]  # none in phase II
     assert all(len(p["result"][d]["foga"]) == tiny_config.n_layer for p in run.probes for d in ("speech", "audio"))
     assert all(len(s) == tiny_config.top_k for s in run.objective.selection)
-    scores = run.probes[-1]["result"]["speech"]["foga"]
-    for layer, weight in run.objective.selection[0].items():
-        assert weight == [pytest.approx(2 * scores[layer - 1])]  # lambda = 2 A_l
     written = {f.name for f in out.iterdir()}
     assert {"ckpt.pt", "phase1.pt", "config.json", "log.csv", "probe.json", "probe.png"} <= written
     assert json.loads((out / "config.json").read_text())["n_layer"] == 4
@@ -124,12 +122,32 @@ def test_phases(tiny_config):
     assert all(bool(r["align"]) == (int(r["step"]) > 6) for r in rows)
 
 
+def test_phase_one_probes_fresh_clips_and_selects_by_the_mean_of_its_last_probes(tiny_config, monkeypatch):
+    drawn, raw = [], []
+    real = train.probe.probe
+    monkeypatch.setattr(
+        train.probe, "probe", lambda model, batch, *a: (drawn.append(batch.ids), real(model, batch, *a))[1]
+    )
+    config = replace(tiny_config, probe_every=2, select_from=2, top_k=2)
+    run = train.train(config, MACHINE)
+    assert [p["step"] for p in run.probes] == [2, 4, 6] and not torch.equal(drawn[0], drawn[1])
+    again = train.train(replace(config, out_dir=config.out_dir + "2"), MACHINE)
+    assert [p["result"]["audio"]["foga"] for p in run.probes] == [p["result"]["audio"]["foga"] for p in again.probes]
+    for name, selected in zip(("speech", "audio"), run.objective.selection, strict=True):
+        scores = torch.tensor([p["result"][name]["foga"] for p in run.probes[-2:]]).mean(0)
+        assert list(selected) == (scores.argsort(descending=True)[:2] + 1).tolist()
+        raw.append({str(l): pytest.approx(float(2 * scores[l - 1]), rel=1e-5) for l in selected})
+    assert json.loads((Path(config.out_dir) / "selection.json").read_text()) == dict(
+        zip(("speech", "audio"), raw, strict=True)
+    )
+
+
 VARIANTS = {
     "conv1d": {"align_head": "conv1d"},
     "conv2d": {"align_head": "conv2d"},
     "self": {"align_teacher": "self"},
     "adaptive": {"timestep_adaptive": True},
-    "refresh": {"refresh_every": 2, "top_k": 1},
+    "refresh": {"refresh_epochs": 1 / 3, "top_k": 1},
     "stop": {"align_stop": 9},
     "lasp": {"align": "lasp", "weighting": "equal"},
     "targets": {"align_target": "shuffled", "align_norm": "zscore"},
@@ -162,6 +180,7 @@ def test_alignment_stops(tiny_config, tmp_path):
 
 
 def test_probes_and_held_out_losses_change_nothing(tiny_config, tmp_path):
+    tiny_config = replace(tiny_config, select_from=1)
     quiet = replace(tiny_config, probe_every=1000, eval_every=1000, log_every=1000, out_dir=str(tmp_path / "quiet"))
     a, b = train.train(tiny_config, MACHINE).state(), train.train(quiet, MACHINE).state()
     assert same(a["model"], b["model"]) and same(a["ema"], b["ema"])
@@ -331,8 +350,8 @@ def test_evaluating_and_saving_are_not_training_time(tiny_config, monkeypatch):
 
         return wrapped
 
-    for name in ("held_out_loss", "save"):
-        monkeypatch.setattr(train, name, slow(getattr(train, name)))
+    for module, name in ((report, "held_out_loss"), (train, "save")):
+        monkeypatch.setattr(module, name, slow(getattr(module, name)))
     run = train.train(replace(tiny_config, eval_every=3), MACHINE)
     rows = common.read_csv(Path(run.config.out_dir) / "log.csv")
     assert spent["other"] > 2 and run.seconds < time.time() - spent["all"] - spent["other"] + 0.05
