@@ -260,7 +260,8 @@ class DiT(FlowModel):
         time = self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(x_t.dtype))
         h = cond.masked(self.stem_in(torch.cat([x_t, cond.tokens, cond.prompt], dim=-1)))  # zeros beyond a clip's edge
         image = h[:, None].permute(0, 3, 1, 2)  # (B, D, 1, T), channels last: a fast depthwise kernel, no transposes
-        near = F.conv2d(image, self.local.weight[:, :, None], self.local.bias, padding=(0, 15), groups=h.shape[2])
+        weight = self.local.weight.unflatten(1, (1, 1))  # (D, 1, 1, 31), a view whose gradient DDP need not copy
+        near = F.conv2d(image, weight, self.local.bias, padding=(0, 15), groups=len(weight))
         h = h + F.gelu(near[:, :, 0].mT)
         mask = cond.mask[:, None, None] if cond.padded else None  # without one GPUs use their fastest kernel
         return h, Context(time, mask, rotary_table(x_t, self.config.n_embd // self.config.n_head))
