@@ -57,6 +57,7 @@ def test_the_table_is_written_and_says_what_cannot_be_measured(small, capsys, mo
     assert screen.partition("\n")[2] == shown
 
 
+@pytest.mark.slow
 def test_the_parts_for_a_gpu_start_on_any_machine_and_say_what_is_missing():
     """bash runs/gpu.sh --dry: those that need no data; one table with the device's name."""
     done = subprocess.run(
