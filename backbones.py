@@ -194,11 +194,8 @@ class F5Text(F5TTS):
         utils = package(self.name, "f5_tts.model.utils")
         vocabulary = importlib.resources.files("f5_tts") / "infer/examples/vocab.txt"
         self.rows, self.characters = utils.get_tokenizer(str(vocabulary), "custom")
-        self.spell, self.to_rows, self.text_dim = (
-            utils.convert_char_to_pinyin,
-            utils.list_str_to_idx,
-            config.n_embd // 2,
-        )
+        self.spell, self.to_rows = utils.convert_char_to_pinyin, utils.list_str_to_idx
+        self.text_dim = config.n_embd // 2
         super().__init__(config)
 
     def tokens_at_frames(self, batch: Batch) -> Tensor:
@@ -427,10 +424,10 @@ def check(model: FlowModel) -> list[str]:
     return wrong
 
 
-def init_from(model: FlowModel, path: str, partial: bool = False) -> str:
+def init_from(model: FlowModel, path: str, others_stay: bool = False) -> str:
     """Starts `model` from a file of weights, ours (the averaged ones) or as a project publishes them, where names may
     have a prefix and may be those of `net`; says with how much. Raises ValueError that lists other names and shapes,
-    which `partial` leaves as they are; CheckpointError for a file that is damaged or not there."""
+    which `others_stay` leaves as they are; CheckpointError for a file that is damaged or not there."""
     try:
         state = safetensors.torch.load_file(path) if path.endswith(".safetensors") else common.load(path)[0]
     except (OSError, safetensors.SafetensorError) as error:
@@ -451,7 +448,7 @@ def init_from(model: FlowModel, path: str, partial: bool = False) -> str:
     if other:
         more = f" and {len(other) - 20} more" if len(other) > 20 else ""
         told += f"; not {'; '.join(list(other.values())[:20])}{more}"
-        if not partial:
+        if not others_stay:
             raise ValueError(f"{told}; --init_partial leaves these as they are")
     model.load_state_dict({k: x for k, x in given.items() if k not in other}, strict=False)
     return told

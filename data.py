@@ -149,17 +149,14 @@ def open_array(path: Path, kind: type | str | None = None, shape: tuple[int, ...
 
 
 class Shard:
-    """One shard's files by memory map, whose sizes and tokens are checked by its index and the codebooks' sizes."""
+    """One shard's files by memory map, whose sizes are checked by its index."""
 
-    def __init__(self, path: Path, streams: int, codes: tuple[int, ...]):
+    def __init__(self, path: Path, streams: int):
         rows = open_array(path / "index.npy")
         self.mel = open_array(path / "mel.bin", np.float16, (int(rows["frames"].sum()), audio.N_MELS))
         self.tokens = open_array(path / "tokens.bin", "<i4", (int(rows["tokens"].sum()), streams))
         self.text = open_array(path / "text.bin", np.uint8, (int(rows["text_len"].sum()),))
         self.teachers = [open_array(path / f"teacher_{d}.npy") for d in range(len(DOMAINS))]  # (clips, E)
-        most = np.repeat(np.array(codes)[rows["domain"]], rows["tokens"])
-        if self.tokens.min() < 0 or (self.tokens[:, 0] >= most).any():
-            raise DataError(f"{path / 'tokens.bin'} is damaged: it holds codes beyond the codebook")
         style = path / "style.npy"
         self.style = np.load(style, mmap_mode="r") if style.exists() else None  # (clips, 16, E) float16
 
@@ -177,9 +174,9 @@ class Dataset:
         self.root, self.split, self.meta = Path(data_dir), split, read_meta(data_dir)
         self.index = open_array(self.root / f"{split}.npy")
         self.rates, self.streams = self.meta["token_rates"], self.meta["streams"]
-        codes = tuple(self.meta.get("prepared_with", {}).get(f"{name}_codes", 2**31) for name in DOMAINS)
+        self.codes = [self.meta.get("prepared_with", {}).get(f"{name}_codes", 2**31) for name in DOMAINS]
         # safe among threads; a map is closed when the last view of it is gone
-        self.opened = functools.lru_cache(OPEN_SHARDS)(functools.partial(Shard, streams=self.streams, codes=codes))
+        self.opened = functools.lru_cache(OPEN_SHARDS)(functools.partial(Shard, streams=self.streams))
         self.opened_features = functools.lru_cache(2 * OPEN_SHARDS)(open_features)
 
     def __len__(self) -> int:
@@ -200,9 +197,13 @@ class Dataset:
         return shard.mel[r["mel"] : r["mel"] + r["frames"]]
 
     def tokens(self, i: int) -> np.ndarray:
-        """(N, streams) codes of clip i."""
+        """(N, streams) codes of clip i. Raises DataError where one is beyond its codebook."""
         r, shard = self.at(i)
-        return shard.tokens[r["token"] : r["token"] + r["tokens"]]
+        codes = shard.tokens[r["token"] : r["token"] + r["tokens"]]
+        if (codes < 0).any() or (codes[:, 0] >= self.codes[r["domain"]]).any():
+            file = self.path(int(r["shard"])) / "tokens.bin"
+            raise DataError(f"{file} is damaged: it holds codes beyond the codebook")
+        return codes
 
     def style(self, i: int) -> np.ndarray:
         """(16, E) float16 style vectors of clip i (eq. 17). Raises DataError where the folder has none."""
@@ -219,7 +220,8 @@ class Dataset:
 
     def wav_path(self, i: int) -> Path:
         """Where clip i's waveform is, for those that have one."""
-        return self.path(int(self.index[i]["shard"])) / "wav" / f"{self.index[i]['row']:05d}.wav"
+        r = self.index[i]
+        return self.path(int(r["shard"])) / "wav" / f"{r['row']:05d}.wav"
 
     def vector(self, i: int) -> torch.Tensor:
         """(E,) what clip i's teacher says of the whole clip."""
@@ -444,5 +446,10 @@ def fixed_batch(dataset: Dataset, per_domain: int, seed: int, max_frames: int) -
     rng = np.random.default_rng(seed)
     of_domains = (dataset.index["domain"] == d for d in range(len(DOMAINS)))
     ids = np.concatenate([rng.permutation(np.flatnonzero(own))[:per_domain] for own in of_domains])
+    return beginnings(dataset, ids, max_frames)
+
+
+def beginnings(dataset: Dataset, ids: np.ndarray, max_frames: int) -> Batch:
+    """Clips `ids`, each cropped to its first max_frames."""
     lengths = np.minimum(dataset.index["frames"][ids], max_frames)
     return dataset.batch(ids, np.stack([np.zeros_like(lengths), lengths], 1))

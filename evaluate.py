@@ -71,7 +71,7 @@ import probe
 import report
 from backbones import load_model
 from common import DOMAINS, SPEECH, command, pick_device, precision, step_seed, write_json
-from data import Dataset, fingerprint
+from data import Dataset, beginnings, fingerprint
 from model import FlowModel
 from prepare import demo
 from sample import Stage1, from_dataset, settings, synthesise
@@ -82,7 +82,7 @@ DRAWS, FAD_DRAWS = 400, 100  # bootstrap samples behind an interval; FAD's cost 
 MIN_WORDS = 4  # a WER over single words says little
 LARGEST, PATCHES = 2000, 32  # most reference clips of KAD, which costs their square, and most patches of a clip
 NO_SPACES = {"zh", "ja", "th", "lo", "my", "yue", "km"}  # languages that write none between words
-TIMES, LOSS_CLIPS = 5, 8  # points of t under a clip's flow-matching loss, and clips that share a batch for it
+LOSS_CLIPS = 8  # that share a batch for their flow-matching loss
 
 
 def held_out_sample(dataset: Dataset, per_domain: int, seed: int) -> np.ndarray:
@@ -299,16 +299,15 @@ def score_clips(takes: Takes, wer: dict, losses: dict[int, float]) -> dict[str, 
 
 
 def held_out_losses(model: FlowModel, held: Dataset, ids: np.ndarray, frames: int, sigma: float, seeds: Sequence[int]):
-    """The flow-matching loss (eq. 23) of the first `frames` frames of clips `ids`, {clip: loss}, a mean over TIMES
-    points of t and the noise of each of `seeds`, which is the same for every model."""
+    """The flow-matching loss (eq. 23) of the first `frames` frames of clips `ids`, {clip: loss}, a mean over
+    EVAL_TIMES points of t and the noise of each of `seeds`, which is the same for every model."""
     losses, device = {}, str(next(model.parameters()).device)
     order = ids[np.argsort(held.index["frames"][ids], kind="stable")]  # clips of like length share a batch
     for k in range(0, len(ids), LOSS_CLIPS):
         part = order[k : k + LOSS_CLIPS]
-        lengths = np.minimum(held.index["frames"][part], frames)
-        batch = held.batch(part, np.stack([np.zeros_like(lengths), lengths], 1)).to(device)
+        batch = beginnings(held, part, frames).to(device)
         draws = (step_seed(seed, k) for seed in seeds)
-        found = [probe.at_times(probe.loss_of_clips, model, batch, TIMES, sigma, seed) for seed in draws]
+        found = [probe.at_times(probe.loss_of_clips, model, batch, report.EVAL_TIMES, sigma, seed) for seed in draws]
         losses |= dict(zip(part.tolist(), torch.stack(found).mean((0, 1)).tolist(), strict=True))
     return losses
 

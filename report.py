@@ -29,6 +29,8 @@ from configurator import show
 
 ASSETS = Path(__file__).resolve().parent / "assets"  # the pages' templates
 SHOWN = 6  # clips per domain on a run's page
+EVAL_TIMES = 5  # points of t of the held-out loss
+LOGGED = "step phase loss fm bitc align grad_norm lr frames_per_s seconds held_out_speech held_out_audio".split()
 CLIP_SCORES = {  # of a clip in eval.json: heading, scale and decimals; others stand under their own name
     "fm": ("held-out FM x1000", 1000, 2),
     "wer": ("WER %", 100, 1),
@@ -427,10 +429,6 @@ def index_page(run: Path, result: dict, takes: dict[str, dict]) -> None:
         fig.savefig(run / "samples" / f"{clip}.png", dpi=80)
         parts.append(row.substitute(clip=clip, text=html.escape(pair[0].text + heard.get(i, ""))))
     (run / "index.html").write_text("".join([*parts, tail.template]), encoding="utf-8")
-
-
-EVAL_TIMES = 5  # points of t of the held-out loss
-LOGGED = "step phase loss fm bitc align grad_norm lr frames_per_s seconds held_out_speech held_out_audio".split()
 
 
 def held_out_loss(model, batch: data.Batch, sigma: float, machine: common.Machine) -> dict[str, float]:

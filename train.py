@@ -496,6 +496,8 @@ def check(config: Config) -> None:
 
 
 def main(config: Config) -> int:
+    """Prepares what is missing, trains, then probes and evaluates; returns the exit code, INTERRUPTED (75) where the
+    same command continues."""
     check(config)
     with common.alone_in(config.out_dir):
         if not data.is_prepared(config.data_dir) and (code := common.run_script("prepare", *to_words(config))):

@@ -381,7 +381,9 @@ def test_training_and_probing_start_from_published_weights(published_f5, tiny_co
         ValueError, match=r"net.text_embed.text_embed.weight \[2546, 16\], here \[33, 32\].* and 2. more"
     ):
         backbones.init_from(coded, file)
-    assert "f5.safetensors: 126 of the model's 133 tensors; not net" in backbones.init_from(coded, file, partial=True)
+    assert "f5.safetensors: 126 of the model's 133 tensors; not net" in backbones.init_from(
+        coded, file, others_stay=True
+    )
     after, key = coded.state_dict(), "net.transformer_blocks.0.attn.to_q.weight"
     assert torch.equal(after["net.text_embed.text_embed.weight"], before["net.text_embed.text_embed.weight"])
     assert torch.equal(after[key], net.state_dict()[key.removeprefix("net.")])

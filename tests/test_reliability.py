@@ -115,13 +115,19 @@ def test_two_thousand_steps_keep_memory_and_files(tiny_config):
     assert logged(Path(config.out_dir)) == [s for s in range(1, 2201) if s % 20 == 0]
 
 
+def under_way_on_two_ranks(config, **options) -> subprocess.Popen:
+    """torchrun, once it has trained some steps."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen([*TORCHRUN, *command(config)], cwd=ROOT, env=env, **options)
+    wait_for(lambda: len(logged(Path(config.out_dir))) > 5, 90)
+    return job
+
+
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_sigterm_under_torchrun_saves_within_25_seconds(tiny_config):
     config = replace(tiny_config, max_steps=10**6, phase1_steps=10**6 - 1, probe_every=10**6, save_every=10**5)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen([*TORCHRUN, *command(config)], cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
-    wait_for(lambda: len(logged(Path(config.out_dir))) > 5, 90)
+    job = under_way_on_two_ranks(config, stderr=subprocess.DEVNULL)
     start = time.monotonic()
     job.send_signal(signal.SIGTERM)
     job.wait(timeout=25)
@@ -133,9 +139,7 @@ def test_sigterm_under_torchrun_saves_within_25_seconds(tiny_config):
 @pytest.mark.ddp
 def test_one_dead_rank_ends_the_job_with_a_message(tiny_config):
     config = replace(tiny_config, max_steps=10**6, phase1_steps=10**6 - 1, probe_every=10**6)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen([*TORCHRUN, *command(config)], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len(logged(Path(config.out_dir))) > 5, 90)
+    job = under_way_on_two_ranks(config, stderr=subprocess.PIPE, text=True)
     os.kill(int(children(job.pid)[-1]), signal.SIGKILL)
     _, err = job.communicate(timeout=60)
     assert job.returncode and re.search(r"exitcode\s*:\s*-9|SIGKILL", err)
@@ -434,9 +438,7 @@ def test_a_signal_in_the_final_probe_ends_all_within_seconds(tiny_config, number
 @pytest.mark.ddp
 def test_ranks_end_with_a_torchrun_that_is_killed(tiny_config):
     config = replace(tiny_config, max_steps=10**6, phase1_steps=10**6 - 1, probe_every=10**6, save_every=10**6)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen([*TORCHRUN, *command(config)], cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
-    wait_for(lambda: len(logged(Path(config.out_dir))) > 5, 90)
+    job = under_way_on_two_ranks(config, stderr=subprocess.DEVNULL)
     ranks = children(job.pid)
     job.kill()
     wait_for(lambda: not any(map(running, ranks)), 15)
