@@ -123,9 +123,11 @@ def _read_av(file: BinaryIO, suffix: str, start: float, end: float, longest: flo
 def write(target: str | Path | BinaryIO, wav: np.ndarray, sample_rate: int = SAMPLE_RATE, kind: str = "WAV") -> None:
     """Writes (L,) float samples as 16-bit WAV or FLAC; a peak above 1 is scaled down rather than clipped."""
     wav = np.asarray(wav, np.float32)
+    content = io.BytesIO()  # a disk that is full tells libsndfile in ten lines
     wav = wav / max(1.0, float(np.abs(wav).max(initial=0)))
+    soundfile.write(content, wav, sample_rate, subtype="PCM_16", format=kind)
     with open(target, "wb") if isinstance(target, (str, Path)) else contextlib.nullcontext(target) as file:
-        soundfile.write(file, wav, sample_rate, subtype="PCM_16", format=kind)
+        file.write(content.getbuffer())
 
 
 @cache
@@ -137,10 +139,8 @@ def torchaudio() -> types.ModuleType:
     except (OSError, ImportError, RuntimeError):
         for name in [n for n in sys.modules if n.split(".")[0] == "torchaudio"]:
             del sys.modules[name]
-        extension = types.ModuleType("torchaudio._extension")
-        extension._IS_TORCHAUDIO_EXT_AVAILABLE = False
-        extension.fail_if_no_align = lambda function: function
-        sys.modules["torchaudio._extension"] = extension
+        stub = types.SimpleNamespace(_IS_TORCHAUDIO_EXT_AVAILABLE=False, fail_if_no_align=lambda function: function)
+        sys.modules["torchaudio._extension"] = stub
         return importlib.import_module("torchaudio")
 
 
@@ -158,17 +158,11 @@ def log_mel(wav: torch.Tensor) -> torch.Tensor:
     return mel.clamp_min(LOG_CLIP).log().transpose(-1, -2)
 
 
-@cache
-def _mel_inverse() -> torch.Tensor:
-    return torch.linalg.pinv(_mel_transform().mel_scale.fb.double()).float()  # (100, 513)
-
-
 def mel_to_magnitude(mel: torch.Tensor, iterations: int = 50) -> torch.Tensor:
     """Log-mel (T, 100) -> non-negative STFT magnitudes (513, T) whose mel is as near as possible: least squares by
     multiplicative updates, started at the clamped pseudo-inverse."""
-    filters = _mel_transform().mel_scale.fb.to(mel.device)  # (513, 100)
-    target = mel.float().exp()
-    magnitude = (target @ _mel_inverse().to(mel.device)).clamp_min(1e-6)  # (T, 513)
+    filters, target = _mel_transform().mel_scale.fb.to(mel.device), mel.float().exp()  # (513, 100), (T, 100)
+    magnitude = (target @ torch.linalg.pinv(filters.double()).float()).clamp_min(1e-6)  # (T, 513)
     numerator = target @ filters.T
     for _ in range(iterations):
         magnitude = magnitude * numerator / (magnitude @ filters @ filters.T).clamp_min(1e-8)
@@ -180,20 +174,15 @@ def griffin_lim(mel: torch.Tensor, iterations: int = 60) -> np.ndarray:
     frames = mel.shape[0]
     mel = torch.cat([mel, mel[-1:].expand(max(0, 4 - frames), -1)])  # 4 frames are the least that its STFT can mirror
     magnitude = mel_to_magnitude(mel)
-    window = torch.hann_window(N_FFT, device=mel.device)
-    length = (mel.shape[0] - 1) * HOP
-    wav = torchaudio().functional.griffinlim(
-        magnitude, window, N_FFT, HOP, N_FFT, 1.0, iterations, 0.99, length, rand_init=False
-    )
+    sizes = (torch.hann_window(N_FFT, device=mel.device), N_FFT, HOP, N_FFT)
+    wav = torchaudio().functional.griffinlim(magnitude, *sizes, 1.0, iterations, 0.99, None, rand_init=False)
     return wav[: (frames - 1) * HOP].cpu().numpy()
 
 
 # what a config.yaml may name: Vocos imports any class that it is told to, and the file may be a stranger's
-VOCOS_CLASSES = {
-    "feature_extractor": {"vocos.feature_extractors.MelSpectrogramFeatures"},
-    "backbone": {"vocos.models.VocosBackbone", "vocos.models.VocosResNetBackbone"},
-    "head": {"vocos.heads.ISTFTHead", "vocos.heads.IMDCTSymExpHead", "vocos.heads.IMDCTCosHead"},
-}
+VOCOS_CLASSES = {"vocos.feature_extractors.MelSpectrogramFeatures", "vocos.models.VocosBackbone"}
+VOCOS_CLASSES |= {"vocos.models.VocosResNetBackbone", "vocos.heads.ISTFTHead"}
+VOCOS_CLASSES |= {"vocos.heads.IMDCTSymExpHead", "vocos.heads.IMDCTCosHead"}
 
 
 def load_vocoder(name: str, device: str = "cpu") -> Callable[[torch.Tensor], np.ndarray]:
@@ -210,8 +199,7 @@ def load_vocoder(name: str, device: str = "cpu") -> Callable[[torch.Tensor], np.
         files = ("config.yaml", "pytorch_model.bin")
         config, weights = (Path(name) / f if Path(name).is_dir() else hf_hub_download(name, f) for f in files)
         parts = yaml.safe_load(Path(config).read_text())
-        classes = {part: parts[part]["class_path"] for part in VOCOS_CLASSES}
-        foreign = [part for part, allowed in VOCOS_CLASSES.items() if classes[part] not in allowed]
+        foreign = {parts[p]["class_path"] for p in ("feature_extractor", "backbone", "head")} - VOCOS_CLASSES
         if not foreign:
             vocos = Vocos.from_hparams(str(config))
             vocos.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
@@ -219,9 +207,7 @@ def load_vocoder(name: str, device: str = "cpu") -> Callable[[torch.Tensor], np.
         what = f"neither a folder with config.yaml and pytorch_model.bin nor a hub name ({type(error).__name__})"
         raise ValueError(f"vocoder {name!r}: {what}; --vocoder=griffin_lim needs no weights") from error
     if foreign:
-        wanted = ", ".join(sorted(VOCOS_CLASSES[foreign[0]]))
-        what = f"{foreign[0]} in config.yaml is {classes[foreign[0]]}, not one of {wanted}; no other code is run"
-        raise ValueError(f"vocoder {name!r}: {what}")
+        raise ValueError(f"vocoder {name!r}: its config.yaml names {foreign.pop()}; only Vocos' own classes are run")
     vocos = vocos.to(device).eval()
 
     @torch.inference_mode()

@@ -7,9 +7,8 @@ and yours (examples/my_model.py).
     python train.py config/f5tts_demo.py
     python probe.py --backbone=my_model.py:MyModel --random_init --check       # or package.module:Class
 
-The packages are used as they were published. What is ours: a token table where they have none, the mel's statistics,
-BiT-C's projections, and hooks that close a layer, read a hidden state, or let a batch grow, all taken off again.
-B clips, T frames, M mel bins, D width, L layers.
+The packages are used as they are. Ours: a token table where they have none, the mel's statistics, BiT-C's projections,
+and hooks, taken off again, that close a layer, read a state, or let a batch grow. B clips, T frames, M bins, D width.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ import runpy
 import sys
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -37,25 +36,19 @@ from model import Condition, DiT, DiTConfig, FlowModel
 
 
 class Gate(NamedTuple):
-    """A module, and what its output becomes when its layer is closed. input: its own first input, for a residual block;
-    zero: zeros, for a branch whose output is added to a skip that stays."""
+    """A module, and what its output becomes when its layer is closed."""
 
     module: nn.Module
-    closed: str  # input | zero
+    closed: str  # input: its own first input, for a residual block; zero, for a branch that is added to a skip
 
     def hook(self, module, args, kwargs, output) -> Tensor:
         if self.closed == "zero":
             return torch.zeros_like(output)
-        given = first_input(args, kwargs)
+        given = [*args, *kwargs.values()][0]
         if getattr(output, "shape", None) != given.shape:
-            raise ValueError(
-                f"{type(module).__name__} is no residual block: it does not return the like of its first input"
-            )
+            kind = type(module).__name__
+            raise ValueError(f"{kind} is no residual block: it does not return the like of its first input")
         return given
-
-
-def first_input(args: tuple, kwargs: dict) -> Tensor:
-    return (args or list(kwargs.values()))[0]
 
 
 def gates_of(layers: Iterable[nn.Module | Iterable[nn.Module]]) -> list[list[Gate]]:
@@ -69,25 +62,19 @@ def close(layer: Sequence[Gate]) -> list[RemovableHandle]:
     return [gate.module.register_forward_hook(gate.hook, with_kwargs=True) for gate in layer]
 
 
-@contextlib.contextmanager
-def held(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Removes the handles at the end, whatever happens inside."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def held(handles: Sequence[RemovableHandle]) -> contextlib.ExitStack:
+    """A context at whose end the handles are removed, whatever happens inside."""
+    stack = contextlib.ExitStack()
+    for handle in handles:
+        stack.enter_context(handle)
+    return stack
 
 
 class Backbone(FlowModel):
-    """A published network as a FlowModel. A subclass has
+    """A published network as a FlowModel. A subclass has build() -> the network, which becomes `net`; run(x_t, t, cond)
+    -> v (B, T, M), a call of it; tokens, its table of codes; layers, the gates of each; inputs, where h_0 .. h_L go."""
 
-    build() -> the network, which becomes `net`
-    run(x_t, t, cond) -> v (B, T, M), one call of the network
-    tokens, its table of codes; layers, the gates of each of L layers; inputs, the modules that h_0 .. h_L go into
-    """
-
-    name, pip = "", ""
+    name, pip, fillers = "", "", 0  # rows of its table before the codes
     chained = True  # whether h_l is all that layer l + 1 reads of layer l
     unused: Sequence[str] = ()  # modules that the package imports and a velocity model never calls
 
@@ -96,21 +83,19 @@ class Backbone(FlowModel):
         if config.second_codes:
             raise ValueError(f"backbone={self.name} reads one token stream: pass --beats_tokens=false")
         self.net = self.build()
+        self.code_offset += self.fillers
         if len(self.layers) != config.n_layer:
             raise ValueError(f"n_layer={config.n_layer}: a {self.name} of this kind has {len(self.layers)} layers")
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The modules of each layer, for their gradients."""
-        return nn.ModuleList(nn.ModuleList(g.module for g in layer) for layer in self.layers)
+    # the modules of each layer, for their gradients
+    blocks = property(lambda self: nn.ModuleList(nn.ModuleList(g.module for g in layer) for layer in self.layers))
 
     def velocity(self, x_t: Tensor, t: Tensor, cond: Condition, gates: Sequence[float] | None = None, hidden=False):
         """As DiT.velocity; a gate is 0 or 1."""
         if any(g not in (0, 1) for g in gates or ()):
             raise ValueError("the gates of a published model are open (1) or closed (0)")
-        states, handles = [], []
-        for layer, gate in zip(self.layers, gates or [1] * self.config.n_layer, strict=True):
-            handles += [] if gate else close(layer)
+        states, gates = [], gates or [1] * self.config.n_layer
+        handles = [h for layer, gate in zip(self.layers, gates, strict=True) if not gate for h in close(layer)]
         handles += self.readers(states, x_t.shape[1]) if hidden else []  # after: they read what a closed layer gives
         with held(handles):
             v = self.run(x_t, t, cond) * cond.mask[..., None]
@@ -120,7 +105,7 @@ class Backbone(FlowModel):
         """Hooks that append h_0 .. h_L, (B, T, D) each, to `states` in a call of run()."""
 
         def keep(module, args, kwargs):
-            states.append(first_input(args, kwargs)[:, -T:])
+            states.append([*args, *kwargs.values()][0][:, -T:])
 
         return [module.register_forward_pre_hook(keep, with_kwargs=True) for module in self.inputs]
 
@@ -138,16 +123,12 @@ class F5TTS(Backbone):
     """f5_tts.model.backbones.dit.DiT. Its text table holds our codes (row 0 is its filler); their embedding, stretched
     to the mel's rate, takes the place of its text embedding. A dropped condition is zeros."""
 
-    name, pip, one_sweep = "f5tts", "f5-tts", True
+    name, pip, fillers, one_sweep = "f5tts", "f5-tts", 1, True
     unused = ("f5_tts.model.trainer", "librosa", "librosa.filters")
-    text_dim, text_layers, characters = 0, 0, 0  # of its text embedding; 0: width D, no layers, a row for each code
+    text_dim, text_layers, characters = 0, 0, 0  # of its text embedding; 0: D, none, a row for each code
     tokens = property(lambda self: self.net.text_embed.text_embed)
     layers = property(lambda self: gates_of(self.net.transformer_blocks))
     inputs = property(lambda self: [*self.net.transformer_blocks, self.net.norm_out])
-
-    def __init__(self, config: DiTConfig):
-        super().__init__(config)
-        self.code_offset += 1  # past the filler
 
     def build(self) -> nn.Module:
         c, dit = self.config, package(self.name, "f5_tts.model.backbones.dit").DiT
@@ -157,8 +138,7 @@ class F5TTS(Backbone):
         return dit(**size, conv_layers=self.text_layers)
 
     def run(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        text = torch.zeros(len(x_t), 1, dtype=torch.long, device=x_t.device)
-        given = cond.tokens[..., : self.text_dim or None]
+        text, given = torch.zeros_like(cond.mask[:, :1], dtype=torch.long), cond.tokens[..., : self.text_dim or None]
         with held([self.net.text_embed.register_forward_hook(lambda module, args, out: given)]):
             return self.net(x_t, cond.prompt, text, t, mask=cond.mask)
 
@@ -168,25 +148,22 @@ class F5TTS(Backbone):
 
         def widen(module, args, kwargs):  # time and mask follow the batch
             (h, time), n = args, len(args[0]) // B
-            if "mask" in kwargs:
-                kwargs["mask"] = kwargs["mask"].repeat(n, 1)
-            return (h, time.repeat(n, 1)), kwargs
+            return (h, time.repeat(n, 1)), kwargs | {k: mask.repeat(n, 1) for k, mask in kwargs.items() if k == "mask"}
 
-        def join(module, args, out, update=0):
+        def join(update, module, args, out):
             return torch.cat([out, args[0][:B] + update])
 
+        added = [0] * len(blocks) if updates is None else updates
         handles = [m.register_forward_pre_hook(widen, with_kwargs=True) for m in self.inputs]
-        joins = [join] * len(blocks) if updates is None else [partial(join, update=u) for u in updates]
-        handles += [b.register_forward_hook(hook) for b, hook in zip(blocks, joins, strict=True)]
+        handles += [b.register_forward_hook(partial(join, u)) for b, u in zip(blocks, added, strict=True)]
         with held(handles):
             v = self.run(x_t, t, cond).unflatten(0, (len(blocks) + 1, B))
         return (v * cond.mask[..., None]).float()
 
 
 class F5Text(F5TTS):
-    """F5-TTS as it was published, for --init_from: it reads the letters of a clip's text (pinyin for Chinese) by
-    text layers of its own, trained on whole clips, with noise of spread 1 and mels without statistics. v1 Base is
-    n_layer=22, n_head=16, n_embd=1024, ff_mult=2."""
+    """F5-TTS as published, for --init_from: it reads the letters of a clip's text (pinyin for Chinese), whole clips,
+    noise of spread 1 and mels without statistics. v1 Base is n_layer=22, n_head=16, n_embd=1024, ff_mult=2."""
 
     name, text_layers = "f5tts_text", 4
 
@@ -199,8 +176,8 @@ class F5Text(F5TTS):
         super().__init__(config)
 
     def tokens_at_frames(self, batch: Batch) -> Tensor:
-        """Its text embedding, with zeros up to width D: a character a frame, then fillers, as it was trained. A clip at
-        a time, because its text layers' normalisation over time would count padding."""
+        """Its text embedding, with zeros up to width D: a character a frame, then fillers; a clip at a time, because
+        its text layers normalise over time."""
         rows = self.to_rows(self.spell(list(batch.texts)), self.rows).to(batch.mel.device)  # (B, N), -1 on padding
         e = batch.mel.new_zeros(*batch.mel.shape[:2], self.config.n_embd)
         for b, n in enumerate(batch.frames.tolist()):
@@ -209,9 +186,8 @@ class F5Text(F5TTS):
 
 
 class Voicebox(Backbone):
-    """voicebox_pytorch.VoiceBox, conditioned on token ids: its own table holds our codes, and its place in the network
-    is given their embedding, stretched to the mel's rate. Its layers run in order, but their residual sums are outside
-    its modules, so hooks cannot let a batch grow between them."""
+    """voicebox_pytorch.VoiceBox, conditioned on token ids: its own table holds our codes, and in its place the network
+    is given their stretched embedding. Its residual sums are outside its modules, so hooks cannot let a batch grow."""
 
     name, pip = "voicebox", "voicebox-pytorch"
     unused = ["voicebox_pytorch.trainer", "audiolm_pytorch", "spear_tts_pytorch", "naturalspeech2_pytorch"]
@@ -227,17 +203,15 @@ class Voicebox(Backbone):
         return box(**size, ff_mult=c.ff_mult, ff_dropout=c.dropout)
 
     def run(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        ids = torch.zeros(x_t.shape[:2], dtype=torch.long, device=x_t.device)
-        given = torch.zeros_like(cond.mask)  # nothing more of the prompt is hidden: it ends in zeros already
-        options = {"cond": cond.prompt, "cond_mask": given, "self_attn_mask": cond.mask, "cond_drop_prob": 0.0}
+        none = torch.zeros_like(cond.mask)  # nothing more of the prompt is hidden: it ends in zeros already
+        options = {"cond": cond.prompt, "cond_mask": none, "self_attn_mask": cond.mask, "cond_drop_prob": 0.0}
         with held([self.net.to_cond_emb.register_forward_hook(lambda module, args, out: cond.tokens)]):
-            return self.net(x_t, times=t, cond_token_ids=ids, **options)
+            return self.net(x_t, times=t, cond_token_ids=none.long(), **options)
 
 
 class Matcha(Backbone):
-    """matcha.models.components.decoder.Decoder: a U-net whose layers are its resnets and its transformer blocks, twelve
-    with two stages. Ours: a token table, and a linear map of its embedding to the M channels of `mu`. A hidden state at
-    half the frame rate is repeated."""
+    """matcha.models.components.decoder.Decoder, a U-net: its layers are resnets and transformer blocks. Ours: a token
+    table, and a linear map of its embedding to the M channels of `mu`. States at half the frame rate are repeated."""
 
     name, pip, chained = "matcha", "cosyvoice2-eu", False  # which brings matcha along
     decoder, stacked = "matcha.models.components.decoder:Decoder", 2  # how many mels are its input
@@ -256,13 +230,12 @@ class Matcha(Backbone):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """Resnets and transformer blocks in the order in which they run; of a resnet a gate closes the branch alone."""
+        """Resnets and transformer blocks in the order in which they run."""
         parts = (*self.net.down_blocks, *self.net.mid_blocks, *self.net.up_blocks)
         return nn.ModuleList(unit for part in parts for unit in (part[0], *part[1]))
 
-    @property
-    def layers(self) -> list[list[Gate]]:
-        return gates_of([u.block2] if hasattr(u, "res_conv") else u for u in self.blocks)
+    # of a resnet a gate closes the branch alone
+    layers = property(lambda self: gates_of([u.block2] if hasattr(u, "res_conv") else u for u in self.blocks))
 
     def run(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         T, room = x_t.shape[1], -x_t.shape[1] % 4  # the U-net halves the frames
@@ -288,18 +261,16 @@ class CosyVoice(Matcha):
     decoder, stacked = "cosyvoice.flow.decoder:ConditionalDecoder", 4
 
 
-NEEDS = {
-    "forward": "forward(x_t, t, cond): it returns the velocity (B, T, M) of x_t (B, T, M) at t (B,), cond (B, T, D)",
-    "layers": "layers(): it returns a residual block for each of L layers, or the list of its branches; or pass "
-    "--backbone_layers=PATH of its list of blocks",
-    "states": "states(): it returns the L + 1 modules whose first input is h_0 .. h_L, which branches do not show",
-}
+FORWARD = "forward(x_t, t, cond): it returns the velocity (B, T, M) of x_t (B, T, M) at t (B,), cond (B, T, D)"
+LAYERS = (
+    "layers(): it returns a residual block for each of L layers, or the list of branches; or pass --backbone_layers"
+)
+STATES = "states(): it returns the L + 1 modules whose first input is h_0 .. h_L, which branches do not show"
 
 
 class Yours(Backbone):
-    """A class by FILE.py:Class or package.module:Class, built as Class(n_mels=M, dim=D, depth=L) and called as
-    model(x_t, t, cond); `cond` is our token table's embedding plus a linear map of the prompt. x_t and cond are zero on
-    padding; a forward that names `mask` is given (B, T), True on valid frames. `path` stands for layers()."""
+    """A class of one's own, see examples/my_model.py; its `cond` is our token table's embedding plus a linear map of
+    the prompt. `path` stands for layers()."""
 
     def __init__(self, config: DiTConfig, name: str, kind: type[nn.Module], path: str = ""):
         self.name, self.kind, self.path = name, kind, path
@@ -308,7 +279,7 @@ class Yours(Backbone):
         self.prompt_in = nn.Linear(config.n_mels, config.n_embd, bias=False)
 
     def build(self) -> nn.Module:
-        self.need(NEEDS["forward"], self.kind.forward is not nn.Module.forward)
+        self.need(FORWARD, self.kind.forward is not nn.Module.forward)
         size = {"n_mels": self.config.n_mels, "dim": self.config.n_embd, "depth": self.config.n_layer}
         try:
             return self.kind(**size)
@@ -322,13 +293,13 @@ class Yours(Backbone):
     @property
     def layers(self) -> list[list[Gate]]:
         listed = dict(self.net.named_modules()).get(self.path)
-        self.need(self.path or NEEDS["layers"], listed is not None if self.path else hasattr(self.kind, "layers"))
+        self.need(self.path or LAYERS, listed is not None if self.path else hasattr(self.kind, "layers"))
         return gates_of(listed.children() if self.path else self.net.layers())
 
     @property
     def inputs(self) -> list[nn.Module]:
         first, stated = [layer[0] for layer in self.layers], hasattr(self.net, "states")
-        self.need(NEEDS["states"], stated or all(gate.closed == "input" for gate in first))
+        self.need(STATES, stated or all(gate.closed == "input" for gate in first))
         return self.net.states() if stated else [gate.module for gate in first]
 
     def run(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -336,7 +307,7 @@ class Yours(Backbone):
         more = {"mask": cond.mask} if "mask" in takes else {}
         v = self.net(x_t * valid, t, (cond.tokens + self.prompt_in(cond.prompt)) * valid, **more)
         if getattr(v, "shape", None) != x_t.shape:
-            raise ValueError(f"backbone={self.name} needs {NEEDS['forward']}, not {getattr(v, 'shape', type(v))}")
+            raise ValueError(f"backbone={self.name} needs {FORWARD}, not {getattr(v, 'shape', type(v))}")
         return v
 
     def readers(self, states: list[Tensor], T: int) -> list[RemovableHandle]:
@@ -349,19 +320,20 @@ class Yours(Backbone):
 BACKBONES = {"": DiT} | {b.name: b for b in (F5TTS, F5Text, Voicebox, CosyVoice, Matcha)}  # and any FILE.py:Class
 
 
-def package(name: str, module: str) -> types.ModuleType:
-    """A module of a backbone's package, imported with stand-ins, in which every name is an empty class, for what it
-    never calls (trainers, recognisers, codecs). Raises DataError with the pip line when the package is not there."""
+class StandIn(types.ModuleType):
+    """A module in which every name is an empty class."""
 
-    def anything(wanted: str) -> type:
+    def __getattr__(self, wanted: str) -> type:
         if wanted.startswith("__"):
             raise AttributeError(wanted)
         return type(wanted, (), {})
 
+
+def package(name: str, module: str) -> types.ModuleType:
+    """A module of a backbone's package, imported with stand-ins for what it never calls (trainers, recognisers,
+    codecs). Raises DataError with the pip line when the package is not there."""
     audio.torchaudio()
-    stand_ins = {other: types.ModuleType(other) for other in BACKBONES[name].unused if other not in sys.modules}
-    for stand_in in stand_ins.values():
-        stand_in.__getattr__ = anything
+    stand_ins = {other: StandIn(other) for other in BACKBONES[name].unused if other not in sys.modules}
     sys.modules.update(stand_ins)
     try:
         return importlib.import_module(module)
@@ -377,7 +349,7 @@ def find(name: str, layers: str = "") -> Callable[[DiTConfig], FlowModel]:
     """What builds the model called `name`: of BACKBONES, or FILE.py:Class or package.module:Class, with `layers`, where
     given, the path of its blocks. Raises ValueError where there is none."""
     where, _, wanted = name.rpartition(":")
-    if not where and name in BACKBONES and not layers:
+    if name in BACKBONES and not layers:
         return BACKBONES[name]
     if not where:
         known = f"empty for ours{', '.join(BACKBONES)}, or FILE.py:Class, which alone has backbone_layers"
@@ -410,13 +382,12 @@ def check(model: FlowModel) -> list[str]:
     for l in layers:
         try:
             v, closed = model.velocity(*given, [float(k != l) for k in layers], hidden=True)
+            if torch.equal(v, whole):
+                raise ValueError("the velocity stays as it is")
+            if getattr(model, "chained", True) and not torch.equal(closed[l], closed[l + 1]):
+                raise ValueError("what comes after it is not what entered it (is it a branch?)")
         except (TypeError, ValueError) as error:
             wrong.append(f"layer {l + 1} does not close: {error}")
-            continue
-        if torch.equal(v, whole):
-            wrong.append(f"layer {l + 1} does not close: the velocity stays as it is")
-        elif getattr(model, "chained", True) and not torch.equal(closed[l], closed[l + 1]):
-            wrong.append(f"layer {l + 1} does not close: what comes after it is not what entered it (is it a branch?)")
     if not torch.equal(model.velocity(*given), whole):
         wrong.append("with all layers open hooks change the velocity, or it is random in eval mode")
     if not wrong and not torch.allclose(model.ablated(*given), FlowModel.ablated(model, *given), 1e-3, 1e-4):
@@ -424,10 +395,23 @@ def check(model: FlowModel) -> list[str]:
     return wrong
 
 
+def check_weights(build: Callable[[], nn.Module], layers: int, weights: dict[str, Tensor], used) -> None:
+    """Raises CheckpointError, which names the first, when the weights of `used` have not the names and shapes of what
+    `build` makes, of at least `layers` tensors. It is called without memory, so that any size is refused at once."""
+    if layers > len(weights):
+        raise common.CheckpointError(f"{used} does not fit its settings: {len(weights)} tensors for {layers} layers")
+    with torch.device("meta"):
+        wanted = build().state_dict()
+    for name in wanted | weights:
+        there, needed = (tuple(side[name].shape) if name in side else "not there" for side in (weights, wanted))
+        if there != needed:
+            raise common.CheckpointError(f"{used} does not fit its settings: {name} is {there}, expected {needed}")
+
+
 def init_from(model: FlowModel, path: str, others_stay: bool = False) -> str:
-    """Starts `model` from a file of weights, ours (the averaged ones) or as a project publishes them, where names may
-    have a prefix and may be those of `net`; says with how much. Raises ValueError that lists other names and shapes,
-    which `others_stay` leaves as they are; CheckpointError for a file that is damaged or not there."""
+    """Starts `model` from a file of weights, ours (the averaged ones) or as a project publishes them, with any prefix;
+    says with how much. Raises ValueError that lists other names and shapes, which `others_stay` leaves as they are;
+    CheckpointError for a file that is damaged or not there."""
     try:
         state = safetensors.torch.load_file(path) if path.endswith(".safetensors") else common.load(path)[0]
     except (OSError, safetensors.SafetensorError) as error:
@@ -446,20 +430,18 @@ def init_from(model: FlowModel, path: str, others_stay: bool = False) -> str:
     other = {k: f"{k} {there}, here {here}" for k, (there, here) in shapes.items() if there != here}
     told = f"init_from={path}: {len(given.keys() - other.keys())} of the model's {len(own)} tensors"
     if other:
-        more = f" and {len(other) - 20} more" if len(other) > 20 else ""
-        told += f"; not {'; '.join(list(other.values())[:20])}{more}"
-        if not others_stay:
-            raise ValueError(f"{told}; --init_partial leaves these as they are")
+        told += f"; not {'; '.join(list(other.values())[:20])}" + f" and {len(other) - 20} more" * (len(other) > 20)
+    if other and not others_stay:
+        raise ValueError(f"{told}; --init_partial leaves these as they are")
     model.load_state_dict({k: x for k, x in given.items() if k not in other}, strict=False)
     return told
 
 
 def load_model(state: dict, ema: bool = True, device: str = "cpu") -> FlowModel:
-    """The model of a checkpoint's state, in eval mode; the averaged weights unless ema=False. Raises CheckpointError
-    when its weights and sizes do not fit."""
-    config, sizes, weights = state["config"], DiTConfig(**state["model_config"]), state["ema" if ema else "model"]
-    make = partial(build, config["backbone"], sizes, config.get("backbone_layers", ""))
-    common.check_weights(make, sizes.n_layer, weights, f"the checkpoint of step {state.get('step')}")
+    """The model of a checkpoint's state, in eval mode; averaged weights unless ema=False. CheckpointError: no fit."""
+    config, size, weights = state["config"], DiTConfig(**state["model_config"]), state["ema" if ema else "model"]
+    make = partial(build, config["backbone"], size, config.get("backbone_layers", ""))
+    check_weights(make, size.n_layer, weights, f"the checkpoint of step {state.get('step')}")
     loaded = make()
     loaded.load_state_dict(weights)
     return loaded.to(device).eval()

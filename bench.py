@@ -4,9 +4,14 @@
     python bench.py config/demo.py --only=step        # only the rows whose name contains this
     bash runs/gpu.sh                                  # on a GPU, at the paper's size, with what bounds a step
 
-Model, batch and sampler are of the config's size, on random clips: no data are read. What cannot be measured (F5-TTS is
-not installed, memory is short) gets a line that says so. B clips, T mel frames, L layers.
+Sizes are the config's, clips random. What cannot be measured (F5-TTS is not installed, memory is short) gets a line
+that says so. B clips, T mel frames, L layers.
 """
+
+from configurator import Count, configure, quiet_interrupt
+
+if __name__ == "__main__":
+    quiet_interrupt()
 
 import gc
 import itertools
@@ -23,7 +28,6 @@ import common
 import train
 from audio import FRAME_RATE, N_MELS
 from backbones import package
-from configurator import Count, configure
 from data import Batch, token_count
 from model import flops_per_frame, make_xt, sample
 from train import Config
@@ -43,7 +47,7 @@ class BenchArgs(Config):
 # dense bfloat16 peak in FLOP/s, by a part of the GPU's name (the makers' data sheets)
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
 PEAK |= {"L40S": 362e12, "L40": 181e12, "4090": 165e12}
-COMPARED = {  # a setting of the training step: what, without, with
+COMPARED = {  # a setting of the training step: what, without, with it
     "compile": ("compiled / not", False, True),
     "optimizer": ("Muon for the blocks' matrices / AdamW", "adamw", "muon"),
     "checkpoint_activations": ("checkpoint_activations / not", False, True),
@@ -57,7 +61,8 @@ class Bench:
     """What the rows share: the device, and batches, runs and steps of the config's size."""
 
     def __init__(self, args: BenchArgs):
-        self.args, self.device = args, common.pick_device(args.device)
+        self.args = replace(args, compile=bool(args.compile), align_layers=(), code_init=False)  # what rows change
+        self.device = common.pick_device(args.device)
         cpu = f"{torch.get_num_threads()} cores of {torch.cpu.get_capabilities().get('cpu_name', 'a CPU')}"
         self.device_name = torch.cuda.get_device_name() if self.device.startswith("cuda") else cpu
         self.machine = common.Machine(0, 1, self.device, args.dtype)
@@ -76,7 +81,7 @@ class Bench:
 
     def run(self, **changes) -> train.Run:
         """A run at step 0; with align_layers it is at the start of phase II."""
-        config = replace(self.args, **{"align_layers": (), "code_init": False} | changes)
+        config = replace(self.args, **changes)
         run = train.new_run(config, {"teachers": self.teachers, "mel_mean": -5.9, "mel_std": 2.3}, self.machine)
         train.trade(run.objective.model, config)
         if config.align_layers:
@@ -109,16 +114,6 @@ class Bench:
         """Time of `other` over time of `one`."""
         return self.seconds(other) / self.seconds(one)
 
-    def kept_per_frame(self, run: train.Run) -> float:
-        """KiB that autograd keeps for 4 clips more, so that what it keeps once, the weights, does not count."""
-        kept = {}
-        for B in (4, 8):
-            saved: list[torch.Tensor] = []
-            with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x), self.machine.precision():
-                run.objective(self.batch(B, self.T))  # without a backward, so that nothing is unpacked
-            kept[B] = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}.values())
-        return (kept[8] - kept[4]) / (4 * self.T) / 1024
-
     def peak(self, run: train.Run) -> float:
         """GiB of a GPU at the fullest moment of a step."""
         torch.cuda.reset_peak_memory_stats()
@@ -135,11 +130,8 @@ def step_row(b: Bench) -> Iterator[Measure]:
     yield "model FLOPs of that", lambda: flops / b.seconds(work) / 1e12, "TFLOP/s"
     peak = next((p for name, p in PEAK.items() if name in b.device_name), None)
     if peak and common.takes_bfloat16(b.device, b.args.dtype):
-        yield (
-            f"MFU at {b.T} frames a clip (bfloat16 peak of the data sheet)",
-            lambda: 100 * flops / b.seconds(work) / peak,
-            "%",
-        )
+        what = f"MFU at {b.T} frames a clip (bfloat16 peak of the data sheet)"
+        yield what, lambda: 100 * flops / b.seconds(work) / peak, "%"
 
 
 def against(b: Bench, key: str) -> Iterator[Measure]:
@@ -150,10 +142,20 @@ def against(b: Bench, key: str) -> Iterator[Measure]:
 
 
 def memory_row(b: Bench) -> Iterator[Measure]:
-    """Activations kept for backward, per frame; on a GPU also the peak of a step."""
+    """Activations kept for backward, per frame: by 4 clips more, which weights do not grow with. A GPU's peak."""
+
+    def kept(run: train.Run) -> float:
+        totals = []
+        for B in (4, 8):
+            saved: list[torch.Tensor] = []
+            with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x), b.machine.precision():
+                run.objective(b.batch(B, b.T))  # without a backward, so that nothing is unpacked
+            totals.append(sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in saved)}.values()))
+        return (totals[1] - totals[0]) / (4 * b.T) / 1024
+
     for again, note in ((False, ""), (True, ", checkpoint_activations")):
         run = b.run(checkpoint_activations=again)
-        yield f"kept for backward, per frame{note}", partial(b.kept_per_frame, run), "KiB"
+        yield f"kept for backward, per frame{note}", partial(kept, run), "KiB"
         if b.device.startswith("cuda"):
             yield f"peak of a step of {b.B * b.T} frames{note}", partial(b.peak, run), "GiB"
 
@@ -183,7 +185,7 @@ def peer_row(b: Bench) -> Iterator[Measure]:
     size |= {"ff_mult": a.ff_mult, "dropout": a.dropout, "text_dim": a.n_embd}
     size |= {"text_num_embeds": max(a.speech_codes, a.audio_codes)}
     f5 = package("f5tts", "f5_tts.model.backbones.dit").DiT(**size).to(b.device).train()
-    optimizer = torch.optim.AdamW(f5.parameters(), 1e-4, fused=True)
+    optimizer = common.make_optimizer(f5, a)
     mask = torch.ones(batch.mel.shape[:2], dtype=torch.bool, device=b.device)
 
     def theirs(dtype: str) -> None:
@@ -192,9 +194,7 @@ def peer_row(b: Bench) -> Iterator[Measure]:
         with common.precision(b.device, dtype):
             v = f5(x_t, torch.zeros_like(x_t), batch.tokens[..., 0], t, mask=mask)
         (v.float() - target).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(f5.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        common.clip_and_step(f5, optimizer, 0, a)
 
     for dtype, fused in itertools.product(("bfloat16", "float32"), (False, True)):
         ours = partial(b.step, b.run(optimizer="adamw", compile=fused, dtype=dtype), batch)
@@ -215,9 +215,11 @@ def main(args: BenchArgs) -> None:
     """Prints each measurement as it is made and writes the table to args.out, whole after each row."""
     b, lines = Bench(args), [("what", "number", "unit")]
 
-    def skip(what: str, error: Exception) -> None:
-        lines.append((what, f"not measured: {(str(error) or type(error).__name__).splitlines()[0]}", ""))
-        print(f"{what}: {lines[-1][1]}", flush=True)
+    def note(what: str, number: str | Exception, unit: str = "") -> None:
+        if isinstance(number, Exception):
+            number = f"not measured: {(str(number) or type(number).__name__).splitlines()[0]}"
+        lines.append((what, number, unit))
+        print(f"{what}: {number} {unit}".rstrip(), flush=True)
 
     size = f"{args.n_layer} layers x {args.n_embd}, {args.dtype} precision{', compiled' if args.compile else ''}"
     head = f"{b.device_name}, torch {torch.__version__}; {size}; median of {args.runs} runs [lowest, highest]"
@@ -229,14 +231,11 @@ def main(args: BenchArgs) -> None:
                 try:
                     measure()  # once unmeasured: allocations, caches, compilation
                     values = [measure() for _ in range(args.runs)]
+                    note(what, f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]", unit)
                 except (RuntimeError, MemoryError) as error:  # short of memory, or this machine has no such kernel
-                    skip(what, error)
-                    continue
-                number = f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
-                lines.append((what, number, unit))
-                print(f"{what}: {number} {unit}", flush=True)
+                    note(what, error)
         except (RuntimeError, ValueError, MemoryError) as error:
-            skip(name, error)
+            note(name, error)
         gc.collect()  # a row's models, which cycles hold
         with common.whole_file(args.out) as file:
             file.write(f"{head}\n\n{common.table(lines, markdown=True)}\n")

@@ -27,6 +27,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -117,8 +118,9 @@ def is_absent(name: str) -> bool:
 
 
 def pick_device(device: str) -> str:
-    """ "auto" is cuda where there is one, else the CPU; anything else is itself."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    """ "auto" is cuda or mps where there is one, else the CPU; anything else is itself."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return next(name for name, here in there.items() if here) if device == "auto" else device
 
 
 def takes_bfloat16(device: str, dtype: str) -> bool:
@@ -145,8 +147,7 @@ class Machine:
     dtype: str  # auto | float32 | bfloat16
 
     @property
-    def lead(self) -> bool:
-        """Whether this process prints and writes."""
+    def lead(self) -> bool:  # who prints and writes
         return self.rank == 0
 
     def precision(self) -> torch.autocast:
@@ -158,9 +159,9 @@ def join_group(config) -> Machine:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
     if device == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        torch.cuda.set_device(local)
-        device = f"cuda:{local}"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # lengths differ: less is lost
+        torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
         kind = "nccl" if device.startswith("cuda") else "gloo"
@@ -169,8 +170,7 @@ def join_group(config) -> Machine:
 
 
 def leave_group(machine: Machine) -> None:
-    """Leaves the process group. What still holds it (DDP wrappers, in cycles) is collected first, because a thread of
-    the group that outlives the interpreter aborts the process."""
+    """Leaves the process group, when all that holds it is collected: its thread must not outlive the interpreter."""
     if machine.world > 1:
         gc.collect()
         dist.destroy_process_group()
@@ -205,17 +205,15 @@ def whole_file(path: str | Path, mode: str = "w", keep: Path | None = None) -> I
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(part, path)
+    except Exception as error:  # torch.save raises another in place of what stopped it
+        if isinstance(reason := error.__context__ or error, OSError):
+            raise OSError(f"{path} cannot be written: {reason}") from error
+        raise
     finally:
         part.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the renames themselves
     os.close(folder)
-
-
-def remove_leftovers(folder: str | Path) -> None:
-    """Removes the temporary files that a killed whole_file has left behind."""
-    for part in Path(folder).glob(f".*.{PART}"):
-        part.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -225,8 +223,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """The rows of a CSV file, none when it is not there. Of one whose first column is step, which is ours and which a
-    crash may have torn, what is no whole row of another step is left out, with a warning."""
+    """The rows of a CSV file, none when it is not there; of a log, by step, without what a crash has torn."""
     if not path.exists():
         return []
     head, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) or [""]
@@ -279,17 +276,20 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def alone_in(out_dir: str | Path) -> Iterator[None]:
-    """Keeps others from training in `out_dir` until this process, or this rank, is done or dead. Raises DataError that
-    names who is at it, OSError where nothing can be written."""
+    """Keeps others from training in `out_dir` until this process, or this rank, is done or dead, and sweeps what a
+    killed whole_file has left. Raises DataError that names who is at it, OSError where nothing can be written."""
     lock = Path(out_dir) / f".rank{os.environ.get('RANK', 0)}.lock"
     with locked(lock, wait=False) as ours:
         if not ours:
             raise DataError(f"{out_dir} is in use by {lock.read_text()}; end it first, or pass another --out_dir")
+        for part in lock.parent.glob(f".*.{PART}") if lock.name == ".rank0.lock" else ():
+            part.unlink()
         yield
 
 
 def changed_settings(now: dict, before: dict, config: Any = None) -> str:
-    """The settings of `now` that differ in `before`, in words; what an older one lacks has the default of `config`."""
+    """The settings of `now` that differ in `before`, in words; by `config` an older one's names and defaults."""
+    before = {getattr(config, "renamed", {}).get(k, k): v for k, v in before.items()}
     before = (asdict(type(config)()) if config else {}) | before
     return "; ".join(f"{k}: {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v)
 
@@ -303,6 +303,28 @@ def save(path: str | Path, state: dict[str, Any], keep_previous: bool = True) ->
     """Writes `state`; the file that was there becomes NAME.prev.pt. Whatever fails, one good file remains."""
     with whole_file(path, "wb", previous(path) if keep_previous else None) as file:
         torch.save(state, file)
+
+
+class Writer:
+    """Saves by a thread, from copies on the CPU, one file at a time, while training goes on: `pending` is the last."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(1)
+        self.pending = self.pool.submit(dict)
+
+    def save(self, path: Path, state: dict[str, Any]) -> None:
+        """As save(); an error is raised by the next call, or by pending.result(), which waits."""
+        self.pending.result()
+        self.pending = self.pool.submit(save, path, on_cpu(state))
+
+
+def on_cpu(x: Any) -> Any:
+    """A copy, on the CPU, of a tensor or of all in dicts, lists and tuples."""
+    if isinstance(x, dict):
+        return {k: on_cpu(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return type(x)(map(on_cpu, x))
+    return x.detach().to("cpu", copy=True) if isinstance(x, torch.Tensor) else x
 
 
 def exists(path: str | Path) -> bool:
@@ -322,12 +344,11 @@ def read_checked(path: Path) -> dict[str, Any]:
 
 def load(path: str | Path, set_aside: bool = False, needs: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
     """The state and the file it came from: `path`, or the previous one with a warning when `path` is damaged, which
-    `set_aside`, for those who will save there again, renames to NAME.damaged.pt, so that it cannot take the previous
-    good one's place. Raises CheckpointError when neither holds a checkpoint, when one has not all that `needs` names,
-    and when the machine cannot read it, which both are no reason to go back to an older one."""
+    `set_aside`, for those who will save there again, renames to NAME.damaged.pt. Raises CheckpointError when neither
+    is sound, and, instead of going back, when one lacks what `needs` names or the machine cannot read it."""
     path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; pass the file in it: {path / 'ckpt.pt'}")
+    if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+        raise CheckpointError(f"{path} is no file; of a run's folder pass the file in it: {path / 'ckpt.pt'}")
     problems = []
     for file in (path, previous(path)):
         try:
@@ -336,7 +357,8 @@ def load(path: str | Path, set_aside: bool = False, needs: Sequence[str] = ()) -
             problems.append(f"{file}: no such file")
         except Exception as error:  # a damaged zip or pickle raises many types
             reason = " ".join(str(error).split())[:120] or type(error).__name__
-            if machine_failed(error):
+            machine = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # as of damaged zips
+            if machine or isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's RuntimeError
                 raise CheckpointError(f"{file} cannot be read here ({reason}); mend that and try again") from error
             problems.append(f"{file}: damaged or not one of ours ({reason})")
         else:
@@ -350,27 +372,6 @@ def load(path: str | Path, set_aside: bool = False, needs: Sequence[str] = ()) -
             return state, file
     todo = "pass another file, or delete what is damaged to start anew"
     raise CheckpointError(f"{'; '.join(problems)}; {todo}")
-
-
-def machine_failed(error: Exception) -> bool:
-    """Whether reading failed for want of permission, memory or a sound disk, whatever the file holds. A damaged zip can
-    ask for an invalid position in the file, which is the one OSError that says something of its content."""
-    if isinstance(error, OSError):
-        return error.errno not in (None, errno.EINVAL)
-    return isinstance(error, MemoryError) or "allocate memory" in str(error)  # torch raises RuntimeError for it
-
-
-def check_weights(build: Callable[[], nn.Module], layers: int, weights: dict[str, torch.Tensor], used: Any) -> None:
-    """Raises CheckpointError, which names the first, when the weights of `used` have not the names and shapes of what
-    `build` makes, of at least `layers` tensors. It is called without memory, so that any size is refused at once."""
-    if layers > len(weights):
-        raise CheckpointError(f"{used} does not fit its settings: {len(weights)} tensors for {layers} layers")
-    with torch.device("meta"):
-        wanted = build().state_dict()
-    for name in wanted | weights:
-        there, needed = (tuple(side[name].shape) if name in side else "not there" for side in (weights, wanted))
-        if there != needed:
-            raise CheckpointError(f"{used} does not fit its settings: {name} is {there}, expected {needed}")
 
 
 def same_run(config, fingerprint: str, state: dict, may_differ: Sequence[str], used: Path, world: int, todo="") -> None:
@@ -391,8 +392,7 @@ def same_run(config, fingerprint: str, state: dict, may_differ: Sequence[str], u
 
 
 def export(path: str | Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
-    """Writes NAME.safetensors: the tensors, and in its header `about` as JSON and a checksum. What people share: a
-    fraction of a checkpoint's size, read by load() like one, and by anything that reads safetensors."""
+    """Writes NAME.safetensors, what people share: tensors, and in the header `about` as JSON and a checksum."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     header = {"about": json.dumps(about), "sha256": digest(tensors)}
     with whole_file(path, "wb") as file:
@@ -429,12 +429,10 @@ class MuonAdamW:
         return [group for part in self.parts.values() for group in part.param_groups]
 
     def step(self) -> None:
-        for part in self.parts.values():
-            part.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts.values():
-            part.zero_grad(set_to_none)
+        self.parts["adamw"].found_inf = self.found_inf
+        self.parts["adamw"].step()
+        if not self.found_inf:  # torch's Muon reads none
+            self.parts["muon"].step()
 
     def state_dict(self) -> dict:
         return {name: part.state_dict() for name, part in self.parts.items()}
@@ -461,31 +459,36 @@ def make_optimizer(module: nn.Module, config, matrices: Sequence[nn.Parameter] =
 def decay_groups(params: Iterable[nn.Parameter], config) -> list[dict]:
     """Weight decay on matrices, none on biases."""
     params = list(params)
-    return [
-        {"params": [p for p in params if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    matrices, others = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
+    return [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def plateau(config) -> tuple[int, int]:
+    """The first step at the peak of the learning rate, and the one at which the way down begins."""
+    up = max(1, int(config.lr_warmup * config.max_steps))
+    return up, max(up, round((1 - getattr(config, "lr_decay", 1)) * config.max_steps))
 
 
 def learning_rate(step: int, config) -> float:
-    """One cycle: linear up over lr_warmup * max_steps, then cosine down to a hundredth of the peak."""
-    up = max(1, int(config.lr_warmup * config.max_steps))
+    """Linear up over lr_warmup's share of max_steps, the peak, and by cosine to a hundredth of it over lr_decay's."""
+    up, down = plateau(config)
     if step < up:
         return config.learning_rate * (step + 1) / up
-    share = (step - up) / max(1, config.max_steps - up)
+    share = max(0, step - down) / max(1, config.max_steps - down)
     return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def clip_and_step(module: nn.Module, optimizer: Optimizer, step: int, config) -> dict[str, float]:
-    """Clips the gradients, sets the learning rate of `step` and moves the weights, unless a gradient is not finite."""
-    norm = float(nn.utils.clip_grad_norm_(module.parameters(), config.grad_clip))
+def clip_and_step(module: nn.Module, optimizer: Optimizer, step: int, config) -> dict[str, Any]:
+    """Clips the gradients, sets the learning rate of `step` and moves the weights, unless a gradient is not finite;
+    nothing waits for a GPU: the norm is a tensor, and fused AdamW reads `found_inf` there."""
+    norm = nn.utils.clip_grad_norm_(module.parameters(), config.grad_clip)
     rate = learning_rate(step, config)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"grad_norm": norm, "lr": rate}
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()
+    module.zero_grad(set_to_none=True)
+    return {"grad_norm": norm.detach(), "lr": rate}
 
 
 class Finite:
@@ -493,10 +496,15 @@ class Finite:
     what there is, the last good state, and raises FloatingPointError. Every rank sees the same norm and acts alike."""
 
     def __init__(self, save: Callable[[], None]):
-        self.save, self.bad = save, 0
+        self.save, self.bad, self.last = save, 0, None
 
-    def check(self, step: int, norm: float, ids: list[int]) -> None:
-        self.bad = 0 if math.isfinite(norm) else self.bad + 1
+    def check(self, *now) -> None:
+        """Looks at the step before (step, norm, ids), whose norm is there by now; without arguments at the last one."""
+        last, self.last = self.last, now
+        if not last:
+            return
+        step, norm, ids = last
+        self.bad = 0 if norm.isfinite() else self.bad + 1
         if self.bad:
             print(f"step {step}: non-finite gradient, nothing updated; clips {ids}", file=sys.stderr)
         if self.bad == MAX_BAD_STEPS:
@@ -523,8 +531,7 @@ class StopRequest:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
-    def close(self) -> None:
-        """After the last step signals do again what they did before the first."""
+    def close(self) -> None:  # signals do again what they did before
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -542,19 +549,12 @@ class Log:
         self.file.flush()
 
 
-def time_left(seconds: float, step: int, last: int) -> str:
-    """Minutes and seconds to the last step at the mean pace so far."""
-    left = int(seconds / max(1, step) * (last - step))
-    return f"{left // 60}:{left % 60:02d}"
-
-
 def table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
-    """Rows of cells as aligned lines, the first row the heading; the first column to the left, the others to the right,
-    in Markdown all to the left. A short row ends early."""
+    """Rows of cells as aligned lines, numbers to the right, or as Markdown; the first row is the heading."""
     widths = [max(len(row[k]) for row in rows if k < len(row)) for k in range(max(map(len, rows)))]
+    sides = [str.ljust, *[str.ljust if markdown else str.rjust] * (len(widths) - 1)]
+    lines = [[side(c, w) for side, c, w in zip(sides, row, widths, strict=False)] for row in rows]
     if markdown:
-        lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
-        return "\n".join([lines[0], "| " + " | ".join("-" * w for w in widths) + " |", *lines[1:]])
-    sides = [str.ljust, *[str.rjust] * (len(widths) - 1)]
-    lines = ([side(c, w) for side, c, w in zip(sides, row, widths, strict=False)] for row in rows)
+        lines.insert(1, ["-" * w for w in widths])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -7,6 +7,7 @@ fit is one line on stderr that names the key, the value, where it came from and 
 field's type says its range (Count, Share, ...); `renamed` in a dataclass is {an older key: its name now}.
 """
 
+import contextlib
 import difflib
 import inspect
 import re
@@ -38,8 +39,8 @@ def configure(cls: type[T], doc: str, argv: Sequence[str] | None = None) -> T:
     """The settings of a script: `cls` is its dataclass, `doc` its docstring, shown by --help. Words without dashes are
     config files, `--key=value` and `--key value` override them, the last one wins; a tuple or list takes several words
     or commas. Exits with code 2 and one line on stderr when anything does not fit."""
-    if argv is None and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # silent while a script imports; then common.command sets it
+    if argv is None:
+        quiet_interrupt()
     argv = list(sys.argv[1:] if argv is None else argv)
     if {"--help", "-h"} & set(argv):
         print(help_text(cls, doc))
@@ -51,6 +52,12 @@ def configure(cls: type[T], doc: str, argv: Sequence[str] | None = None) -> T:
         sys.exit(2)
 
 
+def quiet_interrupt() -> None:
+    """Has Ctrl-C end a script without a word while it imports; common.command sets it again."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def script_name() -> str:
     """What the user called: train.py, or prepare for `python -m prepare`."""
     script = Path(sys.argv[0])
@@ -58,24 +65,23 @@ def script_name() -> str:
 
 
 def _parse(cls: type, argv: list[str]) -> dict[str, Any]:
-    values, i = {}, 0
-    while i < len(argv):
-        word, i = argv[i], i + 1
+    values: dict[str, Any] = {}
+    while argv:
+        word = argv.pop(0)
         if not word.startswith("--"):
             values |= {key: _check(cls, key, value, word) for key, value in _read_file(word).items()}
             continue
         key, equals, text = word[2:].partition("=")
-        hint, words = _hint(cls, key, word), [text]
-        if not equals:
-            stop = next((j for j in range(i, len(argv)) if argv[j].startswith("--")), len(argv))
-            words = argv[i : stop if _parts(hint)[0] in (tuple, list) else min(i + 1, stop)]
-            if hint is bool and (not words or words[0].lower() not in BOOLS):
-                words = ["true"]  # a bare --flag
-            elif not words:
-                raise ConfigError(f"{word} needs a value ({_name(hint)})")
-            else:
-                i += len(words)
-        values[key] = _check(cls, key, _from_text(hint, ",".join(words)), f"--{key}={' '.join(words)}")
+        hint, words = _hint(cls, key, word), [text] if equals else []
+        kind, args, _ = _parts(hint)
+        if bool in (kind, *args) and not equals and not (argv and argv[0].lower() in {"none", *BOOLS}):
+            words = ["true"]  # a bare --flag
+        most = sys.maxsize if kind in (tuple, list) and not equals else 1
+        while len(words) < most and argv and not argv[0].startswith("--"):
+            words.append(argv.pop(0))
+        if not words:
+            raise ConfigError(f"{word} needs a value ({_name(hint)})")
+        values[key] = _check(cls, key, ",".join(words), f"--{key}={' '.join(words)}", typed=True)
     return values
 
 
@@ -111,38 +117,31 @@ def _parts(hint: Any) -> tuple[Any, tuple, tuple]:
     return typing.Union if kind is types.UnionType else kind, typing.get_args(hint), bounds
 
 
-def _from_text(hint: Any, text: str) -> Any:
-    """A command line's text as the declared type; what does not convert is left for _check to refuse."""
-    kind, args, _ = _parts(hint)
-    if kind is typing.Union:
-        return None if text.lower() == "none" else _from_text(args[0], text)
-    if kind in (tuple, list):
-        return kind(_from_text(args[0], word.strip()) for word in text.split(",") if word.strip())
-    if kind not in (int, float):
-        return BOOLS.get(text.lower(), text) if kind is bool else text
-    try:
-        number = int(text) if re.fullmatch(r"[+-]?\d[\d_]*", text) else float(text)
-    except ValueError:
-        return text
-    return int(number) if kind is int and isinstance(number, float) and number.is_integer() else number
-
-
-def _check(cls: type, key: str, value: Any, where: str) -> Any:
+def _check(cls: type, key: str, value: Any, where: str, typed: bool = False) -> Any:
     """The value as the field's type. Raises ConfigError for an unknown key, a wrong type or a value out of range."""
     hint = _hint(cls, key, where)
     try:
-        return _fit(hint, value)
+        return _fit(hint, value, typed)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key} = {value!r} (from {where}): expected {str(error) or _name(hint)}") from None
 
 
-def _fit(hint: Any, value: Any) -> Any:
-    """The value as the declared type. Raises TypeError for another type, ValueError, with the range, outside of it."""
+def _fit(hint: Any, value: Any, typed: bool) -> Any:
+    """The value, a text where it was `typed` as a word of the command line, as the declared type. Raises TypeError for
+    another type, ValueError, with the range, outside of it."""
     kind, args, (low, high) = _parts(hint)
     if kind is typing.Union:
-        return None if value is None else _fit(args[0], value)
+        return None if value is None or (typed and value.lower() == "none") else _fit(args[0], value, typed)
+    if typed and kind in (tuple, list):
+        value = [word.strip() for word in value.split(",") if word.strip()]
+    elif typed and kind is bool:
+        value = BOOLS.get(value.lower(), value)
+    elif typed and kind in (int, float):
+        with contextlib.suppress(ValueError):  # what is no number is refused below
+            number = int(value) if re.fullmatch(r"[+-]?\d[\d_]*", value) else float(value)
+            value = int(number) if kind is int and number % 1 == 0 else number
     if kind in (tuple, list) and isinstance(value, (tuple, list)):
-        return kind([_fit(args[0], v) for v in value])
+        return kind([_fit(args[0], v, typed) for v in value])
     if kind is float:  # the comparison also refuses nan, infinities and integers too large for a float
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     else:
@@ -195,6 +194,7 @@ def to_words(config: Any) -> list[str]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """The dataclass from a dict (a checkpoint's or config.json's), lists turned back into tuples; what it lacks has its
-    default. Raises ConfigError for a field that is unknown, of the wrong type or out of range (`where`: the source)."""
+    """The dataclass from a dict (a checkpoint's or config.json's; `where`: its source), lists turned back into tuples;
+    what it lacks has its default, an older key its name now. Raises ConfigError for what _check refuses."""
+    values = {getattr(cls, "renamed", {}).get(k, k): v for k, v in values.items()}
     return cls(**{k: _check(cls, k, v, where) for k, v in values.items()})

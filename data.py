@@ -44,9 +44,9 @@ STORED = ("crop", "frames")  # values of align_target that need stored features
 FEATURES = "features_{}_{:g}.npy"  # of a domain, at a rate
 # what a prepared folder depends on: a run with other values of these must not use it
 PREPARED_WITH = (
-    "min_seconds max_seconds held_out data_seed reference_clips whisper audio_teacher speech_tokenizer s3 "
-    "audio_tokenizer beats_tokenizer speech_codes audio_codes beats_tokens tokenizer_clips tokenizer_steps "
-    "tokenizer_batch tokenizer_lr tokenizer_width mel_floor"
+    "min_seconds max_seconds held_out data_seed reference_clips speech_teacher audio_teacher speech_tokenizer "
+    "speech_tokenizer_from s3 audio_tokenizer beats_tokenizer speech_codes audio_codes beats_tokens tokenizer_clips "
+    "tokenizer_steps tokenizer_batch tokenizer_lr tokenizer_width mel_floor"
 ).split()
 
 
@@ -64,7 +64,7 @@ class Batch:
     ids: torch.Tensor  # (B,) rows of the split's index
     target: dict[str, torch.Tensor] = field(default_factory=dict)  # as teacher or (B, N, E), to align; empty: teacher
     target_len: torch.Tensor | None = None  # (B,) valid rows of a target (B, N, E)
-    texts: tuple[str, ...] = ()  # (B,) what is said or heard, for models that read it; empty: unknown
+    texts: tuple[str, ...] = ()  # (B,) what is said or heard in a whole clip; empty: unknown
     padded: bool | None = None  # whether a clip is shorter than T; found here, on the host, so that no step asks a GPU
 
     def __post_init__(self):
@@ -88,26 +88,16 @@ def settings_of(config) -> dict[str, dict]:
     return {"prepared_with": {k: getattr(config, k) for k in PREPARED_WITH}, "corpus": corpus}
 
 
-def is_prepared(data_dir: str | Path) -> bool:
-    """Whether the folder is finished: meta.json is written last."""
-    return (Path(data_dir) / "meta.json").exists()
-
-
-def has_styles(data_dir: str | Path) -> bool:
-    """Whether every shard of the folder has its style vectors: styles.json is written last."""
-    return (Path(data_dir) / "styles.json").exists()
-
-
-def has_features(data_dir: str | Path, rate: float) -> bool:
-    """Whether every training shard has its teacher features at `rate` per second: features_{rate}.json comes last."""
-    return (Path(data_dir) / f"features_{rate:g}.json").exists()
+def is_prepared(data_dir: str | Path, part: str = "meta") -> bool:
+    """Whether the folder is finished or has a part, styles or features_{rate}, in every shard: its .json comes last."""
+    return (Path(data_dir) / f"{part}.json").exists()
 
 
 def check_prepared(config) -> dict:
     """The meta of config.data_dir. Raises DataError for a folder of other settings or another corpus than is named."""
     meta, wanted = read_meta(config.data_dir), settings_of(config)
-    corpus = meta.get("corpus", {})
-    named = {k: path for k, path in wanted["corpus"].items() if path and k in corpus}
+    corpus, asked = meta.get("corpus", {}), wanted["corpus"]
+    named = {k: path for k, path in asked.items() if k in corpus and any(asked.values())}  # not one domain for two
     if changed := changed_settings(wanted["prepared_with"] | named, meta["prepared_with"] | corpus, config):
         todo = "leave them out to use it as it is, or pass --data_dir=ANOTHER_FOLDER to prepare beside it"
         raise DataError(f"{config.data_dir} was prepared with other settings ({changed}); {todo}")
@@ -140,8 +130,7 @@ def fingerprint(meta: dict) -> str:
 
 
 def open_array(path: Path, kind: type | str | None = None, shape: tuple[int, ...] = ()) -> np.ndarray:
-    """A .npy file, or a binary one of `kind` and `shape`, by memory map. Raises DataError that names it when it is
-    missing, too short or something else."""
+    """A .npy file, or a binary one of `kind` and `shape`, by memory map; DataError that names what is no such file."""
     try:
         return np.memmap(path, kind, "r", shape=shape) if kind else np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
@@ -157,8 +146,7 @@ class Shard:
         self.tokens = open_array(path / "tokens.bin", "<i4", (int(rows["tokens"].sum()), streams))
         self.text = open_array(path / "text.bin", np.uint8, (int(rows["text_len"].sum()),))
         self.teachers = [open_array(path / f"teacher_{d}.npy") for d in range(len(DOMAINS))]  # (clips, E)
-        style = path / "style.npy"
-        self.style = np.load(style, mmap_mode="r") if style.exists() else None  # (clips, 16, E) float16
+        self.style = open_array(style) if (style := path / "style.npy").exists() else None  # (clips, 16, E) float16
 
 
 def open_features(path: Path, d: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
@@ -201,8 +189,7 @@ class Dataset:
         r, shard = self.at(i)
         codes = shard.tokens[r["token"] : r["token"] + r["tokens"]]
         if (codes < 0).any() or (codes[:, 0] >= self.codes[r["domain"]]).any():
-            file = self.path(int(r["shard"])) / "tokens.bin"
-            raise DataError(f"{file} is damaged: it holds codes beyond the codebook")
+            raise DataError(f"{self.path(int(r['shard']))}/tokens.bin is damaged: it holds codes beyond the codebook")
         return codes
 
     def style(self, i: int) -> np.ndarray:
@@ -259,7 +246,8 @@ class Dataset:
         tokens = tokens if self.streams > 1 else tokens[..., 0]
         domain, prompt, rows = map(torch.from_numpy, (records["domain"].astype(np.int64), prompts, np.asarray(ids)))
         teacher = self.by_teacher(ids, [self.vector(i) for i in ids.tolist()])
-        texts = tuple(self.name_and_text(i)[1] for i in ids.tolist())
+        whole = crops[:, 1] >= 0.9 * records["frames"]  # of a part what is said is not known
+        texts = tuple(self.name_and_text(i)[1] if all_of_it else "" for i, all_of_it in zip(ids, whole, strict=True))
         return Batch(mel, frames, tokens, token_len, domain, teacher, prompt, rows, texts=texts)
 
 
@@ -281,7 +269,6 @@ def token_count(frames: int, rate: int) -> int:
 
 class LengthBatchSampler:
     """Groups of clips of like length under a budget of padded length; a pure function of (seed, step, place).
-
     A step takes world * accumulate groups; place = micro * world + rank says which is whose, so that two ranks, or one
     that accumulates twice, take the same groups. Every epoch has as many steps: slots are cut once from the sorted
     lengths; an epoch deals clips to them by jittered length, neighbours to a step, and shuffles the steps."""
@@ -294,8 +281,7 @@ class LengthBatchSampler:
         if ordered[-1] > room:
             raise DataError(f"{budget}={room} is below the longest clip ({ordered[-1]})")
         slack = (1 + JITTER) / (1 - JITTER)  # how much longer a clip can be than the one it swaps with
-        longest = np.minimum(ordered * slack, ordered[-1])
-        edges = [0]
+        longest, edges = np.minimum(ordered * slack, ordered[-1]), [0]
         for k, length in enumerate(longest.tolist()):
             clips = k + 1 - edges[-1]  # of the group, with this one
             if clips > config.batch_size or clips * length > room:
@@ -312,15 +298,12 @@ class LengthBatchSampler:
         rest = most % 16 if self.trim else 0  # few shapes of batches: a GPU plans its attention anew for each
         return np.minimum(lengths, most - rest if 8 * rest <= most else most)
 
-    def padding(self) -> float:
-        """Share of padding in the batches of the first epoch."""
-        groups = [self.taken(self.ids(k)) for k in range(self.steps_per_epoch * self.accumulate)]
-        return 1 - sum(g.sum() for g in groups) / sum(len(g) * g.max() for g in groups)
-
-    def left_out(self) -> float:
-        """Share of the first epoch's frames that its batches do not take."""
+    def waste(self) -> tuple[float, float]:
+        """Shares of the first epoch: of padding in its batches, and of its frames what they do not take."""
         groups = [self.ids(k) for k in range(self.steps_per_epoch * self.accumulate)]
-        return 1 - sum(self.taken(ids).sum() for ids in groups) / sum(self.lengths[ids].sum() for ids in groups)
+        taken, lengths = [self.taken(ids) for ids in groups], sum(self.lengths[ids].sum() for ids in groups)
+        total = sum(x.sum() for x in taken)
+        return 1 - total / sum(len(x) * x.max() for x in taken), 1 - total / lengths
 
     def deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Clips in the order of an epoch, and the slots of its steps (steps, world * accumulate)."""
@@ -404,8 +387,7 @@ class TrainingBatches(LengthBatchSampler):
 
     def __call__(self, k: int) -> Batch:
         ids = self.ids(k)
-        rng = np.random.default_rng([self.config.seed, *self.place(k)])
-        lengths = self.taken(ids)
+        rng, lengths = np.random.default_rng([self.config.seed, *self.place(k)]), self.taken(ids)
         room = np.maximum(self.dataset.index["frames"][ids] - lengths, 0) // self.unit
         first = rng.integers(0, room + 1) * self.unit
         share = rng.uniform(0, self.config.prompt_max, len(ids)) * (rng.random(len(ids)) >= self.config.prompt_drop)
@@ -436,17 +418,15 @@ class Prefetcher:
         return self.pending.pop(k).result()
 
 
-def first_of_each_domain(dataset: Dataset, n: int) -> np.ndarray:
-    """Rows of the first n clips of each domain."""
-    return np.concatenate([np.flatnonzero(dataset.index["domain"] == d)[:n] for d in range(len(DOMAINS))])
+def first_of_each_domain(dataset: Dataset, n: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Rows of n clips of each domain, the first or those that `rng` draws."""
+    found = (np.flatnonzero(dataset.index["domain"] == d) for d in range(len(DOMAINS)))
+    return np.concatenate([(rng.permutation(rows) if rng else rows)[:n] for rows in found])
 
 
 def fixed_batch(dataset: Dataset, per_domain: int, seed: int, max_frames: int) -> Batch:
     """`per_domain` clips of each domain, the same for the same seed, cropped to their first max_frames."""
-    rng = np.random.default_rng(seed)
-    of_domains = (dataset.index["domain"] == d for d in range(len(DOMAINS)))
-    ids = np.concatenate([rng.permutation(np.flatnonzero(own))[:per_domain] for own in of_domains])
-    return beginnings(dataset, ids, max_frames)
+    return beginnings(dataset, first_of_each_domain(dataset, per_domain, np.random.default_rng(seed)), max_frames)
 
 
 def beginnings(dataset: Dataset, ids: np.ndarray, max_frames: int) -> Batch:

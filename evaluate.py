@@ -148,7 +148,7 @@ def frechet_interval(clips: list[np.ndarray], reference: np.ndarray) -> list[flo
         norm = np.sqrt(np.linalg.eigvalsh(x @ x.T if len(x) < x.shape[1] else x.T @ x).clip(0)).sum()
         trace = (w @ squares[here] - n * mean @ mean) / (n - 1)
         distances.append(((mean - mean_b) ** 2).sum() + trace + (xb**2).sum() - 2 * norm)
-    return report.interval(value + np.array(distances) - np.mean(distances))
+    return probe.interval(value + np.array(distances) - np.mean(distances))
 
 
 def mean_kernel(x: list, y: list, bandwidth: float, drawn: np.ndarray) -> np.ndarray:
@@ -182,7 +182,8 @@ def kernel_distances(systems: dict[str, list], reference: list[np.ndarray]) -> d
         drawn = np.concatenate([np.ones((1, len(clips))), common.resampled(len(clips), DRAWS)])
         across = mean_kernel(clips, reference, bandwidth, drawn)
         values = 100 * (mean_kernel(clips, clips, bandwidth, drawn) + same - 2 * across)
-        result[system] = [float(values[0]), *report.interval(values[1:])]
+        drawn = values[1:][np.isfinite(values[1:])]  # without those of one clip alone
+        result[system] = [float(values[0]), *probe.interval(drawn)]
     return result
 
 
@@ -230,12 +231,12 @@ def score_wer(takes: Takes, recogniser, language: str = "en") -> dict:
     for system, clips in takes.items():
         columns = [k for k, i in enumerate(ids) for _ in clips[i]]  # the clip of each take
         waves = [audio.resample(t.wav, audio.SAMPLE_RATE, recogniser.sample_rate) for i in ids for t in clips[i]]
-        heard, said = recogniser.transcribe(waves, language), [texts[ids[k]] for k in columns]
+        heard, said = recogniser.transcribe(waves, language) if ids else [], [texts[ids[k]] for k in columns]
         result[system], errors = word_errors(said, heard, language)
         if language not in {"en", *NO_SPACES}:
             result["cer"][system] = word_errors(said, heard, language, "cer")[0]
         weights = drawn[:, columns] * words[columns]  # (draws, takes): those of a clip are drawn together
-        result["interval"][system] = report.interval(weights @ errors / weights.sum(1)) if ids else ()
+        result["interval"][system] = probe.interval(weights @ errors / weights.sum(1)) if ids else ()
         found = zip((ids[k] for k in columns), said, heard, errors, strict=True)
         found = [{"id": i, "text": t, "words": counts[i], "heard": h, "wer": e} for i, t, h, e in found]
         result["utterances"][system] = found
@@ -314,7 +315,7 @@ def held_out_losses(model: FlowModel, held: Dataset, ids: np.ndarray, frames: in
 
 def load_recogniser(asr: str, device: str, language: str) -> Teacher:
     """What turns speech into words: "demo", or a Whisper by hub name or folder. ValueError: it lacks the language."""
-    recogniser = demo.load_teacher("whisper", demo.fetch("whisper_tiny") if asr == "demo" else asr, device)
+    recogniser = demo.load_teacher("whisper", asr, device)
     recogniser.transcribe([], language)  # now, not after minutes of sampling
     return recogniser
 
@@ -322,7 +323,7 @@ def load_recogniser(asr: str, device: str, language: str) -> Teacher:
 def make_takes(state: dict, args: EvalArgs, model: FlowModel, held: Dataset, ids: list, used: dict, judge) -> tuple:
     """Takes of clips `ids`: original and vocoded one, generated (and from text) one a seed; and what eval.json says of
     their making."""
-    run, device, options = state["config"], pick_device(args.device), settings(args, state["config"])
+    run, device, options = state["config"], pick_device(args.device), used["sampler"]
     vocoder, seeds = audio.load_vocoder(used["vocoder"], device), range(args.seed, args.seed + used["seeds"])
     texts = [(int(held.index["domain"][i]), held.name_and_text(i)[1]) for i in ids]
 
@@ -339,7 +340,7 @@ def make_takes(state: dict, args: EvalArgs, model: FlowModel, held: Dataset, ids
     takes["vocoded"], start = collect([[vocoder(mel) for mel in mels]]), time.monotonic()
     takes["generated"] = make(lambda seed: from_dataset(held, np.array(ids)))
     seconds = sum(len(take.wav) for clip in takes["generated"].values() for take in clip) / audio.SAMPLE_RATE
-    about = {"sampler": options, "real_time_factor": (time.monotonic() - start) / seconds}
+    about = {"real_time_factor": (time.monotonic() - start) / seconds}
     if args.lm:
         stage = Stage1(args.lm, model, device, state["data"])
         takes["from text"] = make(lambda seed: stage.requests(texts, seed=seed))
@@ -351,10 +352,11 @@ def evaluate(state: dict, args: EvalArgs) -> tuple[dict, Takes]:
     """All numbers of one checkpoint, as a dict for eval.json, and what they are of."""
     run, device = state["config"], pick_device(args.device)
     used = {k: getattr(args, k) or run[k] for k in ("data_dir", "vocoder", "asr", "language", "eval_seeds")}
-    used |= {"seeds": used.pop("eval_seeds"), "clip_seed": args.clip_seed}
+    used |= {"seeds": used.pop("eval_seeds"), "clip_seed": args.clip_seed, "sampler": settings(args, run)}
     held, train = Dataset(used["data_dir"], "held_out"), Dataset(used["data_dir"], "train")
-    recogniser, judge_name = load_recogniser(used["asr"], device, used["language"]), args.fad_model or run["fad_model"]
-    judge = None if judge_name == "none" else demo.load_judge(judge_name, args.fad_weights, device)
+    speech, judge_name = SPEECH in held.index["domain"], args.fad_model or run["fad_model"]
+    recogniser = load_recogniser(used["asr"], device, used["language"]) if speech else None
+    judge = None if judge_name == "none" else demo.load_teacher(judge_name, args.fad_weights, device)
     ids = held_out_sample(held, args.max_clips or run["max_clips"], args.clip_seed)
     model = load_model(state, device=device)
     takes, about = make_takes(state, args, model, held, ids.tolist(), used, judge)
@@ -399,6 +401,7 @@ def main_evaluate(args: EvalArgs) -> None:
             wrote = f"not as the run's settings say: wrote {report.eval_file(run, name)} and samples_{name}/ alone"
         elif report.record(run, result, takes):
             report.index_page(run, result, takes)
+            report.show_on_board(run, result["step"], takes)
             wrote = f"wrote {run / 'eval.json'}, {run / 'samples'} and {run / 'index.html'}"
         else:
             wrote = "eval.json, samples and index.html stay those of a later step"
@@ -425,10 +428,13 @@ def main_compare(args: EvalArgs, ratings: list[dict]) -> None:
     (out / "table.md").write_text(text + "\n")
     write_json(out / "table.json", {name: row | {"less_none": paired.get(name, {})} for name, row in rows.items()})
     at = report.labelled(folders)
-    losses = [(label, folder / "log.csv", "held_out_speech") for label, folder in at.items()]
-    fads = [(label, folder / "evals.csv", "speech_fad") for label, folder in at.items()]
-    report.plot(out / "table.png", {"held-out FM loss, speech": losses, "speech FAD": fads})
-    print(f"{text}\nwrote {out / 'table.md'}, table.json and table.png")
+    name = next((n for n in DOMAINS for r in runs.values() if n in r.get("held_out_fm", ())), DOMAINS[SPEECH])
+    losses = [(label, folder / "log.csv", f"held_out_{name}") for label, folder in at.items()]
+    fads = [(label, folder / "evals.csv", f"{name}_fad") for label, folder in at.items()]
+    report.plot(out / "table.png", {f"held-out FM loss, {name}": losses, f"{name} FAD": fads})
+    if paired:
+        report.plot_differences(out / "less_none.png", paired)
+    print(f"{text}\nwrote {out / 'table.md'}, table.json, table.png{' and less_none.png' * bool(paired)}")
 
 
 def main(args: EvalArgs) -> None:

@@ -64,28 +64,30 @@ if __name__ == "__main__":
     ARGS = configure(LMConfig, __doc__)  # a typo is answered before torch is imported
 
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import scipy.cluster.vq
 import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from scipy.cluster.vq import kmeans2
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 import audio
 import common
 import data
+from backbones import check_weights
 from common import DOMAINS, SPEECH, Machine, clip_and_step, command, step_seed
 
 audio.torchaudio()  # before transformers imports it
+LOGITS = 2**28  # most logits at a time: a GiB in float32
 STYLES = 16  # style placeholders, and time segments of the reference
 NEEDS = "config net vocabulary model".split()  # of a checkpoint of this file
 MAY_DIFFER = "out_dir data_dir device dtype log_every eval_every eval_clips save_every".split()
@@ -94,8 +96,7 @@ COLUMNS = "step loss ce coarse grad_norm lr tokens_per_s seconds".split() + [f"h
 
 def train(config: LMConfig, machine: Machine) -> "Run":
     """Trains to max_steps or to a signal; returns the run. Rank 0 alone prints and writes. All randomness of a step
-    follows from (seed, step, rank), so that a continued run repeats it. A non-finite gradient, which every rank sees
-    alike after the all-reduce, updates nothing."""
+    follows from (seed, step, rank), so that a continued run repeats it. A non-finite gradient updates nothing."""
     run, corpus, held_out = open_run(config, machine)
     sampler = data.LengthBatchSampler(corpus.lengths, config, "batch_tokens", machine.rank, machine.world)
     log = start_log(run, corpus, sampler, machine) if machine.lead else None
@@ -122,14 +123,15 @@ def train(config: LMConfig, machine: Machine) -> "Run":
             seconds = time.monotonic() - start
             rate, run.seconds, tokens = tokens / (seconds - run.seconds), seconds, 0
             held = common.optional(lambda: held_out_loss(run.lm, held_out, machine), {}) if eval_due else {}
-            numbers = {name: value.item() for name, value in losses.items()} | {"loss": loss.item()} | moved
+            read = losses | {"loss": loss, "grad_norm": moved["grad_norm"]}
+            numbers = moved | {name: value.item() for name, value in read.items()}
             log.row(step=run.step, tokens_per_s=rate, seconds=seconds, **numbers, **held)
-            extra = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.3f}" for k, v in held.items())
-            shown = f"ce {numbers['ce']:.3f}  coarse {numbers['coarse']:.3f}  {rate:6.0f} tokens/s"
-            left = common.time_left(seconds, run.step, config.max_steps)
-            print(f"step {run.step:6d}/{config.max_steps}  {shown}  left {left}{extra}", flush=True)
+            shown = "  ".join(f"{k} {v:.3f}" for k, v in ({k: numbers[k] for k in ("ce", "coarse")} | held).items())
+            left = f"{seconds / run.step * (config.max_steps - run.step) / 60:.1f} min"
+            print(f"step {run.step:6d}/{config.max_steps}  {shown}  {rate:6.0f} tokens/s  left {left}", flush=True)
         if log and save_due:
             save(run)
+    finite.check()
     if log and run.step < config.max_steps:
         save(run)
     stop.close()
@@ -137,16 +139,16 @@ def train(config: LMConfig, machine: Machine) -> "Run":
 
 
 @torch.no_grad()
-def held_out_loss(lm: "LM", batch: "Sequences", machine: Machine) -> dict[str, float]:
-    """CE per code of each domain on fixed clips, 8 at a time, without style: what is known from text alone."""
-    parts = map(Sequences, *(x.split(8) for x in batch))
+def held_out_loss(lm: "LM", parts: list["Sequences"], machine: Machine) -> dict[str, float]:
+    """CE per code of each domain on fixed clips, without style: what is known from text alone."""
+    domain = torch.cat([part.domain for part in parts])
     try:
         lm.eval()
         with machine.precision():
             ce = torch.cat([lm(part, style_drop=1.0, each=True)["ce"] for part in parts])
     finally:
         lm.train()
-    return {f"held_out_{n}": float(ce[batch.domain == d].mean()) for d, n in enumerate(DOMAINS) if d in batch.domain}
+    return {f"held_out_{n}": float(ce[domain == d].mean()) for d, n in enumerate(DOMAINS) if d in domain}
 
 
 @dataclass
@@ -160,9 +162,9 @@ class Run:
     seconds: float = 0.0
 
 
-def open_run(config: LMConfig, machine: Machine) -> tuple[Run, "Corpus", "Sequences"]:
-    """The run as it stands in out_dir, or a new one, drawn from config.seed; what it trains on; and its held-out clips.
-    Raises CheckpointError for one that was made with incompatible settings or other data."""
+def open_run(config: LMConfig, machine: Machine) -> tuple[Run, "Corpus", list["Sequences"]]:
+    """The run as it stands in out_dir, or a new one, drawn from config.seed; what it trains on; and its held-out clips
+    in parts of 8. Raises CheckpointError for one that was made with incompatible settings or other data."""
     training, held_out = (data.Dataset(config.data_dir, split) for split in ("train", "held_out"))
     codes = tuple(training.meta["prepared_with"][f"{name}_codes"] for name in DOMAINS)
     torch.manual_seed(config.seed)
@@ -176,17 +178,16 @@ def open_run(config: LMConfig, machine: Machine) -> tuple[Run, "Corpus", "Sequen
     about |= {"vocabulary": {"text": vocabulary.text, "codes": vocabulary.codes}}
     about |= {"rates": training.meta["token_rates"], "data": data.fingerprint(training.meta), "batches": machine.world}
     run, path = Run(lm, common.make_optimizer(lm, config), about), Path(config.out_dir) / "ckpt.pt"
-    if machine.lead:
-        common.remove_leftovers(path.parent)
     if common.exists(path):
         state, used = common.load(path, set_aside=True, needs=NEEDS)
         common.same_run(config, about["data"], state, MAY_DIFFER, used, machine.world)
-        common.check_weights(lambda: lm, 0, state["model"], used)
+        check_weights(lambda: lm, 0, state["model"], used)
         lm.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.step, run.seconds = state["step"], state["seconds"]
     fixed = data.first_of_each_domain(held_out, config.eval_clips)
-    return run, corpus, Corpus(held_out, vocabulary).batch(fixed, machine.device)
+    parts, others = np.split(fixed, range(8, len(fixed), 8)), Corpus(held_out, vocabulary)
+    return run, corpus, [others.batch(part, machine.device) for part in parts]
 
 
 def save(run: Run) -> None:
@@ -200,9 +201,8 @@ def start_log(run: Run, corpus: "Corpus", sampler: data.LengthBatchSampler, mach
     """Writes config.json, prints the derived numbers before the first step, and opens log.csv."""
     config, v, per_epoch = run.lm.config, run.lm.vocabulary, sampler.steps_per_epoch
     out_dir, size = Path(config.out_dir), f"{common.count_parameters(run.lm) / 1e6:.1f} M parameters"
-    epoch = f"{corpus.lengths.sum()} positions an epoch in {per_epoch} steps, padding {100 * sampler.padding():.1f} %"
-    print(show(config))
-    print(f"{size}; vocabulary {v.text} text + {v.size - v.text}; {machine.world} x {machine.device}")
+    epoch = f"{corpus.lengths.sum()} positions an epoch in {per_epoch} steps, padding {100 * sampler.waste()[0]:.1f} %"
+    print(f"{show(config)}\n{size}; vocabulary {v.text} text + {v.size - v.text}; {machine.world} x {machine.device}")
     print(f"{len(corpus.prompts)} training clips, {epoch}; {config.max_steps / per_epoch:.0f} epochs", flush=True)
     out_dir.mkdir(parents=True, exist_ok=True)
     common.write_json(out_dir / "config.json", asdict(config))
@@ -250,7 +250,7 @@ class Sequences(NamedTuple):
     """B prompts with their codes, padded at the end; tensors on one device."""
 
     ids: Tensor  # (B, S)
-    target: Tensor  # (B, S) bool, True on codes and [END]
+    target: Tensor  # (n,) where codes and [END] are in ids laid end to end; known here, so that no step asks a GPU
     style: Tensor  # (B, 16, E)
     domain: Tensor  # (B,)
 
@@ -266,16 +266,16 @@ class Corpus:
 
     def batch(self, ids: np.ndarray, device: str = "cpu") -> Sequences:
         """Clips `ids`, each with its own style; of two token streams the LM writes the primary one."""
-        v, clips, rows, targets = self.vocabulary, ids.tolist(), [], []
+        v, clips, rows = self.vocabulary, ids.tolist(), []
         for i in clips:
             codes = self.dataset.tokens(i)[:, 0] + v.code_ids[self.domains[i]].start
             rows.append(torch.tensor([*self.prompts[i], *codes.tolist(), v.end]))
-            targets.append(torch.arange(len(rows[-1])) >= len(self.prompts[i]))
         padded = pad_sequence(rows, batch_first=True, padding_value=v.end)
-        target = pad_sequence(targets, batch_first=True)
+        coded = padded >= v.styles.stop
+        target = (coded | F.pad(coded[:, :-1], (1, 0))).flatten().nonzero()[:, 0]  # [END] is after the last code
         style = torch.from_numpy(np.stack([self.dataset.style(i) for i in clips]).astype(np.float32))
         domain = torch.tensor([self.domains[i] for i in clips])
-        return Sequences(*(x.to(device) for x in (padded, target, style, domain)))
+        return Sequences(*(x.to(device, non_blocking=True) for x in (padded, target, style, domain)))
 
 
 def code_clusters(config: LMConfig, codes: tuple[int, ...]) -> Tensor:
@@ -287,8 +287,7 @@ def code_clusters(config: LMConfig, codes: tuple[int, ...]) -> Tensor:
         if config.coarse == "kmeans" and book is None:
             print(f"{name}: no codebook in {config.data_dir}, so its clusters are equal runs of ids")
         elif config.coarse == "kmeans":
-            book = book.double().numpy()
-            _, labels = scipy.cluster.vq.kmeans2(book, clusters, iter=30, minit="++", seed=config.seed)
+            _, labels = kmeans2(book.double().numpy(), clusters, iter=30, minit="++", seed=config.seed)
         parts.append(first + torch.from_numpy(labels).long())
         first = int(parts[-1].max()) + 1
     return torch.cat(parts)
@@ -333,18 +332,22 @@ class LM(nn.Module):
     def embed(self, ids: Tensor, style: Tensor, keep: Tensor) -> Tensor:
         """(B, S) -> (B, S, D); placeholders of clips with `keep` (B,) take on style (B, 16, E) by eq. 18."""
         x, a, places = self.net.get_input_embeddings()(ids), self.config.style_alpha, self.vocabulary.styles
-        styled = (ids >= places.start) & (ids < places.stop) & keep[:, None]  # 16 in each of these clips
-        projected = self.style(style * self.style_scale)[keep].flatten(0, 1)  # (placeholders, D)
-        x[styled] = (1 - a) * x[styled] + a * projected.to(x.dtype)
-        return x
+        place = torch.arange(places.start, places.stop, device=ids.device)
+        styled = ((ids[..., None] == place) & keep[:, None, None]).to(x.dtype)  # (B, S, 16), one-hot or zeros
+        return x * (1 - a * styled.sum(2, keepdim=True)) + a * (styled @ self.style(style * self.style_scale))
 
     def noisy(self, batch: Sequences) -> Tensor:
         """The ids (B, S) with a share of the codes replaced by random codes of the same domain."""
-        ranges = torch.tensor([(r.start, len(r)) for r in self.vocabulary.code_ids], device=batch.ids.device)
-        first, size = ranges[batch.domain].T[..., None]  # (B, 1) each
+        of_speech, (speech, sounds) = batch.domain[:, None] == SPEECH, self.vocabulary.code_ids
+        first = torch.where(of_speech, speech.start, sounds.start)  # (B, 1)
+        size = torch.where(of_speech, len(speech), len(sounds))
         other = first + (torch.rand(batch.ids.shape, device=size.device) * size).long()
         hit = torch.rand(batch.ids.shape, device=size.device) < self.config.code_noise
-        return torch.where(hit & batch.target & (batch.ids != self.vocabulary.end), other, batch.ids)
+        return torch.where(hit & (batch.ids >= speech.start), other, batch.ids)
+
+    def ce(self, h: Tensor, wanted: Tensor) -> Tensor:
+        """The cross-entropy of n targets, (n,), from h (n, D); logits in float32."""
+        return F.cross_entropy(self.net.get_output_embeddings()(h).float(), wanted, reduction="none")
 
     def forward(self, batch: Sequences, style_drop: float = 0.0, each: bool = False) -> dict[str, Tensor]:
         """ce over codes and [END], coarse over codes (eq. 19-20); with `each`, ce is a clip's own mean, (B,). Padding
@@ -352,16 +355,17 @@ class LM(nn.Module):
         keep = torch.rand(len(batch.ids), device=batch.ids.device) >= style_drop
         ids = self.noisy(batch) if self.training and self.config.code_noise else batch.ids
         x = F.dropout(self.embed(ids, batch.style, keep), self.config.dropout, self.training)
-        counts = batch.target[:, 1:]  # position i predicts i + 1
-        h = self.net.base_model(inputs_embeds=x, use_cache=False)[0][:, :-1][counts]  # (targets, D)
-        logits, wanted = self.net.get_output_embeddings()(h).float(), batch.ids[:, 1:][counts]
-        ce = F.cross_entropy(logits, wanted, reduction="none")
+        states = self.net.base_model(inputs_embeds=x, use_cache=False)[0].flatten(0, 1)  # position i predicts i + 1
+        h, wanted = states.index_select(0, batch.target - 1), batch.ids.flatten()[batch.target]  # (n, D), (n,)
+        room = max(1, LOGITS // self.vocabulary.size)
+        parts = zip(h.split(room), wanted.split(room), strict=True)  # of several, backward computes the logits again
+        ce = torch.cat([checkpoint(self.ce, *p, use_reentrant=False) if len(h) > room else self.ce(*p) for p in parts])
         if each:
-            row = counts.nonzero()[:, 0]
-            return {"ce": torch.zeros(len(counts), device=ce.device).index_add_(0, row, ce) / counts.sum(1)}
+            row = batch.target // batch.ids.shape[1]
+            return {"ce": ce.new_zeros(len(batch.ids)).scatter_reduce(0, row, ce, "mean", include_self=False)}
         code = wanted - self.vocabulary.styles.stop  # its row in the codebooks laid end to end; below 0 for [END]
-        coarse = self.coarse(h[code >= 0]).float()
-        return {"ce": ce.mean(), "coarse": F.cross_entropy(coarse, self.clusters[code[code >= 0]])}
+        cluster = torch.where(code < 0, -100, self.clusters[code.clamp_min(0)])  # -100 does not count
+        return {"ce": ce.mean(), "coarse": F.cross_entropy(self.coarse(h).float(), cluster)}
 
 
 def load_lm(path: str | Path, device: str = "cpu") -> tuple[LM, dict]:
@@ -375,7 +379,7 @@ def load_lm(path: str | Path, device: str = "cpu") -> tuple[LM, dict]:
         net = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**state["net"]))
         return LM(config, net, vocabulary, weights["clusters"], weights["style.weight"].shape[1])
 
-    common.check_weights(build, state["net"].get("num_hidden_layers", 0), weights, used)
+    check_weights(build, state["net"].get("num_hidden_layers", 0), weights, used)
     lm = build()
     lm.load_state_dict(weights)
     return lm.to(device).eval(), state
@@ -396,59 +400,58 @@ def generate(
     # padded at the front, so that every prompt ends at the same place and new codes join without gaps
     prompts = [torch.tensor(v.prompt(d, text)) for d, text in texts] * copies
     ids = pad_sequence(prompts, batch_first=True, padding_value=v.end, padding_side="left").to(device)
-    mask = (ids != v.end).long()
     all_ids, allowed = torch.arange(v.size, device=device), [v.code_ids[d] for d, _ in texts]
-    banned = torch.stack([(all_ids < r.start) | (all_ids >= r.stop) for r in allowed])  # (B, V)
-    generator = torch.Generator(device).manual_seed(seed)
-    out: list[list[int]] = [[] for _ in texts]
-    done, cache = [False] * B, None
-    x, positions = lm.embed(ids, styles.repeat(copies, 1, 1).to(device), keep), (mask.cumsum(1) - 1).clamp_min(0)
-    while not all(done):
-        options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
-        state = lm.net.base_model(inputs_embeds=x, **options)
-        cache = state.past_key_values
-        logits = lm.net.get_output_embeddings()(state[0][:, -1]).float()  # (copies B, V)
-        if copies == 2:
-            c, u = logits.chunk(2)
-            logits = u + guidance * (c - u)
-        logits = logits.masked_fill(banned, -torch.inf)
-        banned[:, v.end] = False  # from the second step on
-        for b, codes in enumerate(out):
-            logits[b, list(set(codes[-window:]))] -= math.log(repetition)
-        token = draw(logits, temperature, top_p, generator)
-        for b, t in enumerate(token.tolist()):
-            if not done[b] and t != v.end:
-                out[b].append(t)
-            done[b] = done[b] or t == v.end or len(out[b]) >= limits[b]
-        x = lm.net.get_input_embeddings()(token.repeat(copies)[:, None])
-        mask, positions = torch.cat([mask, torch.ones_like(mask[:, :1])], 1), positions[:, -1:] + 1
-    return [np.array(codes, np.int64) - r.start for codes, r in zip(out, allowed, strict=True)]
+    codes = torch.stack([(all_ids >= r.start) & (all_ids < r.stop) for r in allowed])  # (B, V)
+    generator, limit = torch.Generator(device).manual_seed(seed), torch.tensor(limits, device=device)[:, None]
+
+    def choose(written: Tensor, logits: Tensor) -> Tensor:
+        """Ids so far (copies B, n), logits (copies B, V) -> scores whose largest is the next id."""
+        c, u, n = logits[:B], logits[-B:], written.shape[1]
+        open_ids = (codes & (n < limit)) | ((all_ids == v.end) & (n > 0))
+        scores = (u + guidance * (c - u) if copies == 2 else c).masked_fill(~open_ids, -torch.inf)
+        recent = written[:B, -window:]
+        scores.scatter_(1, recent, scores.gather(1, recent) - np.log(repetition))
+        if temperature:  # the largest of log p + Gumbel noise is a draw from p
+            noise = -torch.empty_like(scores).exponential_(generator=generator).log()
+            scores = transformers.TopPLogitsWarper(top_p)(written, scores / temperature) + noise
+        return scores.repeat(copies, 1)
+
+    how = {"max_new_tokens": max(limits), "do_sample": False, "eos_token_id": v.end, "pad_token_id": v.end}
+    x = lm.embed(ids, styles.repeat(copies, 1, 1).to(device), keep)
+    out = lm.net.generate(inputs_embeds=x, attention_mask=(ids != v.end).long(), logits_processor=[choose], **how)
+    rows = zip(out[:B].cpu().numpy(), allowed, strict=True)
+    return [row[row != v.end] - r.start for row, r in rows]
 
 
-def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """An id per row of logits (B, V): of the fewest whose probability reaches top_p; at temperature 0 the largest."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
-    p[p.cumsum(-1) - p >= top_p] = 0
-    return order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+def check(config: LMConfig) -> None:
+    """Raises ValueError that lists what the config needs and is not here, before any work."""
+    lines = []
+    if not data.is_prepared(config.data_dir):
+        lines.append(f"--data_dir=FOLDER  made by python -m prepare CONFIG; now {config.data_dir!r}")
+    try:
+        if config.lm != "small":
+            transformers.AutoConfig.from_pretrained(config.lm)
+    except (OSError, ValueError):
+        lines.append(f"--lm=FOLDER  a causal LM, or small; {config.lm!r} is neither here nor on a reachable hub")
+    if lines:
+        raise ValueError("this config needs what is not here:\n  " + "\n  ".join(lines))
 
 
 def main(config: LMConfig) -> int:
     """Trains, after the style vectors are there; returns the exit code, INTERRUPTED for a run that a signal stopped."""
     with common.alone_in(config.out_dir):
+        check(config)
         # every rank starts it: they share the work, or wait at its lock, where a barrier would time out
-        styled = data.has_styles(config.data_dir)
+        styled = data.is_prepared(config.data_dir, "styles")
         if not styled and (code := common.run_script("prepare", f"--styles={config.data_dir}")):
             return code  # it has said why
         machine = common.join_group(config)
         run = train(config, machine)
         common.leave_group(machine)
     finished, path = run.step == config.max_steps, Path(config.out_dir) / "ckpt.pt"
-    if machine.lead and finished:
-        print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path}")
-    elif machine.lead:
-        print(f"stopped at step {run.step}, saved in {path}; the same command continues")
+    told = f"stopped at step {run.step}, saved in {path}; the same command continues"
+    if machine.lead:
+        print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path}" if finished else told)
     return 0 if finished else common.INTERRUPTED
 
 

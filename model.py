@@ -9,7 +9,7 @@ counts a clip's valid frames: padding never reaches attention, convolution, pool
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -117,8 +117,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LN(x) (1 + scale) + shift. Outside autocast, which on GPUs would keep x and LN(x) in float32 for backward; the
-    normalisation computes in float32 either way, and what it gives is rounded to x's dtype."""
+    """LN(x) (1 + scale) + shift, outside autocast, which on GPUs would keep x and LN(x) in float32 for backward."""
     with torch.autocast(x.device.type, enabled=False):
         return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:]), 1 + scale[:, None])
 
@@ -294,8 +293,7 @@ class DiT(FlowModel):
 
 
 def flops_per_frame(model: DiT, T: int) -> float:
-    """Floating-point operations of a training step per mel frame of clips of T frames: forward, and twice that for
-    backward. Two for each weight that every frame meets, and 4 T D per layer for attention's two products."""
+    """FLOPs of a training step per frame of clips of T: thrice 2 a weight, and 4 T D a layer for attention's two."""
     per_block = [layer for b in model.blocks for layer in (b.qkv, b.attn_out, b.ff_in, b.ff_out)]
     weights = sum(layer.weight.numel() for layer in (model.stem_in, model.local, *per_block, model.head_out))
     return 3 * (2 * weights + 4 * T * model.config.n_embd * model.config.n_layer)
@@ -346,11 +344,11 @@ Selection = Sequence[dict[int, Sequence[float]]]
 
 
 class AlignHeads(nn.Module):
-    """H_l of eq. 12: a head of its own for each of a domain's `layers`, as `how`, a train.Config, says: align_head=mlp
-    on the descriptor is the paper's; of align_target=frames a head maps each frame, conv1d as iREPA's. It learns from
-    the domain's encoder, or by align_teacher a deeper layer of the model (on frames, by none: LayerSync) or average."""
+    """H_l of eq. 12 for each of a domain's `layers` and part of t, as `how`, a train.Config, says: align_head=mlp on
+    the descriptor is the paper's; of align_target=frames a head maps each frame, conv1d as iREPA's. It learns from an
+    encoder, or a deeper layer of the model (on frames, by none: LayerSync) or average; ctc_weight's spells the text."""
 
-    def __init__(self, config: DiTConfig, layers: Iterable, how):
+    def __init__(self, config: DiTConfig, layers: "Selection", how):
         super().__init__()
         self.how, self.frames = how, how.align_target == "frames"
         D, width = config.n_embd, how.head_dim or config.n_embd
@@ -361,14 +359,16 @@ class AlignHeads(nn.Module):
             "conv2d": lambda E: ConvHead(D, width, E, bands=math.gcd(16, D, width)),
             "none": lambda E: nn.Identity(),
         }[how.align_head]
-        self.heads = nn.ModuleDict()
+        self.heads = nn.ModuleDict({"text": nn.Linear(D, 257)} if how.ctc_weight else {})
         for d, selected in enumerate(layers):
-            for l in selected:
-                self.heads[f"{DOMAINS[d]}_{l}"] = make(D if how.align_teacher != "external" else config.teachers[d][1])
+            for l, weights in selected.items():
+                for g in range(len(weights)):
+                    E = D if how.align_teacher != "external" else config.teachers[d][1]
+                    self.heads[f"{DOMAINS[d]}_{l}_{g}".removesuffix("_0")] = make(E)
 
-    def forward(self, domain: int, layer: int, h: Tensor, cond: Condition) -> Tensor:
-        """Hidden states (B, T, D) in the teacher's space, (B, E), or of frames (B, T, E)."""
-        head = self.heads[f"{DOMAINS[domain]}_{layer}"]
+    def forward(self, domain: int, layer: int, h: Tensor, cond: Condition, g: int = 0) -> Tensor:
+        """Hidden states (B, T, D) by the head of part g of t in the teacher's space, (B, E), or of frames (B, T, E)."""
+        head = self.heads[f"{DOMAINS[domain]}_{layer}_{g}".removesuffix("_0")]
         if self.frames:
             return head(cond.masked(h).mT).mT if isinstance(head, nn.Conv1d) else head(h)
         return head(h, cond) if isinstance(head, ConvHead) else head(descriptor(h, cond))
@@ -379,20 +379,6 @@ class AlignHeads(nn.Module):
             return (deep if self.frames else descriptor(deep, cond)).detach()
         target = (batch.target or batch.teacher)[name]
         return stretch(target, batch.target_len, batch.frames, deep.shape[1]) if self.frames else target
-
-
-def check_targets(config) -> None:
-    """Raises ValueError for settings of alignment that do not go together."""
-    c, own, frames = config, config.align_teacher != "external", config.align_target == "frames"
-    raw = c.align_norm == "raw" and (frames or c.align_target == "clip")
-    wrong = {
-        "align_head=none needs align_teacher=self or ema": c.align_head == "none" and not own,
-        "align_head=conv2d pools, so align_target=frames cannot use it": c.align_head == "conv2d" and frames,
-        "crop, shuffled and align_norm are of the external teacher, not align_teacher=self or ema": own and not raw,
-        "dispersive wants layers that stay: refresh_epochs=0": c.dispersive and c.refresh_epochs,
-    }
-    if any(wrong.values()):
-        raise ValueError("; ".join(why for why, holds in wrong.items() if holds))
 
 
 def deeper_layer(layer: int, n_layer: int) -> int:
@@ -434,6 +420,17 @@ def dispersive_loss(z: Tensor, chosen: Tensor, tau: float = 0.5) -> Tensor:
     return ((near.sum() + none) / (pairs.sum() + none)).log()
 
 
+def ctc_loss(logits: Tensor, batch, cond: Condition) -> Tensor:
+    """CTC in nats a byte of logits (B, T, 257), 0 the blank: the mean of clips with a text and their condition."""
+    texts = [list(text.encode()) for text in batch.texts or [""] * len(cond.kept)]
+    sizes = torch.tensor([len(text) for text in texts])
+    letters = torch.tensor([letter + 1 for text in texts for letter in text], dtype=torch.long)
+    of_time = logits.float().log_softmax(-1).transpose(0, 1)  # (T, B, 257)
+    lost = F.ctc_loss(of_time, letters.to(logits.device), batch.frames, sizes, reduction="none", zero_infinity=True)
+    chosen = cond.kept & (sizes > 0).to(lost.device)
+    return (lost / sizes.clamp_min(1).to(lost.device) * chosen).sum() / chosen.sum().clamp_min(1)
+
+
 def alignment_loss(
     model: FlowModel, heads: AlignHeads, batch, cond: Condition, states, t, selection, expected=None, deeper=None
 ) -> Tensor:
@@ -444,16 +441,18 @@ def alignment_loss(
     for d, layers in enumerate(selection):
         chosen, name = (batch.domain == d) & cond.kept, model.config.teachers[d][0]
         for l, weights in layers.items():
-            part = (t * len(weights)).long().clamp_max(len(weights) - 1)
-            weight = chosen * sum(w * (part == g).to(t.dtype) for g, w in enumerate(weights))  # (B,)
-            weight = 2 * t * weight if how.t_weight == "taro" else weight  # t is sigmoid(log(t / (1 - t)))
-            guess = heads(d, l, states[l], cond)  # of all clips, so that DDP meets every head in a step
             target = heads.target(batch, name, (deeper or states)[deeper_layer(l, len(states) - 1)], cond)
-            score = cosine(guess, target)  # (B,), or of frames (B, T)
-            score = masked_mean(score[..., None], cond)[:, 0] if heads.frames else score
-            loss = loss + (weight * (1 - score)).sum() / clip_count(chosen, expected, d)
+            part = (t * len(weights)).long().clamp_max(len(weights) - 1)
+            for g, w in enumerate(weights):  # each on all clips, so that DDP meets every head in a step
+                score = cosine(heads(d, l, states[l], cond, g), target)  # (B,), or of frames (B, T)
+                score = masked_mean(score[..., None], cond)[:, 0] if heads.frames else score
+                weight = w * (chosen & (part == g)).to(t.dtype)
+                weight = 2 * t * weight if how.t_weight == "taro" else weight  # t is sigmoid(log(t / (1 - t)))
+                loss = loss + (weight * (1 - score)).sum() / clip_count(chosen, expected, d)
             if how.dispersive:
                 loss = loss + how.dispersive / len(layers) * dispersive_loss(masked_mean(states[l], cond), chosen)
+    if how.ctc_weight:  # as A-DMA (arXiv:2505.19595), at half the depth
+        loss = loss + how.ctc_weight * ctc_loss(heads.heads["text"](states[len(states) // 2]), batch, cond)
     return loss
 
 
@@ -495,7 +494,8 @@ class Objective(nn.Module):
         c = self.config
         if c.refresh_epochs and any(selection):
             last = self.model.config.n_layer - (c.align_teacher == "self")  # which has no deeper one to learn from
-            selection = [{l: s.get(l, [0.0]) for l in range(1, last + 1)} for s in selection]
+            unused = [0.0] * (c.probe_times if c.timestep_adaptive else 1)
+            selection = [{l: s.get(l, unused) for l in range(1, last + 1)} if s else {} for s in selection]
         self.selection = selection
         if any(selection) and self.heads is None:
             with torch.random.fork_rng([]):
@@ -526,6 +526,13 @@ def time_grid(steps: int, sway: float = -1.0, epss: bool = False) -> Tensor:
     return u + sway * (torch.cos(math.pi * u / 2) - 1 + u)
 
 
+def step_times(nfe: int, method: str, sway: float, epss: bool) -> Tensor:
+    """time_grid() of the steps that `nfe` evaluations make. Raises ValueError for what cannot be sampled."""
+    if method not in ("euler", "midpoint") or nfe < 1 or (method == "midpoint" and nfe % 2):
+        raise ValueError(f"sampler {method!r} with nfe={nfe}: use euler with nfe >= 1, or midpoint with an even nfe")
+    return time_grid(nfe if method == "euler" else nfe // 2, sway, epss)
+
+
 @torch.no_grad()
 def sample(
     model: FlowModel, cond: Condition, nfe=32, cfg_scale=2.0, sway=-1.0, sigma=0.5, method="euler", epss=False, seed=0
@@ -533,8 +540,7 @@ def sample(
     """Integrates dx = v dt from noise to a normalised mel (B, T, M), zeros on padding. `nfe` counts evaluations of v
     (`method` euler spends one a step, midpoint two); guidance, v_u + cfg_scale (v_c - v_u) in one batch of 2B, is off
     at cfg_scale = 1. A clip's noise depends on `seed` and its place in the batch, not on padding. Raises ValueError."""
-    if method not in ("euler", "midpoint") or nfe < 1 or (method == "midpoint" and nfe % 2):
-        raise ValueError(f"sampler {method!r} with nfe={nfe}: use euler with nfe >= 1, or midpoint with an even nfe")
+    times = step_times(nfe, method, sway, epss)
     (B, T), M = cond.mask.shape, model.config.n_mels
     x = torch.zeros(B, T, M)
     for b, n in enumerate(cond.mask.sum(1).tolist() if cond.padded else [T] * B):
@@ -546,7 +552,6 @@ def sample(
         v = model.velocity(x_t.repeat(copies, 1, 1), x_t.new_full((copies * B,), t), given)
         return v if copies == 1 else v[B:] + cfg_scale * (v[:B] - v[B:])
 
-    times = time_grid(nfe if method == "euler" else nfe // 2, sway, epss)
     for t, dt in zip(times[:-1].tolist(), times.diff().tolist(), strict=True):
         v = velocity(x, t)
         if method == "midpoint":

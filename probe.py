@@ -220,7 +220,8 @@ def gradients(model: FlowModel, batch: Batch, cond: Condition, t: Tensor, x_t: T
             grads = torch.autograd.grad(error, [p for l in layers for p in blocks[l]])
             of_clips.append(torch.cat([g.flatten() for g in grads]).split([sizes[l] for l in layers]))
         for l, of_block in zip(layers, zip(*of_clips, strict=True), strict=True):
-            stacked = torch.stack(of_block).double()  # (B, parameters of the block)
+            stacked = torch.stack(of_block)  # (B, parameters of the block)
+            stacked = (stacked.cpu() if stacked.is_mps else stacked).double()  # Apple's GPUs have no float64
             products[l] = (stacked @ stacked.T).cpu()
     return products
 
@@ -240,18 +241,10 @@ def random_control(model: FlowModel, seed: int = 0) -> FlowModel:
     return control
 
 
-def control_scores(model: FlowModel, batch: Batch, times: int, sigma: float, seed=0, ablation="zero") -> dict:
-    """FoG-A of the random-init control, as plain lists: {domain: {"foga": (L), "foga_clips": (B, L)}}."""
+def control_scores(model: FlowModel, batch: Batch, times: int, sigma: float, seed=0, ablation="zero") -> Tensor:
+    """FoG-A of every clip by the random-init control, the mean over t, (B, L)."""
     found = at_times(foga_of_clips, random_control(model, seed), batch, times, sigma, seed, ablation=ablation)
-    scores = found[..., 1:].contiguous().mean(0)
-    by_domain = {name: scores[batch.domain == d] for d, name in enumerate(DOMAINS)}
-    return {name: {"foga": s.mean(0).tolist(), "foga_clips": s.tolist()} for name, s in by_domain.items() if len(s)}
-
-
-def control_of(result: dict) -> dict | None:
-    """The control that probe(control=True) saved with its result, as control_scores returns it."""
-    found = {name: result[name] for name in DOMAINS if "control" in result.get(name, {})}
-    return {name: {"foga": s["control"], "foga_clips": s["control_clips"]} for name, s in found.items()} or None
+    return found[..., 1:].contiguous().mean(0)
 
 
 def interval(values: np.ndarray) -> list:
@@ -300,7 +293,7 @@ def probe(
     products = at_times(gradients, *points).numpy()
     beside = beside and ablation != "resample" and model.one_sweep and 1 not in result["clips"]
     other = at_times(foga_of_clips, *points, ablation="resample").cpu().numpy() if beside else None
-    controls = control_scores(*points, ablation) if control else {}
+    controls = control_scores(*points, ablation) if control else None
     for d, name in enumerate(DOMAINS):
         of_d, n = domain == d, result["clips"][d]
         if not n:
@@ -329,27 +322,46 @@ def probe(
             **{key: [float(values[0]), *interval(values[1:])] for key, values in both.items()},
         }
         if control:
-            result[name] |= {"control": controls[name]["foga"], "control_clips": controls[name]["foga_clips"]}
+            own = controls[batch.domain == d]
+            result[name] |= {"control": own.mean(0).tolist(), "control_clips": own.tolist()}
     return result | {"ablation": ablation, "foga_seconds": foga_seconds, "seconds": time.monotonic() - start}
+
+
+def domains_in(result: dict) -> list[str]:
+    """The domains that a probe had clips of."""
+    return [name for name in DOMAINS if name in result]
 
 
 def averaged(results: Sequence[dict]) -> dict:
     """What select() reads, as the mean over several probes of one run; the control's over those that have it."""
     keys = "foga foga_map lasp stores gradnorm velocity_norm control".split()
     mean = {}
-    for name in DOMAINS:
+    for name in domains_in(results[-1]):
         scores = [r[name] for r in results if name in r]
         mean[name] = {k: np.mean([s[k] for s in scores if k in s], axis=0).tolist() for k in keys if k in scores[-1]}
     return mean
 
 
+# --align=NAME: a domain's averaged scores -> what ranks its L layers, highest first; a rule of yours is one more
+RULES: dict[str, Callable[[dict], Sequence[float]]] = {
+    "foga": lambda scores: scores["foga"],
+    "foga_excess": lambda scores: np.subtract(scores["foga"], scores["control"]),
+    "gradnorm": lambda scores: scores["gradnorm"],
+    "lasp": lambda scores: scores["lasp"][1:],  # which begins with z_0, no layer
+    "stores": lambda scores: scores["stores"][1:],
+}
+
+
 def check_strategy(config, n_layer: int) -> int:
-    """How many of the L layers can be aligned. Raises ValueError for others, and for sets by t that are not FoG-A's."""
+    """How many of the L layers can be aligned. Raises ValueError for others, for a rule that is none, and for sets by t
+    that are not FoG-A's."""
+    if config.align not in (known := ["none", "fixed", "random", *RULES]):
+        raise ValueError(f"align={config.align!r} is no rule: use one of {', '.join(known)}")
     candidates = n_layer - (config.align_teacher != "external")  # the last layer has no deeper one to learn from
     bad = [l for l in config.align_layers if not 1 <= l <= candidates]
     if bad or (config.align == "fixed" and not config.align_layers):
         raise ValueError(f"align_layers={config.align_layers}: name layers from 1 to {candidates}")
-    if config.timestep_adaptive and config.align != "foga":
+    if config.timestep_adaptive and config.align not in ("foga", "none"):
         raise ValueError(f"timestep_adaptive needs align=foga, not {config.align!r}")
     return candidates
 
@@ -357,17 +369,17 @@ def check_strategy(config, n_layer: int) -> int:
 def select(config, result: dict, n_layer: int) -> list[dict[int, list[float]]]:
     """S_d and lambda_l of eq. 10-11 by config.align and .weighting: for each domain {layer: weights over parts of t}.
     Weights come from FoG-A whatever selected the layers. With config.timestep_adaptive every point of the t grid
-    selects its own layers. Raises ValueError as check_strategy does, when the velocity is numerically zero, and when
-    the probe lacks what the rule ranks."""
+    selects its own layers. Raises ValueError as check_strategy does, and when the probe cannot rank layers."""
     if config.align == "none":
         return [{} for _ in DOMAINS]
     candidates, k = check_strategy(config, n_layer), config.top_k
     rng, selection = np.random.default_rng(config.seed), []
-    for s in (result[name] for name in DOMAINS):
+    for s in (result.get(name) for name in DOMAINS):
+        if s is None:
+            selection.append({})
+            continue
         if not 1e-6 < s["velocity_norm"] < float("inf"):
             raise ValueError("the velocity is zero or not finite: FoG-A has no ranking; raise phase1_steps")
-        if config.align == "foga_excess" and "control" not in s:
-            raise ValueError("align=foga_excess ranks what exceeds the control: probe with control=True")
         if config.align == "stores" and np.allclose(s["stores"], 0, atol=1e-9):
             raise ValueError("align=stores leaves clips out: probe at least three of each domain")
         parts = []
@@ -377,23 +389,24 @@ def select(config, result: dict, n_layer: int) -> list[dict[int, list[float]]]:
             elif config.align == "random":
                 layers = sorted((rng.permutation(candidates)[:k] + 1).tolist())
             else:
-                excess = np.subtract(foga, s.get("control", 0))
-                ranked = {"foga": foga, "foga_excess": excess}.get(config.align, s.get(config.align))
-                layers = top_layers(ranked[-n_layer:][:candidates], k)  # LASP and stores begin with z_0, not a layer
-            a = np.array([foga[l - 1] for l in layers])
+                try:
+                    layers = top_layers(RULES[config.align](s | {"foga": foga})[:candidates], k)
+                except KeyError as missing:
+                    raise ValueError(f"align={config.align} ranks by {missing}, which this probe lacks") from None
+            shares = np.array([1.0 if config.weighting == "equal" else foga[l - 1] for l in layers])
             # paper: lambda_l = align_weight * A_l
-            weights = {"paper": a, "normalized": a / a.sum(), "equal": np.full(len(a), 1 / len(a))}[config.weighting]
+            weights = shares if config.weighting == "paper" else shares / max(shares.sum(), EPS)
             parts.append(dict(zip(layers, (config.align_weight * weights).tolist(), strict=True)))
         union = dict.fromkeys(l for part in parts for l in part)
         selection.append({l: [part.get(l, 0.0) for part in parts] for l in union})
     return selection
 
 
-def table(result: dict, control: dict | None, selection: Selection = ()) -> str:
+def table(result: dict, selection: Selection = ()) -> str:
     """The probes side by side, a row a layer, [95 % interval]; * marks the layers selected for alignment."""
     text, k = [], result["k"]
-    for d, name in enumerate(DOMAINS):
-        s, c = result[name], control[name] if control else None
+    for name in domains_in(result):
+        d, s = DOMAINS.index(name), result[name]
         aligned = {l for l, weights in selection[d].items() if any(weights)} if selection else ()
         columns = {"layer": [f"  {l:3d}{'*' if l in aligned else ' '}" for l in range(1, 1 + len(s["foga"]))]}
         columns["LASP"] = with_intervals(s["lasp"], s["lasp_interval"], "6.3f")[1:]
@@ -402,10 +415,10 @@ def table(result: dict, control: dict | None, selection: Selection = ()) -> str:
         columns[named] = with_intervals(s["foga"], s["foga_interval"], "6.4f")
         if "foga_resample" in s:
             columns["FoG-A resample"] = with_intervals(s["foga_resample"], s["foga_resample_interval"], "6.4f")
-        if c:
-            excess = np.subtract(s["foga_clips"], c["foga_clips"])  # paired: the same clips and noise
+        if "control" in s:
+            excess = np.subtract(s["foga_clips"], s["control_clips"])  # paired: the same clips and noise
             bounds = interval(common.resampled(len(excess)) @ excess / len(excess))
-            columns["control"] = [f"{score:.4f}" for score in c["foga"]]
+            columns["control"] = [f"{score:.4f}" for score in s["control"]]
             columns["excess over it"] = with_intervals(excess.mean(0), bounds, "+7.4f")
         columns["gradient norm"] = with_intervals(s["gradnorm"], s["gradnorm_interval"], "6.4f")
         rank, shared = s["rank_correlation"], s["top_overlap"]
@@ -417,7 +430,6 @@ def table(result: dict, control: dict | None, selection: Selection = ()) -> str:
             f"  LASP and FoG-A: rank correlation {rank[0]:+.2f} [{rank[1]:+.2f} {rank[2]:+.2f}], "
             f"top {k} share {shared[0]:.0f} [{shared[1]:.0f} {shared[2]:.0f}] of {k} layers",
         ]
-        text += [f"  {against_control(s['foga'], c['foga'], k)}"] if c else []
     legend = "stores R2: a ridge regression for each layer, held out; LASP's projection is trained at z_0 alone and"
     return "\n".join([*text, f"{legend} means nothing at other depths"])
 
@@ -426,36 +438,29 @@ def with_intervals(values: Sequence[float], bounds: Sequence, form: str) -> list
     return [f"{v:{form}} [{low:{form}} {high:{form}}]" for v, low, high in zip(values, *bounds, strict=True)]
 
 
-def against_control(scores: Sequence[float], control: Sequence[float], k: int) -> str:
-    """What a FoG-A ranking owes to the architecture alone, in a sentence."""
-    same, r = top_overlap(scores, control, k), rank_correlation(scores, control)
-    if top_layers(scores, len(scores)) == top_layers(control, len(scores)):
-        return "the FoG-A ranking is the same as before any training: it says nothing about what was learned"
-    return f"FoG-A's top {k} shares {same} of {k} layers with random weights (rank correlation {r:+.2f})"
-
-
 def stability(results: dict[str, dict], k: int) -> str:
     """The paper's table 7 for {checkpoint: probe result}: each FoG-A Top-K, and what it shares with the first's."""
-    rows = [["", *(word for name in DOMAINS for word in (f"{name} top {k}", "shared", "rank corr."))]]
     first = next(iter(results.values()))
+    rows = [["", *(word for name in domains_in(first) for word in (f"{name} top {k}", "shared", "rank corr."))]]
     for path, result in results.items():
         rows.append([path])
-        for name in DOMAINS:
+        for name in domains_in(first):
             a, b = result[name]["foga"], first[name]["foga"]
             shared, r = f"{top_overlap(a, b, k)}/{k}", f"{rank_correlation(a, b):+.2f}"
             rows[-1] += [" ".join(map(str, top_layers(a, k))), shared, r]
     return common.table(rows)
 
 
-def report(out_dir: Path, result: dict, control: dict | None, selection: Selection = ()) -> None:
+def report(out_dir: Path, result: dict, selection: Selection = ()) -> None:
     """Writes probe.json and probe.png, for each domain layer x t maps of LASP and FoG-A, and FoG-A by its control."""
     from matplotlib.figure import Figure  # slow to import, and opens no window, unlike pyplot
 
-    common.write_json(out_dir / "probe.json", result | {"control": control, "selection": selection})
-    x = np.arange(1, 1 + len(result[DOMAINS[0]]["foga"]))
+    common.write_json(out_dir / "probe.json", result | {"selection": selection})
+    names = domains_in(result)
+    x = np.arange(1, 1 + len(result[names[0]]["foga"]))
     ticks = x[:: max(1, len(x) // 12)]
-    fig = Figure(figsize=(13, 3.2 * len(DOMAINS)), layout="constrained")
-    for (*maps, bars), name in zip(fig.subplots(len(DOMAINS), 3), DOMAINS, strict=True):
+    fig = Figure(figsize=(13, 3.2 * len(names)), layout="constrained")
+    for (*maps, bars), name in zip(fig.subplots(len(names), 3, squeeze=False), names, strict=True):
         s = result[name]
         panels = {"LASP: stores": np.asarray(s["lasp_map"])[:, 1:], "FoG-A: contributes": s["foga_map"]}
         for ax, (title, values) in zip(maps, panels.items(), strict=True):
@@ -465,8 +470,8 @@ def report(out_dir: Path, result: dict, control: dict | None, selection: Selecti
             fig.colorbar(image, ax=ax)
         reach = np.abs(np.subtract(s["foga_interval"], s["foga"]))
         bars.bar(x - 0.2, s["foga"], 0.4, yerr=reach, label="FoG-A, trained", color="tab:orange", ecolor="grey")
-        if control:
-            bars.bar(x + 0.2, control[name]["foga"], 0.4, label="FoG-A, random init", color="lightgrey")
+        if "control" in s:
+            bars.bar(x + 0.2, s["control"], 0.4, label="FoG-A, random init", color="lightgrey")
         bars.plot(x, s["lasp"][1:], "o-", color="tab:blue", label="LASP", markersize=3)
         bars.set(title=f"mean over t ({name})", xlabel="layer", ylabel="score", xticks=ticks)
         bars.margins(y=0.3)  # room for the legend
@@ -536,12 +541,11 @@ def main(args: ProbeArgs) -> int | None:
         print(f"{stability(results, args.top_k)}\nwrote {out_dir / 'stability.json'}")
         return
     result, selection, L = results[str(path)], state["selection"], model.config.n_layer
-    control = control_of(result)
-    report(out_dir, result, control, selection)
+    report(out_dir, result, selection)
     weights = "raw" if "model" in state else "averaged"  # an export has no others
     what = state.get("what") or f"{path}, step {state['step']}, {weights} weights"
     print(f"{what}; t on {args.times} points; ablation {args.ablation}; * aligned in training; [95 % over clips]")
-    print(table(result, control, selection))
+    print(table(result, selection))
     passes, spent = (L + 1) * args.times, sum(p["result"]["seconds"] for p in state["probes"])
     work = f"{passes / 2:.0f} forward passes instead of {passes}" if model.one_sweep else f"{passes} forward passes"
     seconds, all_seconds = result["foga_seconds"], result["seconds"]

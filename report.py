@@ -19,6 +19,7 @@ from string import Template
 
 import numpy as np
 import scipy.stats
+import torch
 
 import audio
 import common
@@ -58,11 +59,6 @@ def clip_name(domain: int, row: int) -> str:
     return f"{DOMAINS[domain]}_{row:04d}"
 
 
-def interval(draws: np.ndarray) -> list[float]:
-    """The 95 % interval [low, high] of bootstrap draws (n,)."""
-    return np.nanpercentile(draws, [2.5, 97.5]).tolist()
-
-
 def paired_interval(values: np.ndarray, weight: np.ndarray | float = 1.0) -> list[float]:
     """[mean, low, high] of values (S seeds, C clips), NaN where one is missing, weighted by clip (C,), with the 95 %
     interval over both: how the means of seeds and of clips vary, less the noise in both; Student's t with
@@ -94,12 +90,19 @@ def read_eval(file: Path) -> dict:
     """What eval_file holds. Raises ValueError when it is damaged, or of an older evaluate.py."""
     try:
         result = json.loads(file.read_text())
-        problem = "" if {"wer", "clips", "seeds", "language"} <= set(result) else "is of an older evaluate.py"
-    except json.JSONDecodeError as error:
+        whole = isinstance(result, dict) and {"wer", "clips", "seeds", "language"} <= set(result)
+        problem = "" if whole else "is of an older evaluate.py, or no evaluation"
+    except ValueError as error:
         problem = f"is not JSON ({error})"
     if problem:
         raise ValueError(f"{file} {problem}: run evaluate.py --ckpt {file.parent}/ckpt.pt")
     return result
+
+
+def is_evaluated(run: Path, step: int) -> bool:
+    """Whether a run's own evaluation is of this step."""
+    file = eval_file(run)
+    return file.exists() and common.optional(lambda: read_eval(file).get("step")) == step
 
 
 def labelled(folders: Iterable[Path]) -> dict[str, Path]:
@@ -259,6 +262,19 @@ def plot(out: Path, panels: dict[str, list[tuple[str, Path, str]]], phase2: int 
     fig.savefig(out, dpi=100)
 
 
+def plot_differences(out: Path, paired: dict[str, dict]) -> None:
+    """Writes a picture of what each run's held-out FM loss is above that of none, with its interval, by domain."""
+    fig = figure(figsize=(9, 1.2 + 0.3 * len(paired)), layout="constrained")
+    for ax, domain in zip(fig.subplots(1, len(DOMAINS), sharey=True), DOMAINS, strict=True):
+        key = f"{domain} {CLIP_SCORES['fm'][0]}"
+        found = {name: row[key] for name, row in paired.items() if len(row.get(key, ())) == 3}
+        mean, low, high = np.array(list(found.values())).reshape(-1, 3).T
+        ax.errorbar(mean, list(found), xerr=(mean - low, high - mean), fmt="o", capsize=3, markersize=4)
+        ax.axvline(0, color="grey", linewidth=1)
+        ax.set(title=f"{key} less none", xlabel="worse to the right; 95 % over seeds and clips")
+    fig.savefig(out, dpi=100)
+
+
 def listening_test(folders: Sequence[str], clips: int, out: str = "", seed: int = 0) -> str:
     """Writes out/listening.html, which plays the first `clips` clips a domain of every run's samples, and of the
     originals, under blind names, and out/key.json, {item: {"system", "domain", "clip"}}, which tells them apart and
@@ -353,7 +369,8 @@ def score_table(result: dict) -> str:
         rows.append([label, *cells, f"[{between}]" if between else ""])
 
     label = f"speech WER %, n {wer['clips']} ({wer['words']} words)"
-    add(label, wer, 1, 100, wer["interval"].get("generated", ()))
+    if wer["clips"]:
+        add(label, wer, 1, 100, wer["interval"].get("generated", ()))
     if wer["cer"]:
         add("speech CER %", wer["cer"], 1, 100)
     for name in (name for name in DOMAINS if name in fad):
@@ -431,6 +448,27 @@ def index_page(run: Path, result: dict, takes: dict[str, dict]) -> None:
     (run / "index.html").write_text("".join([*parts, tail.template]), encoding="utf-8")
 
 
+def board(run: Path, drop_from: int | None = None):
+    """TensorBoard's writer of a run; what was written of steps from `drop_from` on is not shown any more."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(run / "tensorboard", purge_step=drop_from)
+
+
+def show_on_board(run: Path, step: int, takes: dict[str, dict]) -> None:
+    """The probe figure and two clips a domain of evaluate.Takes, where the run has a TensorBoard."""
+    if not (run / "tensorboard").is_dir():
+        return
+    from matplotlib.image import imread
+
+    with board(run) as writer:
+        if (run / "probe.png").exists():
+            writer.add_image("probe", imread(run / "probe.png"), step, dataformats="HWC")
+        found = [(clip_name(take.domain, i), take) for i, (take, *_) in takes["generated"].items()]
+        for name, take in [clip for d in range(len(DOMAINS)) for clip in [c for c in found if c[1].domain == d][:2]]:
+            writer.add_audio(name, take.wav[None], step, audio.SAMPLE_RATE)
+
+
 def held_out_loss(model, batch: data.Batch, sigma: float, machine: common.Machine) -> dict[str, float]:
     """L_FM of each domain, the mean over fixed clips, EVAL_TIMES points of t and fixed noise."""
     with machine.precision():
@@ -442,7 +480,8 @@ def held_out_loss(model, batch: data.Batch, sigma: float, machine: common.Machin
 def tell_selection(run) -> None:
     """Prints which layers are aligned with which weights, and writes selection.json."""
     rows = {}
-    for name, layers in zip(DOMAINS, run.objective.selection, strict=True):
+    there = [teacher != "none" for teacher, _ in run.objective.model.config.teachers]
+    for name, layers in itertools.compress(zip(DOMAINS, run.objective.selection, strict=True), there):
         rows[name] = {l: sum(w) / len(w) for l, w in layers.items() if any(w)}
         chosen = ", ".join(f"L{l} (weight {w:.3f})" for l, w in rows[name].items()) or "nothing"
         print(f"phase II aligns for {name}: {chosen}", flush=True)
@@ -457,8 +496,9 @@ class Report:
         out_dir.mkdir(parents=True, exist_ok=True)
         write_json(out_dir / "config.json", asdict(c))
         self.announce(run, sampler, machine)
-        self.run, self.machine, self.smooth = run, machine, math.nan
+        self.run, self.machine, self.smooth, self.losses = run, machine, math.nan, []
         self.log = common.Log(out_dir / "log.csv", LOGGED, run.step)
+        self.board = board(out_dir, run.step + 1) if c.tensorboard else None
         self.eval_batch = data.fixed_batch(held_out, c.eval_clips, 0, c.probe_frames).to(machine.device)
         if run.selected:
             tell_selection(run)
@@ -468,10 +508,11 @@ class Report:
         """The derived numbers, before step 0."""
         c, million, per_epoch = run.config, common.count_parameters(run.objective.model) / 1e6, sampler.steps_per_epoch
         kind = "bfloat16 autocast" if common.takes_bfloat16(machine.device, machine.dtype) else "float32"
+        padding, left_out = sampler.waste()
         print(
             f"{show(c)}\n{million:.1f} M parameters, {c.n_layer} layers; {machine.world} x {machine.device}, {kind}\n"
             f"{len(sampler.dataset)} training clips, {sampler.lengths.sum()} frames an epoch in {per_epoch} steps, "
-            f"{100 * sampler.left_out():.1f} % trimmed, padding {100 * sampler.padding():.1f} %; "
+            f"{100 * left_out:.1f} % trimmed, padding {100 * padding:.1f} %; "
             f"{c.max_steps / per_epoch:.0f} epochs; phase I ends at step {c.phase1_steps}",
             flush=True,
         )
@@ -487,17 +528,20 @@ class Report:
             self.run.seconds += now - self.since
         self.since = now
 
-    def count(self, numbers: dict[str, float], frames: int) -> None:
-        """Takes in a step's losses and its frames over all ranks."""
+    def count(self, numbers: dict, frames: int) -> None:
+        """Takes in a step's losses, tensors that are read when a row is written, and its frames over all ranks."""
         self.numbers, self.frames = numbers, self.frames + frames
-        if math.isfinite(fm := numbers["fm"]):
-            self.smooth = fm if math.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * fm
+        self.losses.append(numbers["fm"])
 
     def row(self, with_held_out: bool) -> None:
         """Writes the last step's row, of the steps since the row before; none when there was no step."""
         run, last = self.run, self.run.config.max_steps
         if not self.frames:
             return
+        self.numbers = {name: float(value) for name, value in self.numbers.items()}
+        for fm in filter(math.isfinite, torch.stack(self.losses).tolist()):
+            self.smooth = fm if math.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * fm
+        self.losses = []
         self.clock()
         rate = self.frames / self.spent
         self.restart_clock()
@@ -505,10 +549,12 @@ class Report:
         held = common.optional(loss, {}) if with_held_out else {}
         phase = 1 + run.selected
         self.log.row(step=run.step, phase=phase, frames_per_s=rate, seconds=run.seconds, **self.numbers, **held)
+        for name, value in (self.numbers | held).items() if self.board else ():
+            self.board.add_scalar(name, value, run.step)
         extra = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.4f}" for k, v in held.items())
         align = f"  align {self.numbers['align']:.3f}" if "align" in self.numbers else ""
         print(
             f"step {run.step:6d}/{last}  fm {self.smooth:.4f}  bitc {self.numbers['bitc']:.3f}{align}  "
-            f"{rate:6.0f} frames/s  left {common.time_left(run.seconds, run.step, last)}{extra}",
+            f"{rate:6.0f} frames/s  left {run.seconds / run.step * (last - run.step) / 60:.1f} min{extra}",
             flush=True,
         )

@@ -23,7 +23,7 @@ class SampleArgs(SynthesisArgs):
     """Settings of `python sample.py`: those of options.py, and:"""
 
     # what to make
-    text: str = ""  # say this
+    text: str = ""  # say this, or make the sound of "[event] description"
     event: str = ""  # make the sound of this
     describe: str = ""  # more about the event
     batch: str = ""  # a text file, a clip a line; a sound's line is "[event] description"
@@ -61,8 +61,9 @@ from backbones import load_model
 from common import AUDIO, DOMAINS, SPEECH, command, pick_device, precision
 from data import Batch, Dataset, crop_unit, first_of_each_domain
 from lm import generate, load_lm
-from model import FlowModel, sample
+from model import FlowModel, sample, step_times
 from prepare import __main__ as preparation
+from prepare import corpora
 from train import Config
 
 TEXTS = 16  # that stage 1 writes for as one batch
@@ -81,6 +82,7 @@ class Request(NamedTuple):
 def settings(args, run: dict) -> dict:
     """The sampler's settings: the command's where given, else those of the run that trained the model."""
     chosen = {k: run[k] if getattr(args, k) is None else getattr(args, k) for k in ("nfe", "cfg_scale", "sway")}
+    step_times(chosen["nfe"], args.method, chosen["sway"], args.epss)  # refuses before anything else is loaded
     return chosen | {"sigma": run["sigma"], "method": args.method, "epss": args.epss, "seed": args.seed}
 
 
@@ -96,9 +98,8 @@ def to_batch(requests: Sequence[Request]) -> Batch:
     frames, token_len, domain, prompt = sizes.unbind(1)
     tokens = pad_sequence([torch.from_numpy(r.codes.astype(np.int64)) for r in requests], batch_first=True)
     tokens = tokens if tokens.shape[2] > 1 else tokens[..., 0]
-    mel = torch.zeros(len(requests), int(frames.max()), audio.N_MELS)
-    for b, r in enumerate(requests):
-        mel[b, : len(r.prompt)] = torch.from_numpy(r.prompt.astype(np.float32))
+    mel = pad_sequence([torch.from_numpy(r.prompt.astype(np.float32)) for r in requests], batch_first=True)
+    mel = torch.nn.functional.pad(mel, (0, 0, 0, int(frames.max()) - mel.shape[1]))
     texts = tuple(r.text for r in requests)
     return Batch(mel, frames, tokens, token_len, domain, {}, prompt, torch.arange(len(requests)), texts=texts)
 
@@ -111,9 +112,8 @@ def synthesise(
     pending = sorted(range(len(requests)), key=lambda i: requests[i].frames)
     device = next(model.parameters()).device
     while pending:
-        size = 1  # the longest clip is last, so padding is bounded by it
-        while size < len(pending) and (size + 1) * requests[pending[size]].frames <= batch_frames:
-            size += 1
+        padded = (k * requests[i].frames for k, i in enumerate(pending, 1))  # of the first k, the last of them longest
+        size = max(1, sum(frames <= batch_frames for frames in padded))
         group, pending = pending[:size], pending[size:]
         batch = to_batch([requests[i] for i in group]).to(device)
         with torch.inference_mode(), precision(str(device), dtype):
@@ -154,8 +154,7 @@ class Stage1:
 
 def with_prompt(request: Request, reference: preparation.Prepared, rates: list[int], prompt_max: float) -> Request:
     """The request after the beginning of a reference, cut where a token starts."""
-    unit = crop_unit(rates)
-    room = int(prompt_max / (1 - prompt_max) * request.frames)
+    unit, room = crop_unit(rates), int(prompt_max / (1 - prompt_max) * request.frames)
     first = min(len(reference.mel), room) // unit * unit
     tokens = round(first * rates[request.domain] / audio.FRAME_RATE)
     codes = np.concatenate([reference.tokens[:tokens], request.codes])
@@ -163,18 +162,13 @@ def with_prompt(request: Request, reference: preparation.Prepared, rates: list[i
 
 
 def texts_of(args: SampleArgs) -> list[tuple[int, str]]:
-    """(domain, text) of each clip that is asked for in words. Raises ValueError for an empty file."""
-    found = [(SPEECH, args.text)] if args.text else []
-    if args.event:
-        found.append((AUDIO, f"{args.event}: {args.describe}" if args.describe else args.event))
-    if args.batch:
-        lines = [line.strip() for line in Path(args.batch).read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not lines:
-            raise ValueError(f"batch={args.batch}: no line in it; write a text a line, or [event] description")
-        for line in lines:
-            sound = re.fullmatch(r"\[(.+?)\]\s*(.*)", line)
-            found.append((AUDIO, ": ".join(filter(None, sound.groups()))) if sound else (SPEECH, line))
-    return found
+    """(domain, text) of each clip that is asked for in words. Raises ValueError where there are none."""
+    lines = [args.text, f"[{args.event}] {args.describe}" if args.event else ""]
+    lines += corpora.read_text(Path(args.batch)).splitlines() if args.batch else []
+    found = [(line, re.fullmatch(r"\[(.+?)\]\s*(.*)", line)) for line in map(str.strip, lines) if line]
+    if (args.lm or args.batch) and not found:
+        raise ValueError("stage 1 needs words: pass --text, --event, or a --batch of texts or [event] descriptions")
+    return [(AUDIO, ": ".join(filter(None, sound.groups()))) if sound else (SPEECH, line) for line, sound in found]
 
 
 def make_requests(args: SampleArgs, model: FlowModel, state: dict, device: str) -> tuple[list[Request], dict]:
@@ -199,8 +193,8 @@ def make_requests(args: SampleArgs, model: FlowModel, state: dict, device: str) 
     ids = first_of_each_domain(dataset, args.n)
     for i in ids.tolist():
         (name, text), domain = dataset.name_and_text(i), DOMAINS[dataset.index["domain"][i]]
-        file = f"{args.split}_{domain}_{i:04d}"  # evaluate.py's speech_0003.wav is another and stays
-        about[file] = {"clip": name, "text": text, "domain": domain, "split": args.split}
+        clip = {"clip": name, "text": text, "domain": domain, "split": args.split}
+        about[f"{args.split}_{domain}_{i:04d}"] = clip  # evaluate.py's speech_0003.wav is another and stays
     return from_dataset(dataset, ids), about
 
 
@@ -208,20 +202,20 @@ def main(args: SampleArgs) -> None:
     """Writes what is asked for as wav files, each with a .json of how it was made; prints the real-time factor."""
     state, used = common.load(args.ckpt, needs=common.TRAINED)
     run = state["config"] = asdict(Config()) | state["config"]  # an older one may lack a setting
-    device = pick_device(args.device)
+    options, device = settings(args, run), pick_device(args.device)
+    folder = Path(args.out_dir or used.parent / "samples")
+    (Path(args.out).parent if args.out else folder).mkdir(parents=True, exist_ok=True)
     vocoder_name = args.vocoder or run["vocoder"]
     model, vocoder = load_model(state, device=device), audio.load_vocoder(vocoder_name, device)
     start = time.monotonic()
     requests, about = make_requests(args, model, state, device)
     if args.out and len(requests) > 1:
         raise ValueError(f"out={args.out} is one file and {len(requests)} clips are asked for; pass --out_dir")
-    options, between = settings(args, run), time.monotonic()
+    between = time.monotonic()
     waves = synthesise(model, requests, vocoder, options, run["dtype"])
     end, seconds = time.monotonic(), sum(map(len, waves)) / audio.SAMPLE_RATE
-    folder = Path(args.out_dir or used.parent / "samples")
     for wav, (file, made) in zip(waves, about.items(), strict=True):
         path = Path(args.out or folder / f"{file}.wav")
-        path.parent.mkdir(parents=True, exist_ok=True)
         audio.write(path, wav)
         made |= {"ckpt": args.ckpt, "step": state["step"], **options, "vocoder": vocoder_name}
         common.write_json(path.with_suffix(".json"), made)

@@ -1,10 +1,10 @@
 """Frozen encoders: waveforms -> features at a steady rate, and one pooled embedding per clip.
 
-    teacher = Whisper.load("openai/whisper-large-v3", "cuda")    # or BEATs.load(PATH), VGGish(PATH)
+    teacher = pretrained("openai/whisper-large-v3", "cuda")    # or HuBERT, ...; BEATs.load(PATH), VGGish(PATH)
     teacher.encode(wavs)                           # list of (N_i, D) float32, `rate` per second
     teacher.embed(wavs)                            # (B, D) float32, pooled over valid frames only
     teacher.transcribe(wavs)                       # Whisper only: list of str
-    teacher.codes(wavs)                            # BEATs with a tokenizer's file only: list of (N_i,) integers
+    teacher.encode(wavs, codes=True)               # BEATs with a tokenizer's file only: list of (N_i,) integers
 
 Waveforms are mono float32 arrays at the encoder's own `sample_rate`; the caller resamples. Padding reaches no feature:
 a clip gives the same result alone and in any batch. The demo's own networks, and load_teacher, are in prepare/demo.py.
@@ -29,20 +29,19 @@ from audio import torchaudio
 
 VGGISH_WEIGHTS = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
 # what torch.load, and a reader of what it gives, raise for other files
-UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError)
+UNREADABLE = (OSError, EOFError, RuntimeError, LookupError, TypeError, AttributeError, pickle.UnpicklingError)
 
 
 class Teacher:
-    """A frozen encoder: `name`, `sample_rate` in Hz, `dim` D of a feature, `rate` in features per second."""
+    """A frozen encoder: `name`, `sample_rate` in Hz, `dim` D of a feature, `rate` in features per second; `depth`
+    layers to choose from, and `layer`, from 0, the one after which encode() takes its states, -1 for its output."""
+
+    layer, depth = -1, 0
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
         # frames per batch, padding included: a CPU gains nothing from more, a GPU has to be filled
         self.budget = 6000 if self.device.type == "cpu" else 60000
-
-    def encode(self, wavs: list[np.ndarray]) -> list[np.ndarray]:
-        """Features of every clip, (N_i, D) float32, valid frames only; ValueError for a clip that cannot be taken."""
-        raise NotImplementedError
 
     def embed(self, wavs: list[np.ndarray]) -> np.ndarray:
         """One vector per clip, (B, D) float32: the mean of its features over valid frames."""
@@ -77,6 +76,12 @@ def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         del order[-size:]
 
 
+def split_layer(source: str) -> tuple[str, int]:
+    """NAME@LAYER as name and layer, counted from 1; 0 where none is named."""
+    found = re.fullmatch(r"(.+)@([1-9]\d*)", source)
+    return (found[1], int(found[2])) if found else (source, 0)
+
+
 def mel_filters(n_fft: int, n_mels: int, fmin: float, fmax: float, sample_rate: int, kind: str) -> torch.Tensor:
     """Mel filterbank (n_fft / 2 + 1, n_mels). kind 'slaney': librosa's default, as Whisper; 'htk': triangles linear in
     Hz that each sum to one, as aisfx; 'tensorflow': HTK triangles linear in mel with unit peak, as YAMNet."""
@@ -89,11 +94,10 @@ def mel_filters(n_fft: int, n_mels: int, fmin: float, fmax: float, sample_rate: 
 
 
 def whisper_mel(wavs: list[np.ndarray], samples: int, filters: torch.Tensor) -> torch.Tensor:
-    """Whisper's and S3's input, of clips padded with silence to `samples`: (B, bins, samples // 160), log10 power
+    """Whisper's input, of clips padded with silence to `samples`: (B, bins, samples // 160), log10 power
     floored at 8 below the clip's maximum, then (x + 4) / 4. At 480000 samples the same as WhisperFeatureExtractor's."""
     x = pad_sequence([torch.from_numpy(w) for w in wavs], batch_first=True).to(filters.device)
-    x = F.pad(x, (0, samples - x.shape[1]))
-    hann = torch.hann_window(400, device=filters.device)
+    x, hann = F.pad(x, (0, samples - x.shape[1])), torch.hann_window(400, device=filters.device)
     x = torch.stft(x, 400, 160, window=hann, return_complex=True)[..., :-1]  # (B, 201, T)
     x = (filters.T @ x.abs().square()).clamp(min=1e-10).log10()
     return (x.maximum(x.amax((1, 2), keepdim=True) - 8) + 4) / 4
@@ -113,28 +117,6 @@ class Whisper(Teacher):
         self.dim, self.depth = model.config.d_model, model.config.encoder_layers
         self.filters = mel_filters(400, model.config.num_mel_bins, 0.0, 8000.0, 16000, "slaney").to(self.device)
 
-    @classmethod
-    def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "Whisper":
-        """From a transformers folder or a hub name, looked up on disk first; ValueError that says what to pass."""
-        torchaudio()
-        from transformers import AutoConfig, AutoTokenizer, WhisperForConditionalGeneration
-
-        for local in (True, False):
-            where = {"pretrained_model_name_or_path": str(source), "local_files_only": local}
-            try:
-                if (kind := AutoConfig.from_pretrained(**where).model_type) != "whisper":
-                    raise ValueError(f"it is a {kind}")  # which would be read with random weights
-                model = WhisperForConditionalGeneration.from_pretrained(**where)
-                tokenizer, rules = AutoTokenizer.from_pretrained(**where).backend_tokenizer, model.generation_config
-                return cls(model, tokenizer, rules.suppress_tokens or [], rules.begin_suppress_tokens or [], device)
-            except (OSError, RuntimeError, ValueError, AttributeError) as error:
-                reason = str(error).strip().split("\n")[0][:160]
-        found = "neither on disk nor on a reachable hub"
-        if Path(source).is_dir():
-            found = f"a folder with {', '.join(sorted(f.name for f in Path(source).iterdir())[:5]) or 'nothing'} in it"
-        fix = "pass a folder with config.json, weights and tokenizer.json of an openai/whisper-* model, or demo"
-        raise ValueError(f"Whisper '{source}' is {found} ({reason}): {fix}")
-
     def _states(self, mel: torch.Tensor, frames: torch.Tensor, layer: int = -1) -> torch.Tensor:
         """Encoder states (B, ceil(T / 2), D) of mel (B, bins, T) of which the first `frames` (B,) are valid."""
         encoder = self.model.model.encoder
@@ -151,12 +133,10 @@ class Whisper(Teacher):
         return encoder.layer_norm(x)
 
     @torch.inference_mode()
-    def encode(self, wavs: list[np.ndarray], layer: int = -1) -> list[np.ndarray]:
-        """Encoder states of every clip at its own length, (N_i, D), 50 per second: those after layer `layer`, or for -1
-        the final, layer-normalised ones. Raises ValueError for a clip over 30 s or a layer that does not exist."""
-        if not -1 <= layer < self.depth:
-            raise ValueError(f"Whisper has no encoder layer {layer}: use 0..{self.depth - 1}, or -1 for its output")
-        wavs = checked(wavs, self.window)
+    def encode(self, wavs: list[np.ndarray], layer: int | None = None) -> list[np.ndarray]:
+        """Encoder states of every clip at its own length, (N_i, D), 50 per second: those after `layer`, None for its
+        own, -1 for the final, normalised ones. Raises ValueError for a clip over 30 s."""
+        wavs, layer = checked(wavs, self.window), self.layer if layer is None else layer
         frames = [max(1, len(w) // 160) for w in wavs]  # two make a state
         out = [np.empty(0)] * len(wavs)
         for batch in batches(frames, self.budget):
@@ -208,27 +188,75 @@ class Whisper(Teacher):
         return tokens
 
 
+class Encoder(Teacher):
+    """A HuBERT, WavLM or the like of transformers' AutoModel; a clip at a time, as norms over time hear padding."""
+
+    def __init__(self, extractor, model, device: str | torch.device = "cpu"):
+        super().__init__(device)
+        self.extractor, self.model = extractor, model.float().eval().requires_grad_(False).to(self.device)
+        self.name, self.sample_rate = model.config.model_type, extractor.sampling_rate
+        self.dim, self.depth = model.config.hidden_size, model.config.num_hidden_layers
+        # features per second, of what they are for two lengths: edges count the same in both
+        short, long = (len(x) for x in self.encode([np.ones(s * self.sample_rate, np.float32) for s in (2, 4)]))
+        self.rate = (long - short) / 2
+        if self.rate <= 0:
+            raise ValueError(f"a {self.name} gives {long} features whatever a clip's length")
+
+    @torch.inference_mode()
+    def encode(self, wavs: list[np.ndarray], layer: int | None = None) -> list[np.ndarray]:
+        """States of every clip, (N_i, D), after layer `layer`, by default its own; -1 is the output."""
+        layer, out = self.layer if layer is None else layer, []
+        for wav in checked(wavs):
+            wav = np.pad(wav, (0, max(0, self.sample_rate // 20 - len(wav))))  # what its convolutions need at least
+            x = self.extractor(wav, sampling_rate=self.sample_rate, return_tensors="pt").to(self.device)
+            x = self.model(**x, output_hidden_states=True)
+            x = x.last_hidden_state if layer == -1 else x.hidden_states[layer + 1]  # the first is its input
+            out.append(x[0].cpu().numpy())
+        return out
+
+
+def pretrained(source: str | Path, device: str | torch.device = "cpu", recognises: bool = False) -> Teacher:
+    """A Whisper, or unless it `recognises` words another Encoder, from a transformers folder or hub name, looked up on
+    disk first. Raises ValueError that says what is there, and what to pass."""
+    torchaudio()
+    from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoTokenizer, WhisperForConditionalGeneration
+
+    for local in (True, False):
+        where = {"pretrained_model_name_or_path": str(source), "local_files_only": local, "trust_remote_code": False}
+        try:
+            if (kind := AutoConfig.from_pretrained(**where).model_type) == "whisper":
+                model = WhisperForConditionalGeneration.from_pretrained(**where)
+                tokenizer, rules = AutoTokenizer.from_pretrained(**where).backend_tokenizer, model.generation_config
+                return Whisper(model, tokenizer, rules.suppress_tokens or [], rules.begin_suppress_tokens or [], device)
+            if recognises:
+                raise ValueError(f"it is a {kind}")
+            return Encoder(AutoFeatureExtractor.from_pretrained(**where), AutoModel.from_pretrained(**where), device)
+        except (ValueError, *UNREADABLE) as error:
+            reason = str(error).strip().split("\n")[0][:160]
+    found = "neither on disk nor on a reachable hub"
+    if Path(source).is_dir():
+        found = f"a folder with {', '.join(sorted(f.name for f in Path(source).iterdir())[:5]) or 'nothing'} in it"
+    wanted = "an openai/whisper-* model" if recognises else "a Whisper, HuBERT, WavLM or wav2vec 2.0"
+    raise ValueError(f"'{source}' is {found} ({reason}): pass the folder or hub name of {wanted}, or demo")
+
+
 class BEATsAttention(nn.Module):
-    """Self-attention whose bias of relative position the query gates, where the model has gates."""
+    """Self-attention whose bias of relative position the query gates."""
 
     def __init__(self, cfg: dict):
         super().__init__()
         D, H = cfg["encoder_embed_dim"], cfg["encoder_attention_heads"]
-        self.heads, self.gated = H, cfg.get("gru_rel_pos", False)
+        self.heads = H
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
-        if cfg.get("relative_position_embedding"):
-            self.relative_attention_bias = nn.Embedding(cfg["num_buckets"], H)
-        if self.gated:
-            self.grep_linear, self.grep_a = nn.Linear(D // H, 8), nn.Parameter(torch.ones(1, H, 1, 1))
+        self.relative_attention_bias = nn.Embedding(cfg["num_buckets"], H)
+        self.grep_linear, self.grep_a = nn.Linear(D // H, 8), nn.Parameter(torch.ones(1, H, 1, 1))
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, N, D); bias (1, H, N, N), keys (B, 1, 1, N) bool."""
         B, N, D = x.shape
         q, k, v = (p(x).view(B, N, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if bias is not None and self.gated:
-            a, b = self.grep_linear(q).unflatten(-1, (2, 4)).sum(-1).sigmoid().chunk(2, dim=-1)  # (B, H, N, 1) each
-            bias = (a * (b * self.grep_a - 1) + 2) * bias
-        mask = keys if bias is None else bias.masked_fill(~keys, -torch.inf)
+        a, b = self.grep_linear(q).unflatten(-1, (2, 4)).sum(-1).sigmoid().chunk(2, dim=-1)  # (B, H, N, 1) each
+        mask = ((a * (b * self.grep_a - 1) + 2) * bias).masked_fill(~keys, -torch.inf)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, N, D / H)
         return self.out_proj(y.transpose(1, 2).reshape(B, N, D))
 
@@ -243,7 +271,7 @@ class BEATsLayer(nn.Module):
         self.self_attn, self.self_attn_layer_norm = BEATsAttention(cfg), nn.LayerNorm(D)
         self.fc1, self.fc2, self.final_layer_norm = nn.Linear(D, hidden), nn.Linear(hidden, D), nn.LayerNorm(D)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         x = self.self_attn_layer_norm(self.alpha * x + self.self_attn(x, bias, keys))
         return self.final_layer_norm(self.alpha * x + self.fc2(F.gelu(self.fc1(x))))
 
@@ -266,10 +294,8 @@ class BEATsModel(nn.Module):
             self.quantize_layer = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, codebook.shape[1]))
             self.quantize = nn.ModuleDict({"embedding": nn.Embedding(*codebook.shape)})
 
-    def position_bias(self, N: int, device: torch.device) -> torch.Tensor | None:
+    def position_bias(self, N: int, device: torch.device) -> torch.Tensor:
         """T5's bucketed relative positions, (1, H, N, N). All layers hold the same table."""
-        if not self.cfg.get("relative_position_embedding"):
-            return None
         buckets, furthest = self.cfg["num_buckets"] // 2, self.cfg["max_distance"]
         at = torch.arange(N, device=device)
         offset = at - at[:, None]
@@ -338,10 +364,11 @@ class BEATs(Teacher):
 
     @torch.inference_mode()
     def encode(self, wavs: list[np.ndarray], codes: bool = False) -> list[np.ndarray]:
-        """Features of every clip, (N_i, 768), N_i = 8 per whole 160 ms, at least 8; or their `codes`, (N_i,)."""
+        """Features of every clip, (N_i, 768), N_i = 8 per whole 160 ms, at least 8; or its tokenizer's codes (N_i,)."""
+        if codes and not self.model.has_codes:
+            raise ValueError("this BEATs has no codebook: load Tokenizer_iter3_plus_AS2M.pt for tokens")
         fbanks = [self.fbank(w) for w in checked(wavs)]
-        counts = [len(f) // 16 * 8 for f in fbanks]
-        out = [np.empty(0)] * len(wavs)
+        counts, out = [len(f) // 16 * 8 for f in fbanks], [np.empty(0)] * len(wavs)
         for batch in batches([len(f) for f in fbanks], self.budget):
             x = pad_sequence([fbanks[i] for i in batch], batch_first=True)
             x = self.model(x, torch.tensor([counts[i] for i in batch], device=self.device))
@@ -349,12 +376,6 @@ class BEATs(Teacher):
             for i, rows in zip(batch, x.cpu().numpy(), strict=True):
                 out[i] = rows[: counts[i]].copy()
         return out
-
-    def codes(self, wavs: list[np.ndarray]) -> list[np.ndarray]:
-        """The tokenizer's code of every patch, (N_i,) integers, in the order of `encode`; ValueError without one."""
-        if not self.model.has_codes:
-            raise ValueError("this BEATs has no codebook: load Tokenizer_iter3_plus_AS2M.pt for tokens")
-        return self.encode(wavs, codes=True)
 
 
 class PatchNetwork(Teacher):
@@ -380,8 +401,6 @@ class PatchNetwork(Teacher):
     @torch.inference_mode()
     def encode(self, wavs: list[np.ndarray]) -> list[np.ndarray]:
         """Features of every patch of every clip, (N_i, D), N_i at least 1."""
-        if not wavs:
-            return []
         patches = [self.patches(w) for w in checked(wavs)]
         out = torch.cat([self.features(x[:, None]).cpu() for x in torch.cat(patches).split(self.budget // 96)])
         return [x.numpy() for x in out.split([len(p) for p in patches])]

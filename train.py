@@ -27,7 +27,7 @@ class Config:
     seed: Natural = 0  # seeds weights, data order and noise
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto takes bfloat16 where the machine has it
-    compile: bool = False  # torch.compile each block
+    compile: bool | None = None  # torch.compile each block; None: on CUDA, of our own model
     checkpoint_activations: bool = False  # compute activations again in backward: less memory, up to a third more time
     loader_threads: Natural = 1  # threads that prepare the next batches; 0: none
     # corpus
@@ -42,11 +42,12 @@ class Config:
     held_out: Share = 0.02  # share of clips kept for validation and evaluation, in whole groups (speakers, texts)
     data_seed: Natural = 0  # seeds the held-out split and the tokenizers
     reference_clips: Natural = 300  # training clips per domain whose waveform is kept, the reference of FAD
-    # teachers and tokenizers
-    whisper: str = "openai/whisper-large-v3"  # speech teacher: hub name or folder; "demo": Whisper tiny.en
-    audio_teacher: str = "BEATs_iter3_plus_AS2M.pt"  # path of BEATs' weights; "demo": the aisfx sound-effects network
-    speech_tokenizer: Literal["s3", "whisper_vq"] = "s3"  # whisper_vq: VQ on the speech teacher's states, fitted here
-    s3: str = "speech_tokenizer_v1"  # S3's name in the s3tokenizer package, or the path of CosyVoice's .onnx file
+    # teachers (an encoder of transformers by folder or hub name, @LAYER where wanted; BEATs' .pt) and tokenizers
+    speech_teacher: str = "openai/whisper-large-v3"  # "demo": Whisper tiny.en
+    audio_teacher: str = "BEATs_iter3_plus_AS2M.pt"  # "demo": the aisfx sound-effects network
+    speech_tokenizer: Literal["s3", "whisper_vq"] = "s3"  # whisper_vq: VQ on the states of a network, fitted here
+    speech_tokenizer_from: str = ""  # that network, named as a teacher; empty: the speech teacher
+    s3: str = "speech_tokenizer_v1"  # S3's name in the s3tokenizer package
     audio_tokenizer: str = ""  # an AST fitted before, the audio_tokenizer.pt of a prepared folder; empty: fitted here
     beats_tokenizer: str = "Tokenizer_iter3_plus_AS2M.pt"  # path of the BEATs tokenizer behind beats_tokens
     speech_codes: Count = 4096  # codebook size of the speech tokens
@@ -86,6 +87,7 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for everything else
     learning_rate: Positive = 1e-4  # peak of the one-cycle schedule
     lr_warmup: Share = 0.1  # share of max_steps on the way up
+    lr_decay: Share = 1.0  # share of max_steps on the way down; before it, of less than 1, max_steps may be changed
     weight_decay: Amount = 0.1  # on matrices
     beta2: Share = 0.999  # AdamW; beta1 is 0.9
     grad_clip: Positive = 1.0  # largest gradient norm
@@ -98,7 +100,7 @@ class Config:
     probe_times: Count = 8  # points of the t grid
     probe_frames: Count = 1000  # probe clips are cut to this
     bitc_weight: Amount = 1.0  # weight of L_BiTC
-    align: Literal["none", "fixed", "random", "lasp", "stores", "gradnorm", "foga", "foga_excess"] = "foga"  # the rule
+    align: str = "foga"  # the rule: none, fixed, random, or of probe.RULES: foga, foga_excess, gradnorm, lasp, stores
     ablation: Literal["zero", "mean", "resample"] = "zero"  # what FoG-A puts in a layer's place; zero: the paper's
     align_head: Literal["mlp", "conv1d", "conv2d", "none"] = "mlp"  # on the pooled state; with frames on each frame's
     align_teacher: Literal["external", "self", "ema"] = "external"  # self: a deeper layer; ema: of the average
@@ -107,11 +109,12 @@ class Config:
     align_norm: Literal["raw", "centred", "zscore"] = "raw"  # of the target; zscore of frames: by clip
     t_weight: Literal["none", "taro"] = "none"  # of a clip's alignment by its t; taro: TARO's
     dispersive: Amount = 0.0  # weight of the dispersive loss on the aligned layers, a control without a teacher
+    ctc_weight: Amount = 0.0  # weight of CTC to the text at half the depth, as A-DMA's
     align_layers: tuple[int, ...] = ()  # the layers, 1..n_layer, for align=fixed
     top_k: Count = 3  # layers selected per domain
     weighting: Literal["normalized", "equal", "paper"] = "paper"  # shares of align_weight by FoG-A, equal ones; eq. 11
     align_weight: Amount = 2.0  # sum of a domain's weights, whatever the rule; weighting=paper: what multiplies FoG-A
-    timestep_adaptive: bool = False  # select layers for each part of the t grid of the probe, for align=foga
+    timestep_adaptive: bool = False  # layers and heads for each part of the t grid of the probe, for align=foga
     refresh_epochs: Amount = 0.0  # epochs between new probes and selections in phase II; 0: selected once
     align_stop: Natural = 0  # step after which the alignment term is off (HASTE); 0: never
     head_dim: Natural = 0  # hidden width of the alignment heads; 0: n_embd
@@ -132,9 +135,12 @@ class Config:
     max_clips: Count = 200  # most held-out clips per domain that are generated and scored
     eval_seeds: Count = 1  # noise seeds per clip
     language: str = "en"  # of the speech: Whisper's prompt, and the normaliser under WER
+    tensorboard: bool = False  # also scalars, the probe figure and four clips to out_dir/tensorboard
     evaluate: bool = True  # run probe.py and evaluate.py on the finished checkpoint
 
-    renamed: ClassVar[dict[str, str]] = {"warmup_steps": "phase1_steps", "optimiser": "optimizer", "cfg": "cfg_scale"}
+    renamed: ClassVar[dict[str, str]] = {
+        "warmup_steps": "phase1_steps", "optimiser": "optimizer", "cfg": "cfg_scale", "whisper": "speech_teacher"
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -143,10 +149,12 @@ if __name__ == "__main__":
 import collections
 import contextlib
 import copy
-import math
+import gc
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -160,18 +168,18 @@ import data
 import probe
 from common import DOMAINS, Machine, Optimizer, clip_and_step, command, step_seed
 from data import Dataset, Prefetcher, TrainingBatches, fixed_batch
-from model import DiTConfig, FlowModel, Objective, Selection, check_targets
-from report import Report, tell_selection
+from model import DiTConfig, FlowModel, Objective, Selection
+from report import Report, is_evaluated, tell_selection
 
 # settings that a continued run may change, and those that a branch from the end of phase I may change as well
 MAY_DIFFER = (
     "out_dir branch_from accumulate device dtype compile checkpoint_activations loader_threads data_dir log_every "
     "eval_every eval_clips save_every keep_every nfe cfg_scale sway vocoder asr fad_model evaluate evaluate_every "
-    "eval_seeds max_clips language"
+    "eval_seeds max_clips language tensorboard"
 ).split() + data.CORPUS  # what data_dir was prepared from; Run.data says which preparation it is
 BRANCH_MAY_DIFFER = (
     "align align_target align_norm target_rate align_layers align_head align_teacher timestep_adaptive refresh_epochs "
-    "align_stop top_k select_from weighting align_weight t_weight dispersive head_dim"
+    "align_stop top_k select_from weighting align_weight t_weight dispersive ctc_weight head_dim"
 ).split()
 
 
@@ -179,13 +187,13 @@ def train(config: Config, machine: Machine) -> "Run":
     """Trains to max_steps or to a signal; returns the run. Rank 0 alone prints and writes. All randomness of a step
     (noise, t, dropout, condition drop) follows from (seed, step, place), so a resumed run repeats it exactly, probes or
     samples between steps change nothing, and two ranks do what one does that accumulates twice. A non-finite gradient,
-    which every rank sees alike after the all-reduce, updates nothing."""
+    which every rank sees alike after the all-reduce, moves no weight. A GPU is waited for in rows of the log alone."""
     run, dataset, held_out = open_run(config, machine)
     sampler = TrainingBatches(dataset, config, machine.rank, machine.world)
     run.objective.expected = sampler.expected_clips(dataset.index["domain"])
     batches = Prefetcher(sampler, config.loader_threads, pin=machine.device.startswith("cuda"))
     report = Report(run, machine, sampler, held_out) if machine.lead else None
-    finite = common.Finite(lambda: save(run) if machine.lead else None)
+    finite = common.Finite(lambda: save(run, wait=True) if machine.lead else None)
     stop, objective = common.StopRequest(machine.device), distributed(run, machine)
     while run.step < config.max_steps and not stop.agreed():
         # the mean gradient of this rank's batches; with the last of them DDP takes the mean over ranks
@@ -205,8 +213,7 @@ def train(config: Config, machine: Machine) -> "Run":
 
         # one step of the optimizer and of the average
         moved = clip_and_step(run.objective, run.optimizer, run.step, config)
-        if math.isfinite(moved["grad_norm"]):
-            update_ema(run.ema, run.objective.model, min(config.ema_decay, (1 + run.step) / (10 + run.step)))
+        update_ema(run.ema, run.objective.model, min(config.ema_decay, (1 + run.step) / (10 + run.step)))
         run.step += 1
         finite.check(run.step, moved["grad_norm"], [i for part in parts for i in part.ids.tolist()])
 
@@ -232,8 +239,7 @@ def train(config: Config, machine: Machine) -> "Run":
 
         # log, evaluate, save
         if report:
-            numbers = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True)) | moved
-            report.count(numbers, sum(int(part.frames.sum()) for part in parts) * machine.world)
+            report.count(means | moved, sum(int(part.frames.sum()) for part in parts) * machine.world)
             end = run.step == config.max_steps
             curve = due(run.step, config.evaluate_every) and not end
             keep_due, held_out_due = due(run.step, config.keep_every), end or due(run.step, config.eval_every)
@@ -245,12 +251,15 @@ def train(config: Config, machine: Machine) -> "Run":
             if keep_due:
                 save(run, f"ckpt_{run.step:06d}.pt")
             if curve:
-                stop.asked |= evaluate_checkpoint(run, machine, ["evaluate.py"]) == common.INTERRUPTED
+                run.writer.pending.result()
+                stop.asked |= evaluate_checkpoint(config, machine, ["evaluate.py"]) == common.INTERRUPTED
             if held_out_due or save_due or curve:
                 report.restart_clock()  # none of that is training time
+    finite.check()
     if report and run.step < config.max_steps:
         report.row(False)  # evaluate.py tells by the log how far a run has come
         save(run)
+    run.writer.pending.result()
     stop.close()
     return run
 
@@ -286,6 +295,7 @@ class Run:
     selected: bool = False  # phase II
     probes: list[dict] = field(default_factory=list)  # one entry per probe
     seconds: float = 0.0  # spent training
+    writer: common.Writer = field(default_factory=common.Writer)
 
     def state(self) -> dict:
         """What ckpt.pt holds: tensors and plain values only."""
@@ -347,7 +357,8 @@ def init_tokens_from_codebooks(model: FlowModel, config: Config) -> None:
 def trade(model: FlowModel, config: Config) -> None:
     """Applies what trades memory or start-up for time."""
     model.checkpoint_activations = config.checkpoint_activations
-    if config.compile:
+    own_on_cuda = model.tokens.weight.is_cuda and not config.backbone and not config.checkpoint_activations
+    if config.compile or (config.compile is None and own_on_cuda):
         torch._dynamo.config.optimize_ddp = False  # it splits wide blocks, which some dynamic shapes do not survive
         torch._dynamo.config.recompile_limit = 32  # one clip or many, padded or not, learning or probed: each its own
         for block in model.blocks:  # alike, so one compilation serves them all, and any shape
@@ -374,7 +385,7 @@ def probe_weights(run: Run, dataset: Dataset, machine: Machine, control: bool) -
     with machine.precision():
         how = (c.probe_times, c.sigma, seed, c.top_k, c.ablation, control)
         result = probe.probe(run.objective.model, batch, *how)
-    for name in DOMAINS:
+    for name in probe.domains_in(result):
         scores = result[name]
         top = " ".join(f"L{l} {scores['foga'][l - 1]:.3f}" for l in probe.top_layers(scores["foga"], c.top_k))
         print(f"probe at step {run.step}: {name:6s} FoG-A top {top}; BiT-C {scores['bitc']:.3f}", flush=True)
@@ -399,12 +410,14 @@ def intervene(run: Run, selection: Selection | None = None) -> None:
 def report_phase1(run: Run) -> None:
     """Shows what the last probe found, beside a random-init control; writes probe.json and .png."""
     result, selection = run.probes[-1]["result"], run.objective.selection
-    print(probe.table(result, probe.control_of(result), selection))
-    probe.report(Path(run.config.out_dir), result, probe.control_of(result), selection)
+    print(probe.table(result, selection))
+    probe.report(Path(run.config.out_dir), result, selection)
 
 
-def save(run: Run, name: str = "ckpt.pt") -> None:
-    common.save(Path(run.config.out_dir) / name, run.state())
+def save(run: Run, name: str = "ckpt.pt", wait: bool = False) -> None:
+    run.writer.save(Path(run.config.out_dir) / name, run.state())
+    if wait:
+        run.writer.pending.result()
 
 
 def export(run: Run) -> None:
@@ -420,9 +433,12 @@ def restore(run: Run, path: Path) -> None:
     own = path.parent == Path(run.config.out_dir)
     state, used = common.load(path, own, "model_config model ema heads optimizer selection selected probes".split())
     may_differ = MAY_DIFFER + ([] if state["selected"] else BRANCH_MAY_DIFFER)
+    schedules = map(common.plateau, (run.config, SimpleNamespace(**state["config"])))
+    if all(up <= state["step"] <= down for up, down in schedules):
+        may_differ.append("max_steps")  # at the peak of both schedules they are one
     todo = "" if own else "a branch continues a phase I, whose settings must match"
     common.same_run(run.config, run.data, state, may_differ, used, run.world, todo)
-    common.check_weights(lambda: run.objective.model, 0, state["model"], used)
+    backbones.check_weights(lambda: run.objective.model, 0, state["model"], used)
     run.objective.model.load_state_dict(state["model"])
     run.ema.load_state_dict(state["ema"])
     run.step, run.probes, run.seconds = state["step"], state["probes"], state["seconds"]
@@ -437,8 +453,6 @@ def open_run(config: Config, machine: Machine) -> tuple[Run, Dataset, Dataset]:
     """The run as it stands in out_dir, or branched, or new; and the training and held-out data."""
     run = new_run(config, data.check_prepared(config), machine)
     path = Path(config.out_dir) / "ckpt.pt"
-    if machine.lead:
-        common.remove_leftovers(path.parent)
     if common.exists(path):
         restore(run, path)
     elif config.branch_from:
@@ -459,9 +473,12 @@ def open_run(config: Config, machine: Machine) -> tuple[Run, Dataset, Dataset]:
     return run, Dataset(config.data_dir, "train"), Dataset(config.data_dir, "held_out")
 
 
-def evaluate_checkpoint(run: Run, machine: Machine, scripts: Sequence[str]) -> int:
+def evaluate_checkpoint(config: Config, machine: Machine, scripts: Sequence[str]) -> int:
     """Runs probe.py or evaluate.py on ckpt.pt, each as a process; returns INTERRUPTED, at once, where a signal came."""
-    path = Path(run.config.out_dir) / "ckpt.pt"
+    path = Path(config.out_dir) / "ckpt.pt"
+    gc.collect()  # a run that is over; what the cache holds is free for the process, too
+    if machine.device.startswith("cuda"):
+        torch.cuda.empty_cache()
     for name in scripts:
         code = common.run_script(name, f"--ckpt={path}", f"--device={machine.device}")
         if code == common.INTERRUPTED:
@@ -473,26 +490,29 @@ def evaluate_checkpoint(run: Run, machine: Machine, scripts: Sequence[str]) -> i
 
 def check(config: Config) -> None:
     """Refuses, before anything is read, what would fail many steps later. Raises ValueError."""
-    if config.align != "none":
-        probe.check_strategy(config, config.n_layer)
-    check_targets(config)
-    if config.n_embd % (2 * config.n_head):
-        raise ValueError(f"n_embd={config.n_embd}, n_head={config.n_head}: a head needs a whole, even width")
-    if config.phase1_steps >= config.max_steps and config.align != "none":
-        raise ValueError(
-            f"max_steps={config.max_steps} ends within phase I, so nothing would be aligned; pass --phase1_steps below "
-            f"{config.max_steps}, or --align=none"
-        )
-    backbones.find(config.backbone, config.backbone_layers)
-    as_published = (config.crop_frames, config.trim, config.sigma, config.mel_stats) == (0, 0, 1, (0, 1))
-    if config.backbone == "f5tts_text" and not as_published:
-        how = "--crop_frames=0 --trim=0 --sigma=1 --mel_stats=0,1"
-        raise ValueError(f"backbone=f5tts_text reads whole clips, and mels without statistics: pass {how}")
-    if config.backbone and (config.compile or config.checkpoint_activations):
-        raise ValueError(f"compile and checkpoint_activations are for our own model, not backbone={config.backbone}")
-    for key in ("vocoder", "asr") if config.evaluate else ():
-        if common.is_absent(getattr(config, key)):
-            raise ValueError(f"{key}={getattr(config, key)}: no such folder; pass a hub name or a folder that is there")
+    c, own, frames = config, config.align_teacher != "external", config.align_target == "frames"
+    probe.check_strategy(c, c.n_layer)
+    backbones.find(c.backbone, c.backbone_layers)
+    raw = c.align_norm == "raw" and (frames or c.align_target == "clip")
+    as_published = (c.crop_frames, c.trim, c.sigma, c.mel_stats) == (0, 0, 1, (0, 1))
+    published = "f5tts_text reads whole clips, and mels without statistics: --crop_frames=0 --trim=0 --sigma=1"
+    short = f"max_steps={c.max_steps} ends within phase I, so nothing would be aligned: pass --phase1_steps below it"
+    absent = [k for k in ("vocoder", "asr") if c.evaluate and common.is_absent(getattr(c, k))]
+    wrong = {
+        "align_head=none needs align_teacher=self or ema": c.align_head == "none" and not own,
+        "align_head=conv2d pools, so align_target=frames cannot use it": c.align_head == "conv2d" and frames,
+        "crop, shuffled and align_norm are of the external teacher, not align_teacher=self or ema": own and not raw,
+        "dispersive wants layers that stay: refresh_epochs=0": c.dispersive and c.refresh_epochs,
+        f"n_embd={c.n_embd}, n_head={c.n_head}: a head needs a whole, even width": c.n_embd % (2 * c.n_head),
+        f"{short}, or --align=none": c.phase1_steps >= c.max_steps and c.align != "none",
+        "pip install tensorboard, or leave --tensorboard out": c.tensorboard and not find_spec("tensorboard"),
+        f"{published} --mel_stats=0,1": c.backbone == "f5tts_text" and not as_published,
+        f"compile and checkpoint_activations are for our own model, not backbone={c.backbone}": c.backbone
+        and (c.compile or c.checkpoint_activations),
+        **{f"{k}={getattr(c, k)}: no such folder; pass a hub name or a folder that is there": True for k in absent},
+    }
+    if any(wrong.values()):
+        raise ValueError("; ".join(why for why, holds in wrong.items() if holds))
 
 
 def main(config: Config) -> int:
@@ -504,7 +524,7 @@ def main(config: Config) -> int:
             return code  # it has said why; all ranks prepare together
         features = [f"--features={config.data_dir}", f"--target_rate={config.target_rate}"]
         asked = config.align != "none" and config.align_teacher == "external" and config.align_target in data.STORED
-        stored = not asked or data.has_features(config.data_dir, config.target_rate)
+        stored = not asked or data.is_prepared(config.data_dir, f"features_{config.target_rate:g}")
         if not stored and (code := common.run_script("prepare", *features)):
             return code
         machine = common.join_group(config)
@@ -518,7 +538,11 @@ def main(config: Config) -> int:
             return common.INTERRUPTED
         export(run)
         print(f"trained {run.step} steps in {run.seconds / 60:.1f} min; {path} and model.safetensors", flush=True)
-        return evaluate_checkpoint(run, machine, ["probe.py", "evaluate.py"]) if config.evaluate else 0
+        del run  # its memory
+        if config.evaluate and is_evaluated(path.parent, config.max_steps):
+            print(f"{path.parent / 'eval.json'} is of this step: nothing is left to do; delete it to evaluate again")
+            return 0
+        return evaluate_checkpoint(config, machine, ["probe.py", "evaluate.py"]) if config.evaluate else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,11 @@ written first (settings, corpus, checksums of weights: others are refused), and 
 T frames, N tokens, M = 100 mel bins, E teacher width, K codes, W tokenizer width.
 """
 
+from configurator import configure, from_dict, quiet_interrupt
+
+if __name__ == "__main__":
+    quiet_interrupt()
+
 import hashlib
 import importlib.util
 import json
@@ -21,8 +26,9 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +41,6 @@ import common
 import teachers
 from audio import AudioError
 from common import AUDIO, DOMAINS, SPEECH, DataError, locked, sha256, whole_file, write_json
-from configurator import configure, from_dict
 from data import FEATURES, INDEX, check_prepared, is_prepared, read_meta, settings_of, token_count
 from prepare import corpora, demo, tokenizer
 from prepare.corpora import Clip
@@ -47,7 +52,8 @@ FIT_CHUNK = 1024  # clips to fit a tokenizer on whose waveforms are held at once
 LOST_LIMIT = 0.05  # preparation fails when a larger share of the clips cannot be used
 ADVICE = {"no text": "give each recording its words (in a folder: a same-named .txt)"}
 ADVICE |= {"too short": "lower --min_seconds", "too long": "raise --max_seconds"}
-POSITIONS = [64, 0]  # columns of Whisper's position table that are taken out of each domain's features
+POSITIONS = 64  # columns of Whisper's position table that are taken out of its features
+ENCODER = "demo, BEATs_iter3_plus_AS2M.pt, or a transformers folder or hub name, perhaps with @LAYER"
 
 
 @dataclass
@@ -63,48 +69,48 @@ class Prepared:
 
     clip: Clip
     mel: np.ndarray  # (T, M) float16
-    wav: np.ndarray  # (L,) at 24 kHz
-    teacher_wav: np.ndarray  # (L,) at the teacher's rate
+    wav: np.ndarray  # (L,) as decoded
+    rate: int  # its samples per second
     keep_wav: bool = False  # evaluation will need the waveform
     tokens: np.ndarray | None = None  # (N, streams)
     embedding: np.ndarray | None = None  # (E,)
     style: np.ndarray | None = None  # (16, E of the audio teacher)
 
 
-def weights(config: Config) -> dict[str, str]:
-    """The options that name files of weights which the config reads, and what each is."""
-    files = {
-        "audio_teacher": config.audio_teacher != "demo" and "BEATs_iter3_plus_AS2M.pt",
+def weights(config: Config, domains: Collection[int]) -> dict[str, tuple[str, str]]:
+    """The options that name weights which the config reads for these domains; each's file or folder, and what it is."""
+    wanted = {
+        "speech_teacher": SPEECH in domains and ENCODER,
+        "speech_tokenizer_from": SPEECH in domains and config.speech_tokenizer == "whisper_vq" and ENCODER,
+        "audio_teacher": AUDIO in domains and ENCODER,
         "beats_tokenizer": config.beats_tokens and "Tokenizer_iter3_plus_AS2M.pt",
-        "audio_tokenizer": config.audio_tokenizer and "the audio_tokenizer.pt of a prepared folder",
-        "s3": config.s3.endswith(".onnx") and config.speech_tokenizer == "s3" and "CosyVoice's speech_tokenizer_v1",
+        "audio_tokenizer": AUDIO in domains and "the audio_tokenizer.pt of a prepared folder",
     }
-    return {key: what for key, what in files.items() if what}
+    given = {key: teachers.split_layer(getattr(config, key))[0] for key, what in wanted.items() if what}
+    return {key: (name, wanted[key]) for key, name in given.items() if name not in ("", "demo")}
 
 
 def missing(config: Config) -> list[str]:
     """What the config needs and this machine lacks, one line each: corpora, weights and packages."""
-    lines = []
-    for name, public in zip(DOMAINS, corpora.PUBLIC, strict=True):
+    lines, domains = [], corpora.domains(config)
+    for name, public in ((DOMAINS[d], corpora.PUBLIC[d]) for d in domains):
         given = [path for path in (getattr(config, f"{name}_dir"), getattr(config, public)) if path]
         if not (given or config.manifest) or not all(path == "demo" or Path(path).is_dir() for path in given):
-            now = ", ".join(given) or "none is given"
-            lines.append(f"--{public}=FOLDER, or --{name}_dir=FOLDER for any folder of recordings; now {now}")
-    for key, what in weights(config).items():
-        if not Path(getattr(config, key)).is_file():
-            lines.append(f"--{key}=FILE  {what}; now {getattr(config, key)!r}")
-    if common.is_absent(config.whisper):
-        lines.append(f"--whisper=HUB_NAME_OR_FOLDER  Whisper; now {config.whisper!r}")
-    if config.speech_tokenizer == "s3" and not any(map(importlib.util.find_spec, ("s3tokenizer", "onnxruntime"))):
-        lines.append("pip install s3tokenizer  for S3 tokens (or onnxruntime, with --s3=PATH/speech_tokenizer_v1.onnx)")
+            lines.append(f"--{public}=FOLDER, or --{name}_dir=FOLDER of any; now {', '.join(given) or 'none'}")
+    for key, (name, what) in weights(config, domains).items():
+        if common.is_absent(name) or (name.endswith(".pt") and not Path(name).is_file()):
+            lines.append(f"--{key}=NAME  {what}; now {getattr(config, key)!r}")
+    if SPEECH in domains and config.speech_tokenizer == "s3" and not importlib.util.find_spec("s3tokenizer"):
+        lines.append("pip install s3tokenizer  for S3 tokens")
     return lines
 
 
 class Networks:
-    """The frozen networks of a config, loaded when first needed, and what was encoded already. Lists are by domain."""
+    """The frozen networks of a config for the domains that have clips, loaded when first needed, and what was encoded
+    already. Lists are by domain."""
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, counts: Sequence[int]):
+        self.config, self.domains = config, [d for d, count in enumerate(counts) if count]
         # tokens per second: S3's (and Whisper's states') 50; AST's 50, or the demo's 25
         self.rates = [50, 25 if config.audio_teacher == "demo" else 50]
         speech, sounds = (Path(config.data_dir, f"{name}_tokenizer.pt") for name in DOMAINS)
@@ -113,53 +119,51 @@ class Networks:
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.device = gpu if torch.cuda.is_available() and config.device in ("auto", "cuda") else "cpu"
         self.features: dict[tuple, np.ndarray] = {}  # of the clips that a tokenizer was fitted on
+        self.load, self.tokenizer = cache(partial(demo.load_encoder, device=self.device)), cache(self.load_tokenizer)
 
-    @cached_property
-    def encoders(self) -> list[teachers.Teacher]:
-        """The teacher of each domain; that of the audio domain also hears styles."""
-        whisper, sounds = self.config.whisper, self.config.audio_teacher
-        speech = ("whisper", demo.fetch("whisper_tiny") if whisper == "demo" else whisper)
-        sounds = ("aisfx", demo.fetch("aisfx")) if sounds == "demo" else ("beats", sounds)
-        return [demo.load_teacher(*which, self.device) for which in (speech, sounds)]
+    def encoder(self, d: int, reads: bool = False) -> teachers.Teacher:
+        """The teacher of domain d, or the network whose states its fitted tokenizer reads."""
+        other = self.config.speech_tokenizer_from if reads and d == SPEECH else ""
+        return self.load(other or getattr(self.config, f"{DOMAINS[d]}_teacher"), d)
 
-    @cached_property
-    def tokenizers(self) -> list[tokenizer.Tokenizer | tokenizer.S3]:
-        """The tokenizer of each domain. Raises DataError for an AST, which may be given, of another size."""
-        config, device = self.config, self.device
-        found = [tokenizer.load(path).to(device) if path else tokenizer.S3(config.s3, device) for path in self.files]
-        ast, wanted = found[AUDIO].config, (config.audio_codes, self.rates[AUDIO], self.encoders[AUDIO].dim)
-        if (sizes := (ast.codes, ast.rate, ast.dim)) != wanted:
-            what = f"codes, tokens per second and feature width are {sizes}, this config wants {wanted}"
-            raise DataError(f"{self.files[AUDIO]}: {what}; pass --audio_codes or another file")
+    def named_widths(self) -> list[list]:
+        """[name, E] of each domain's teacher, no two names alike; a domain that is not there has one of width 1."""
+        found = [[self.encoder(d).name, self.encoder(d).dim] if d in self.domains else ["none", 1] for d in range(2)]
+        found[AUDIO][0] += "_audio" * (found[SPEECH][0] == found[AUDIO][0])
         return found
 
-    @cached_property
-    def beats_tokenizer(self) -> teachers.BEATs:
-        return teachers.BEATs.load(self.config.beats_tokenizer, self.device)
+    def load_tokenizer(self, d: int) -> tokenizer.Tokenizer | tokenizer.S3:
+        """The tokenizer of domain d. Raises DataError for one of another size, as an AST may be that is given."""
+        if not (path := self.files[d]):
+            return tokenizer.S3(self.config.s3, self.device)
+        model, codes = tokenizer.load(path).to(self.device), f"{DOMAINS[d]}_codes"
+        sizes = (model.config.codes, model.config.rate, model.config.dim)
+        if sizes != (wanted := (getattr(self.config, codes), self.rates[d], self.encoder(d, reads=True).dim)):
+            what = f"codes, tokens per second and feature width are {sizes}, this config wants {wanted}"
+            raise DataError(f"{path}: {what}; pass --{codes} or another file")
+        return model
 
     def encode(self, d: int, clips: list[Prepared]) -> list[np.ndarray]:
         """Features of domain d's clips at its token rate, (N, E) each: what its tokenizer reads."""
-        teacher, rate = self.encoders[d], self.rates[d]
+        teacher, rate = self.encoder(d, reads=True), self.rates[d]
         # S3's recipe quantises in the middle of the recogniser's encoder, where sound is not yet all turned into text
-        layer = {"layer": teacher.depth // 2 - 1} if d == SPEECH else {}
+        layer = {"layer": teacher.depth // 2 - 1} if d == SPEECH and teacher.layer < 0 < teacher.depth else {}
         known, new = dict(self.features), [p for p in clips if p.clip.key not in self.features]
-        states = teacher.encode([p.teacher_wav for p in new], **layer) if new else []
+        states = teacher.encode(heard(new, teacher), **layer) if new else []
         for p, x in zip(new, states, strict=True):
             known[p.clip.key] = tokenizer.token_features(teacher, x, token_count(len(p.mel), rate), rate)
         return [known[p.clip.key] for p in clips]
 
     def styles(self, d: int, clips: list[Prepared]) -> list[np.ndarray]:
-        """Style vectors (16, E) of clips of domain d: what the audio encoder hears in voice or sound (eq. 17)."""
-        if d == AUDIO:
-            return [teachers.style_vectors(x) for x in self.encode(d, clips)]
-        encoder = self.encoders[AUDIO]
-        waves = [audio.resample(p.wav, audio.SAMPLE_RATE, encoder.sample_rate) for p in clips]
-        return [teachers.style_vectors(x) for x in encoder.encode(waves)]
+        """Style vectors (16, E) of domain d's clips: what the audio encoder, or the only one, hears there (eq. 17)."""
+        encoder = self.encoder(max(self.domains))
+        features = self.encode(d, clips) if d == AUDIO else encoder.encode(heard(clips, encoder))
+        return [teachers.style_vectors(x) for x in features]
 
     def targets(self, d: int, clips: list[Prepared], rate: float) -> list[np.ndarray]:
         """Teacher features (N, E) of domain d's clips, `rate` per second: means of its own, or interpolated."""
-        states = self.encoders[d].encode([p.teacher_wav for p in clips])
-        if self.encoders[d].name == "beats":  # its patches are 8 bands of the same time
+        states = self.encoder(d).encode(heard(clips, self.encoder(d)))
+        if self.encoder(d).name == "beats":  # its patches are 8 bands of the same time
             states = [x.reshape(-1, 8, x.shape[1]).mean(1) for x in states]
         counts = [token_count(len(p.mel), rate) for p in clips]
         pairs = zip((torch.from_numpy(x).T[None] for x in states), counts, strict=True)  # (1, E, N) each, and N wanted
@@ -167,37 +171,38 @@ class Networks:
 
     def tokens(self, d: int, clips: list[Prepared]) -> list[np.ndarray]:
         """Codes of domain d's clips, (N, streams) each; the second stream is BEATs' at the same times (eq. 15)."""
-        rate, heard = self.rates[d], self.encode(d, clips) if self.files[d] else [p.teacher_wav for p in clips]
-        streams = [(self.tokenizers[d].encode(heard), rate)]
+        rate, model = self.rates[d], self.tokenizer(d)
+        streams = [(model.encode(self.encode(d, clips) if self.files[d] else heard(clips, model)), rate)]
         if self.config.beats_tokens:
-            beats = self.beats_tokenizer
-            waves = [audio.resample(p.wav, audio.SAMPLE_RATE, beats.sample_rate) for p in clips]
-            streams.append((beats.codes(waves), beats.rate))
-        counts = [token_count(len(p.mel), rate) for p in clips]
-        return [
-            np.stack([tokenizer.at_token_times(codes[i], n, rate, at) for codes, at in streams], 1)
-            for i, n in enumerate(counts)
-        ]
+            beats = self.load(self.config.beats_tokenizer, AUDIO)
+            streams.append((beats.encode(heard(clips, beats), codes=True), beats.rate))
+        counts, at = enumerate(token_count(len(p.mel), rate) for p in clips), tokenizer.at_token_times
+        return [np.stack([at(codes[i], n, rate, own) for codes, own in streams], 1) for i, n in counts]
 
 
-def decode(clip: Clip, teacher_rate: int, config: Config) -> Prepared:
-    """The clip's mel and waveforms. Raises AudioError for a clip that cannot be used."""
+def heard(clips: list[Prepared], network) -> list[np.ndarray]:
+    """The clips' waveforms at a network's sample rate."""
+    return [audio.resample(p.wav, p.rate, network.sample_rate) for p in clips]
+
+
+def decode(clip: Clip, config: Config) -> Prepared:
+    """The clip's mel and waveform. Raises AudioError for a clip that cannot be used."""
     if clip.domain == SPEECH and not corpora.normal(clip.text).strip():
         raise AudioError("no text")
     suffix = clip.name if isinstance(clip.source, bytes) else ""
     wav, rate = audio.decode(clip.source, suffix, clip.start, clip.end, config.max_seconds)
     if len(wav) / rate < config.min_seconds:
         raise AudioError("too short", f"{len(wav) / rate:.2f} s")
-    wav, teacher_wav = (audio.resample(wav, rate, to) for to in (audio.SAMPLE_RATE, teacher_rate))
-    return Prepared(clip, audio.log_mel(torch.from_numpy(wav)).half().numpy(), wav, teacher_wav)
+    mel = audio.log_mel(torch.from_numpy(audio.resample(wav, rate, audio.SAMPLE_RATE)))
+    return Prepared(clip, mel.half().numpy(), wav, rate)
 
 
-def decode_all(clips: list[Clip], networks: Networks, lost: dict[str, list]) -> list[Prepared]:
+def decode_all(clips: list[Clip], config: Config, lost: dict[str, list]) -> list[Prepared]:
     """The usable clips, decoded; the names of the others are added to `lost` by reason."""
     prepared = []
     for clip in clips:
         try:
-            prepared.append(decode(clip, networks.encoders[clip.domain].sample_rate, networks.config))
+            prepared.append(decode(clip, config))
         except AudioError as error:
             lost.setdefault(error.reason, []).append(clip.name)
     return prepared
@@ -205,9 +210,9 @@ def decode_all(clips: list[Clip], networks: Networks, lost: dict[str, list]) -> 
 
 def encode_file(path: str, domain: int, config: Config) -> Prepared:
     """A recording's mel, tokens and style, by the networks and tokenizers behind config.data_dir. Raises AudioError."""
-    networks = Networks(config)
+    networks = Networks(config, read_meta(config.data_dir)["train"]["clips"])
     try:
-        p = decode(Clip(path, Path(path), path, domain, ""), networks.encoders[domain].sample_rate, config)
+        p = decode(Clip(path, Path(path), path, domain, ""), config)
     except AudioError as error:
         raise AudioError(f"{path}: {error}") from error
     [p.tokens], [p.style] = networks.tokens(domain, [p]), networks.styles(domain, [p])
@@ -221,17 +226,19 @@ def prepare(config: Config) -> None:
         raise DataError("this config needs what is not here:\n  " + "\n  ".join(lines))
     start, lead = time.monotonic(), os.environ.get("RANK", "0") == "0"
     clips, notes = corpora.read(config)
-    shards, networks, lost = plan_shards(clips, config), Networks(config), {}
+    shards, networks, lost = plan_shards(clips, config), Networks(config, np.bincount([c.domain for c in clips])), {}
     out_dir = Path(config.data_dir)
     locks = out_dir.with_name(f".{out_dir.name}.locks")
+    networks.named_widths()  # loads the teachers now: a plan is written when it can be carried out
+    networks.encoder(networks.domains[0], reads=True)
     with locked(locks / "plan"):
         begin(out_dir, clips, config)
     with locked(locks / "tokenizers"):
-        for d, path in enumerate(networks.files):
-            if path and not path.exists():
+        for d in networks.domains:
+            if (path := networks.files[d]) and not path.exists():
                 fit_tokenizer(d, path, networks, shards)
     keep = {c.key for name, part in shards.items() if name.startswith("held_out") for c in part}
-    for d in range(len(DOMAINS)):
+    for d in networks.domains:
         keep |= {c.key for c in training_clips(shards, d, config.data_seed)[: config.reference_clips]}
     pending = dict(shards)
     with tqdm(total=len(clips), desc="clips", disable=not lead) as bar:
@@ -260,19 +267,18 @@ def plan_shards(clips: list[Clip], config: Config) -> dict[str, list[Clip]]:
     out, shards = corpora.held_out(clips, config.held_out, config.data_seed), {}
     for split, side in zip(SPLITS, (False, True), strict=True):
         chosen = [c for c, o in zip(clips, out, strict=True) if o == side]
-        refuse_empty(split, {c.domain for c in chosen}, config)
+        refuse_empty(split, {c.domain for c in clips} - {c.domain for c in chosen}, config)
         for k in range(0, len(chosen), SHARD_CLIPS):
             shards[f"{split}_{k // SHARD_CLIPS:05d}"] = chosen[k : k + SHARD_CLIPS]
     return shards
 
 
-def refuse_empty(split: str, domains: set[int], config: Config) -> None:
-    """Raises DataError when the clips of a split, of these domains, lack one of them."""
+def refuse_empty(split: str, lacks: set[int], config: Config) -> None:
+    """Raises DataError when a split lacks clips of these domains."""
     what = "is left to train on; pass a smaller" if split == "train" else "is held out; pass a larger"
-    for d, name in enumerate(DOMAINS):
-        if d not in domains:
-            more = f"or {name} clips of more speakers, videos or texts, which are held out as a whole"
-            raise DataError(f"no {name} clip {what} --held_out (now {config.held_out:g}), {more}")
+    for name in (DOMAINS[d] for d in sorted(lacks)):
+        more = f"or {name} clips of more speakers, videos or texts, which are held out as a whole"
+        raise DataError(f"no {name} clip {what} --held_out (now {config.held_out:g}), {more}")
 
 
 def begin(out_dir: Path, clips: list[Clip], config: Config) -> None:
@@ -280,7 +286,9 @@ def begin(out_dir: Path, clips: list[Clip], config: Config) -> None:
     lines = "".join(f"{c.domain} {c.name}\n{c.group}\n{c.text}\n{c.start} {c.end}\n" for c in clips)
     settings, file = settings_of(config), out_dir / "plan.json"
     plan = settings["prepared_with"] | settings["corpus"]
-    plan |= {f"sha256 of {key}": sha256(Path(getattr(config, key))) for key in weights(config)}
+    for key, (name, _) in weights(config, {c.domain for c in clips}).items():
+        files = (f for f in (Path(name), *Path(name).glob("*")) if f.is_file())
+        plan |= {f"sha256 of {key}, {f.name}": sha256(f) for f in files}
     plan |= {"clips": len(clips), "names and texts": hashlib.sha256(lines.encode()).hexdigest()}
     if not file.exists():
         if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
@@ -303,27 +311,26 @@ def training_clips(shards: dict[str, list[Clip]], d: int, seed: int) -> list[Cli
 
 
 def fit_tokenizer(d: int, path: Path, networks: Networks, shards: dict[str, list[Clip]]) -> None:
-    """Fits domain d's tokenizer on training clips; it appears at `path`, its use of codes in {domain}_tokens.json."""
+    """Fits domain d's tokenizer on training clips, and says how it uses its codes; it appears at `path`."""
     config, name, lost = networks.config, DOMAINS[d], {}
     chosen, features = training_clips(shards, d, config.data_seed)[: config.tokenizer_clips], []
     for k in range(0, len(chosen), FIT_CHUNK):
-        prepared = decode_all(chosen[k : k + FIT_CHUNK], networks, lost)
+        prepared = decode_all(chosen[k : k + FIT_CHUNK], config, lost)
         if not prepared:
             refuse_losses(lost, sum(map(len, lost.values())), path.parent, f"{name} ")
         refuse_losses(lost, sum(map(len, shards.values())), path.parent)
         new = networks.encode(d, prepared)
         networks.features |= {p.clip.key: x for p, x in zip(prepared, new, strict=True)}
         features += new
-    sizes = (networks.encoders[d].dim, getattr(config, f"{name}_codes"), networks.rates[d], config.tokenizer_width)
-    shape = tokenizer.TokenizerConfig(*sizes, positions=POSITIONS[d])
+    teacher = networks.encoder(d, reads=True)
+    sizes = (teacher.dim, getattr(config, f"{name}_codes"), networks.rates[d], config.tokenizer_width)
+    shape = tokenizer.TokenizerConfig(*sizes, positions=POSITIONS if teacher.name == "whisper" else 0)
     how = (config.tokenizer_steps, config.tokenizer_batch, config.tokenizer_lr, config.data_seed, networks.device)
     state = path.with_name(f".{path.name}.state")
     with tqdm(total=config.tokenizer_steps, desc=f"{name} tokenizer", mininterval=1) as bar:
         model = tokenizer.fit(features, shape, *how, resume=state, progress=lambda *_: bar.update())
     used, perplexity = tokenizer.usage(model.encode(features), shape.codes)
-    found = {"codes_used": used, "perplexity": perplexity}
-    print(f"{name} tokens: " + ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in found.items()))
-    write_json(path.with_name(f"{name}_tokens.json"), found)
+    print(f"{name} tokens: codes used {used:.3g}, perplexity {perplexity:.3g}")
     tokenizer.save(model, path)
     for file in path.parent.glob(f".{path.name}.*"):  # what the fit would have gone on from
         file.unlink()
@@ -332,13 +339,13 @@ def fit_tokenizer(d: int, path: Path, networks: Networks, shards: dict[str, list
 def prepare_shard(path: Path, clips: list[Clip], networks: Networks, keep: set) -> None:
     """Decodes, encodes and writes the clips of one shard; `path` appears whole or not at all. Hold its lock."""
     lost: dict[str, list] = {}
-    prepared = decode_all(clips, networks, lost)
-    for d, teacher in enumerate(networks.encoders):
+    prepared = decode_all(clips, networks.config, lost)
+    for d in networks.domains:
         if part := [p for p in prepared if p.clip.domain == d]:
-            embeddings = teacher.embed([p.teacher_wav for p in part])
+            embeddings = networks.encoder(d).embed(heard(part, networks.encoder(d)))
             for p, tokens, embedding in zip(part, networks.tokens(d, part), embeddings, strict=True):
                 p.tokens, p.embedding, p.keep_wav = tokens, embedding, p.clip.key in keep
-    write_shard(path, prepared, [t.dim for t in networks.encoders], networks.config.mel_floor, lost)
+    write_shard(path, prepared, [width for _, width in networks.named_widths()], networks.config.mel_floor, lost)
 
 
 def refuse_losses(lost: dict[str, list], clips: int, out_dir: Path, kind: str = "") -> None:
@@ -357,12 +364,12 @@ def finish(out_dir: Path, shards: list[str], networks: Networks, lost: dict[str,
         print(f"skipped {len(names)} clips: {reason} ({', '.join(names[:5])}{', ...' * (len(names) > 5)})")
     for split in SPLITS:  # what was lost may have been all that a side had
         domains = [np.load(out_dir / name / "index.npy")["domain"] for name in shards if name.startswith(split)]
-        refuse_empty(split, set(np.concatenate(domains).tolist()), networks.config)
-    for name, path, model in zip(DOMAINS, networks.files, networks.tokenizers, strict=True):
-        if path:
-            np.save(out_dir / f"{name}_codebook.npy", model.codebook.cpu().numpy())
+        refuse_empty(split, {*networks.domains} - set(np.concatenate(domains).tolist()), networks.config)
+    for d in networks.domains:
+        if networks.files[d]:
+            np.save(out_dir / f"{DOMAINS[d]}_codebook.npy", networks.tokenizer(d).codebook.cpu().numpy())
     meta = settings_of(networks.config) | {"skipped": lost, "token_rates": networks.rates}
-    meta |= {"streams": 1 + networks.config.beats_tokens, "teachers": [[t.name, t.dim] for t in networks.encoders]}
+    meta |= {"streams": 1 + networks.config.beats_tokens, "teachers": networks.named_widths()}
     join(out_dir, shards, meta)
 
 
@@ -390,7 +397,7 @@ def write_shard(path: Path, prepared: list[Prepared], widths: list[int], mel_flo
     np.save(part / "index.npy", index)
     for i, p in enumerate(prepared):
         if p.keep_wav:
-            audio.write(part / "wav" / f"{i:05d}.wav", p.wav)
+            audio.write(part / "wav" / f"{i:05d}.wav", audio.resample(p.wav, p.rate, audio.SAMPLE_RATE))
     mels = [p.mel.astype(np.float64).clip(min=mel_floor) for p in prepared]
     about = {
         "lost": lost or {},
@@ -438,7 +445,7 @@ def add(args: PrepareArgs) -> None:
         print(f"teacher features of {root} at {rate:g} per second: {size / 1e6:.1f} MB", flush=True)
     moved = {k: path for k, path in settings_of(args)["corpus"].items() if path}
     settings = meta["prepared_with"] | meta["corpus"] | moved | {"device": args.device}
-    networks = Networks(from_dict(Config, settings, f"{root}/meta.json"))
+    networks = Networks(from_dict(Config, settings, f"{root}/meta.json"), meta["train"]["clips"])
     clips = {c.key: c for c in corpora.read(networks.config)[0]}
     files = [root / shard / name for split in splits for shard in meta[split]["shards"] for name in names]
     lock = root.with_name(f".{root.name}.lock")
@@ -447,15 +454,15 @@ def add(args: PrepareArgs) -> None:
             done.unlink(missing_ok=True)  # it says that all are there
             index, text = np.load(path / "index.npy"), (path / "text.bin").read_bytes()
             keys = [(int(r["domain"]), text[r["text"] :][: r["text_len"]].decode().partition("\n")[0]) for r in index]
-            prepared = decode_all([clips[key] for key in keys if key in clips], networks, {})
+            prepared = decode_all([clips[key] for key in keys if key in clips], networks.config, {})
             if [len(p.mel) for p in prepared] != index["frames"].tolist():
                 raise DataError(f"{path}: its recordings have changed or moved; pass the corpus it is made of")
             parts = [[p for p in prepared if p.clip.domain == d] for d in range(len(DOMAINS))]
             if args.features:
-                rows = [networks.targets(d, part, rate) for d, part in enumerate(parts)]
+                rows = [networks.targets(d, part, rate) if part else [] for d, part in enumerate(parts)]
                 arrays = [np.concatenate([np.zeros((0, E)), *x]) for E, x in zip(widths, rows, strict=True)]
             else:
-                styles = [iter(networks.styles(d, part)) for d, part in enumerate(parts)]
+                styles = [iter(networks.styles(d, part) if part else ()) for d, part in enumerate(parts)]
                 arrays = [np.stack([next(styles[d]) for d in index["domain"]])]
             for name, array in zip(names, arrays, strict=True):
                 with whole_file(path / name, "wb") as out:
@@ -501,7 +508,7 @@ def main(args: PrepareArgs) -> int:
     meta = check_prepared(args)
     for split in SPLITS if os.environ.get("RANK", "0") == "0" else ():
         found = zip(meta[split]["clips"], DOMAINS, meta[split]["seconds"], strict=True)
-        print(f"{split}: " + ", ".join(f"{n} {name} clips, {seconds / 60:.1f} min" for n, name, seconds in found))
+        print(f"{split}:", ", ".join(f"{n} {name} clips, {s / 60:.1f} min" for n, name, s in found if n))
     return 0
 
 

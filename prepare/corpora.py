@@ -1,9 +1,7 @@
 """Corpora as lists of clips: LibriSpeech, AudioSet, any folder, JSONL manifests, and the demo's packages.
 
-    clips, notes = corpora.read(config)      # every clip of the config's corpora; what was left out, a line each
-    out = corpora.held_out(clips, 0.1, 0)    # True for the held-out ones, in whole speakers, videos or texts
-
-Nothing is decoded here. Licences and paths stay the user's.
+clips, notes = corpora.read(config)      # every clip of the config's corpora; what was left out, a line each
+out = corpora.held_out(clips, 0.1, 0)    # True for the held-out ones, in whole speakers, videos or texts
 """
 
 import collections
@@ -41,15 +39,21 @@ class Clip:
         return self.domain, self.name
 
 
+def domains(config) -> list[int]:
+    """The domains that the config names a corpus of, or clips in its manifest; all of them where it names none."""
+    found = {c.domain for c in manifest(config.manifest)[0]} if config.manifest else set()
+    found |= {d for d, name in enumerate(DOMAINS) if getattr(config, f"{name}_dir") or getattr(config, PUBLIC[d])}
+    return sorted(found) or list(range(len(DOMAINS)))
+
+
 def read(config) -> tuple[list[Clip], list[str]]:
     """All clips of the config's corpora in a fixed order, and a line for each thing left out. Raises DataError."""
     found = [folder(path, d) for d, path in enumerate((config.speech_dir, config.audio_dir)) if path]
     public = ((librispeech, config.librispeech_dir), (audioset, config.audioset_dir), (manifest, config.manifest))
     found += [reader(path) for reader, path in public if path]
     clips, notes = [c for part, _ in found for c in part], [note for _, note in found if note]
-    for d, name in enumerate(DOMAINS):
-        if not any(c.domain == d for c in clips):
-            raise DataError(f"no {name} clips: pass --{name}_dir=FOLDER or --{PUBLIC[d]}=FOLDER")
+    if not clips:
+        raise DataError("no clips: pass --speech_dir=FOLDER or --audio_dir=FOLDER")
     taken: set[tuple[int, str]] = set()
     for clip in clips:  # what is kept of a clip later is kept by its key: a name that another one has is numbered
         clip.name, clip.group = escaped(clip.name), escaped(clip.group)
@@ -66,7 +70,7 @@ def escaped(name: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
-def _text(file: Path) -> str:
+def read_text(file: Path) -> str:
     """The text of a UTF-8 file, with or without a byte order mark. Raises DataError for another encoding, or kind."""
     name = escaped(str(file))
     if not file.is_file():  # opening a FIFO would wait for ever
@@ -88,14 +92,15 @@ def recordings(root: Path) -> tuple[list[Path], str]:
 def folder(path: str, domain: int) -> tuple[list[Clip], str]:
     """Any folder: the text is a same-named .txt, else (audio only) the file's name. Grouped by text, else by name."""
     if path == "demo":
-        return of_demo(domain), ""
+        clips = demo.sounds() if domain == AUDIO else demo.speech()
+        return [Clip(name, content, text, domain, group or normal(text)) for name, content, text, group in clips], ""
     root, clips = Path(path), []
     files, note = recordings(root)
     for file in files:
         group = escaped(file.stem)
         text = group.replace("_", " ") if domain == AUDIO else ""
         if file.with_suffix(".txt").is_file():
-            text = _text(file.with_suffix(".txt")).strip()
+            text = read_text(file.with_suffix(".txt")).strip()
             group = normal(text)
         clips.append(Clip(str(file.relative_to(root)), file, text, domain, group))
     if not clips:
@@ -107,7 +112,7 @@ def librispeech(path: str) -> tuple[list[Clip], str]:
     """LibriSpeech's splits below `path`: SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac and .trans.txt, by speaker."""
     root, clips, missing = Path(path), [], 0
     for listing in sorted(root.rglob("*.trans.txt")):
-        for line in _text(listing).split("\n"):
+        for line in read_text(listing).split("\n"):
             utterance, _, text = line.partition(" ")
             file = listing.parent / f"{utterance}.flac"
             if file.is_file():
@@ -123,17 +128,16 @@ def audioset(path: str) -> tuple[list[Clip], str]:
     """AudioSet below `path`: its segments CSVs, ontology.json, and clips whose names begin with the YouTube id, or with
     Y and the id. The text is the names of the labels. Grouped by video."""
     root = Path(path)
-    ontology = next(iter(sorted(root.rglob("ontology.json"))), None)
-    listings = sorted(root.rglob("*segments*.csv"))
+    ontology, listings = next(iter(sorted(root.rglob("ontology.json"))), None), sorted(root.rglob("*segments*.csv"))
     if ontology is None or not listings:
         raise DataError(f"audioset_dir={path}: expected ontology.json and AudioSet's *_segments.csv below it")
     try:
-        names = {entry["id"]: entry["name"] for entry in json.loads(_text(ontology))}
+        names = {entry["id"]: entry["name"] for entry in json.loads(read_text(ontology))}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{ontology}: not AudioSet's ontology ({type(error).__name__} {error}); get it again") from None
     labels: dict[str, str] = {}
     for listing in listings:
-        for number, line in enumerate(_text(listing).split("\n"), 1):
+        for number, line in enumerate(read_text(listing).split("\n"), 1):
             if line.startswith("#") or not line.strip():
                 continue
             try:
@@ -157,7 +161,7 @@ def audioset(path: str) -> tuple[list[Clip], str]:
 def manifest(path: str) -> tuple[list[Clip], str]:
     """A .jsonl file: a MANIFEST_LINE a clip, its path from the file's folder. Raises DataError that names the line."""
     file, clips = Path(path), []
-    for number, line in enumerate(_text(file).split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -168,21 +172,13 @@ def manifest(path: str) -> tuple[list[Clip], str]:
             if not isinstance(row["text"], str):
                 raise TypeError(f"text is {json.dumps(row['text'])}")
             row["text"].encode()  # half a character, as JSON may hold it, is no text
-            name = f"{row['path']}" + (f"@{start:g}" if start else "")
-            group = str(row.get("group", row["path"]))
+            name, group = f"{row['path']}" + (f"@{start:g}" if start else ""), str(row.get("group", row["path"]))
             source, domain = file.parent / row["path"], DOMAINS.index(row["domain"])
             clips.append(Clip(name, source, row["text"], domain, group, start, None if end is None else float(end)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__} {error}; expected {MANIFEST_LINE}"
             raise DataError(f"{path}, line {number}: {what}") from None
     return clips, ""
-
-
-def of_demo(domain: int) -> list[Clip]:
-    """The clips of the embedded default, grouped by text or by name."""
-    if domain == SPEECH:
-        return [Clip(name, content, text, SPEECH, normal(text)) for name, content, text in demo.speech()]
-    return [Clip(name, content, text, AUDIO, group) for name, content, text, group in demo.sounds()]
 
 
 def normal(text: str) -> str:

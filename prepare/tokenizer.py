@@ -10,8 +10,7 @@ part of the states that a linear map of the position table explains is removed f
 Letters: B clips, N features or tokens, E teacher width, W network width, K codes.
 """
 
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -155,15 +154,7 @@ def fit_position(features: list[np.ndarray], columns: int, ridge: float = 10.0) 
 
 
 def fit(
-    features: Sequence[np.ndarray],
-    config: TokenizerConfig,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    device: str,
-    resume: Path | None = None,
-    progress: Callable[[int, float], None] = lambda step, loss: None,
+    features: Sequence[np.ndarray], config: TokenizerConfig, steps, batch, lr, seed, device, resume=None, progress=None
 ) -> Tokenizer:
     """A Tokenizer trained on random windows of features (N, E): MSE + 10 * commitment (eq. 14). A step follows from
     (seed, step) alone. Every SAVE_EVERY steps the state is saved at `resume`, and a fit that finds one goes on from it;
@@ -193,7 +184,8 @@ def fit(
         if resume and (step + 1) % SAVE_EVERY == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
             common.save(resume, state | {"settings": settings, "step": step + 1})
-        progress(step, loss.item())
+        if progress:
+            progress(step, loss.item())
     return model.cpu().eval()
 
 
@@ -201,8 +193,7 @@ def fit(
 def start(features: Sequence[np.ndarray], config: TokenizerConfig, batch: int, seed: int, device: str) -> Tokenizer:
     """A Tokenizer with random weights, the statistics of the features, and a codebook of random encoder outputs."""
     torch.manual_seed(seed)
-    model = Tokenizer(config)
-    chosen = np.random.default_rng(seed).permutation(len(features))[:STATISTICS_CLIPS]
+    model, chosen = Tokenizer(config), np.random.default_rng(seed).permutation(len(features))[:STATISTICS_CLIPS]
     clips = [np.asarray(features[i], np.float32) for i in chosen]
     if config.positions:
         model.position.copy_(fit_position(clips, config.positions))
@@ -253,38 +244,25 @@ def token_features(teacher: teachers.Teacher, features: np.ndarray, n: int, rate
 
 
 class S3:
-    """CosyVoice's supervised semantic tokens (arXiv:2407.05407), version 1: 4096 codes, 50 per second, from 16 kHz. By
-    the s3tokenizer package, batched; or by onnxruntime, a clip at a time, from CosyVoice's speech_tokenizer_v1.onnx."""
+    """CosyVoice's supervised semantic tokens (arXiv:2407.05407) by the s3tokenizer package: 4096 codes, 50 a second."""
 
     rate, sample_rate = 50, 16000
 
     def __init__(self, source: str, device: str = "cpu"):
-        self.device, self.session = device, None
+        self.device = device
         try:
-            if source.endswith(".onnx") and not importlib.util.find_spec("s3tokenizer"):
-                onnxruntime = importlib.import_module("onnxruntime")
-                kinds = ["CUDAExecutionProvider"] if device != "cpu" else []
-                self.session = onnxruntime.InferenceSession(source, providers=[*kinds, "CPUExecutionProvider"])
-            else:
-                audio.torchaudio()
-                self.package = importlib.import_module("s3tokenizer")
-                self.model = self.package.load_model(source).to(device).eval()
-        except Exception as error:  # both raise many types, for no network and for no such file
-            fix = "pip install s3tokenizer, or onnxruntime with --s3=PATH/speech_tokenizer_v1.onnx of CosyVoice-300M"
-            raise ValueError(f"s3={source!r} is not there or out of reach ({type(error).__name__}); {fix}") from error
+            audio.torchaudio()
+            import s3tokenizer
+
+            self.package, self.model = s3tokenizer, s3tokenizer.load_model(source).to(device).eval()
+        except Exception as error:  # it raises many types, for no network and for no such file
+            what = f"s3={source!r} is not there or out of reach ({type(error).__name__})"
+            raise ValueError(f"{what}; pip install s3tokenizer, and --s3=speech_tokenizer_v1") from error
 
     @torch.inference_mode()
     def encode(self, wavs: list[np.ndarray], batch: int = 16) -> list[np.ndarray]:
         """Clips at 16 kHz -> codes (N,) each, N about 50 per second."""
         out, order = [np.empty(0)] * len(wavs), sorted(range(len(wavs)), key=lambda i: len(wavs[i]))
-        if self.session:
-            filters = teachers.mel_filters(400, 128, 0.0, 8000.0, 16000, "slaney")
-            feats, length = (i.name for i in self.session.get_inputs())
-            for i, wav in enumerate(wavs):
-                mel = teachers.whisper_mel([wav], len(wav), filters).numpy()
-                codes = self.session.run(None, {feats: mel, length: np.array([mel.shape[2]], np.int32)})[0]
-                out[i] = codes.reshape(-1).astype(np.int64)
-            return out
         for group in (order[k : k + batch] for k in range(0, len(order), batch)):
             mels = [self.package.log_mel_spectrogram(torch.from_numpy(wavs[i])) for i in group]
             codes, counts = self.model.quantize(*(x.to(self.device) for x in self.package.padding(mels)))

@@ -8,7 +8,8 @@ cd "$(dirname "$0")/.."
 . runs/common.sh
 config=${1:-config/demo.py} seeds=${2:-1}
 shift $(($# < 2 ? $# : 2))
-out=out/ablations static=$(scaled "$(setting n_layer "$config" "$@")" 4 8 12)
+depth=$(setting n_layer "$config" "$@")
+out=out/ablations static=$(scaled "$depth" 4 8 12)
 
 for seed in $(seq 0 $((seeds - 1))); do
   row() { # name options: one row of this seed
@@ -32,6 +33,11 @@ for seed in $(seq 0 $((seeds - 1))); do
   row sra --align_teacher=ema --align_target=frames
   row taro --t_weight=taro
   row dispersive --dispersive=0.5 --align_weight=0
+  row adma --align=fixed --align_layers="$(scaled "$depth" 16)" --align_target=frames --ctc_weight=0.1
+  for w in 0.02 0.1 2; do                                                               # the effect of the budget
+    row budget$w --align_weight=$w
+    row shuffled$w --align_weight=$w --align_target=shuffled
+  done
 done
 wait_all
 python evaluate.py --compare $out/*_s*/ out/table2/none_s*/

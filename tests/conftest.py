@@ -14,6 +14,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
+import audio
 import data
 from common import sha256, write_json
 from prepare import __main__ as preparation
@@ -145,8 +146,31 @@ def beats_file(tmp_path_factory) -> Path:
     return path
 
 
-TINY = dict(speech_dir="demo", audio_dir="demo", whisper="demo", audio_teacher="demo", speech_tokenizer="whisper_vq")
-TINY |= dict(beats_tokens=False, speech_codes=16, audio_codes=16, mel_stats=(), device="cpu", dtype="float32")
+@pytest.fixture(scope="session")
+def hubert(tmp_path_factory) -> str:
+    """A folder with a tiny random HuBERT whose first norm is over time, as in the published base models."""
+    audio.torchaudio()
+    from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+    torch.manual_seed(2)
+    sizes = dict(num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, conv_dim=(16,) * 7)
+    sizes |= dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
+    folder = str(tmp_path_factory.mktemp("hubert"))
+    for part in (HubertModel(HubertConfig(**sizes)), Wav2Vec2FeatureExtractor(do_normalize=True)):
+        part.save_pretrained(folder)
+    return folder
+
+
+TINY = dict(speech_dir="demo", audio_dir="demo", speech_teacher="demo", audio_teacher="demo")
+TINY |= dict(
+    speech_tokenizer="whisper_vq",
+    beats_tokens=False,
+    speech_codes=16,
+    audio_codes=16,
+    mel_stats=(),
+    device="cpu",
+    dtype="float32",
+)
 TINY |= dict(n_layer=4, n_head=2, n_embd=32, ff_mult=2, dropout=0.1, head_dim=16, batch_frames=800, batch_size=4)
 TINY |= dict(max_steps=12, phase1_steps=6, probe_every=3, probe_clips=2, probe_times=2, log_every=1, save_every=4)
 TINY |= dict(eval_every=6, eval_clips=2, learning_rate=3e-3, evaluate=False)
@@ -181,7 +205,7 @@ def tiny_config(tmp_path) -> Config:
             tokens = rng.integers(0, 16, (data.token_count(frames, (50, 25)[domain]), 1))
             wav, embedding = rng.normal(0, 0.1, frames * 256), rng.normal(size=(12, 10)[domain])
             style = rng.normal(size=(16, 10))
-            splits[split].append(preparation.Prepared(clip, mel, wav, wav, True, tokens, embedding, style))
+            splits[split].append(preparation.Prepared(clip, mel, wav, 24000, True, tokens, embedding, style))
     meta = {
         "prepared_with": data.settings_of(config)["prepared_with"],
         "teachers": [["whisper", 12], ["aisfx", 10]],

@@ -167,7 +167,7 @@ def test_bfloat16_ddp_and_torch_compile(name, batch, tmp_path):
     exact = probe.at_times(probe.foga_of_clips, net, batch, 2)[..., 1:].mean((0, 1))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        objective = DistributedDataParallel(Objective(net.train(), train.Config()), broadcast_buffers=False)
+        objective = DistributedDataParallel(Objective(net.train(), train.Config()))
         with torch.autocast("cpu", torch.bfloat16):
             rounded = probe.at_times(probe.foga_of_clips, net, batch, 2)[..., 1:].mean((0, 1))
             for _ in range(2):  # the second raises where DDP misses a parameter in the first

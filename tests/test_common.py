@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
+import backbones
 import common
 
 FORK = multiprocessing.get_context("fork")
@@ -224,8 +225,10 @@ def test_several_ranks_set_one_damaged_file_aside(path, monkeypatch):
 
 
 def test_what_to_do_is_said(path):
-    with pytest.raises(common.CheckpointError, match=r"is a folder; pass the file in it: .*/ckpt\.pt"):
-        common.load(path.parent)
+    os.mkfifo(path.with_name("fifo"))
+    for no_file in (path.parent, path.with_name("fifo")):
+        with pytest.raises(common.CheckpointError, match=r"is no file; of a run's folder pass .*/ckpt\.pt"):
+            common.load(no_file)
     damage(path, "half"), damage(common.previous(path), "half")
     with pytest.raises(common.CheckpointError, match="delete what is damaged to start anew"):
         common.load(path)
@@ -287,11 +290,11 @@ def test_what_is_not_ours_is_refused_in_one_line(tmp_path, kind, name, message):
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_named_before_memory_is_taken(name, shape, layers, message):
     module, weights = nn.Linear(3, 4), nn.Linear(3, 4).state_dict()
-    common.check_weights(lambda: module, 1, weights, "x.pt")
+    backbones.check_weights(lambda: module, 1, weights, "x.pt")
     with pytest.raises(common.CheckpointError, match=f"x.pt does not fit its settings: .*{message}"):
-        common.check_weights(lambda: module, layers, weights | {name: torch.ones(shape)}, "x.pt")
+        backbones.check_weights(lambda: module, layers, weights | {name: torch.ones(shape)}, "x.pt")
     with pytest.raises(common.CheckpointError, match=r"weight is \(4, 3\), expected \(1000000000, 1000000000\)"):
-        common.check_weights(lambda: nn.Linear(10**9, 10**9), 1, weights, "x.pt")  # 4 EB
+        backbones.check_weights(lambda: nn.Linear(10**9, 10**9), 1, weights, "x.pt")  # 4 EB
 
 
 def test_exports_are_as_readable_as_checkpoints(tmp_path):
@@ -306,8 +309,8 @@ def test_exports_are_as_readable_as_checkpoints(tmp_path):
 def test_only_our_own_part_files_are_swept(tmp_path):
     for name in ("film.part", ".film.part", f".ckpt.pt.{common.PART}", "ckpt.pt"):
         (tmp_path / name).touch()
-    common.remove_leftovers(tmp_path)
-    assert names(tmp_path) == {"film.part", ".film.part", "ckpt.pt"}
+    with common.alone_in(tmp_path):
+        assert names(tmp_path) == {"film.part", ".film.part", "ckpt.pt", ".rank0.lock"}
 
 
 # ---- settings of an older or another run
@@ -459,3 +462,15 @@ def test_a_damaged_log_loses_its_damaged_rows_alone(tmp_path, content, steps, ca
         *((str(s), "9.5" if s == 2 else "") for s in steps if s <= 2), ("3", "1.5")
     ]  # fmt: skip
     assert common.read_csv(tmp_path / "none.csv") == []
+
+
+def test_a_writer_saves_what_was_there_and_raises_what_went_wrong(tmp_path):
+    writer, x = common.Writer(), torch.zeros(3)
+    writer.save(tmp_path / "a.pt", {"x": x, "of": [{"y": (x, 1)}]})
+    x += 1  # training goes on
+    writer.pending.result()
+    state, _ = common.load(tmp_path / "a.pt")
+    assert not state["x"].any() and not state["of"][0]["y"][0].any() and state["of"][0]["y"][1] == 1
+    writer.save(tmp_path / "nowhere" / "b.pt", {"x": x})
+    with pytest.raises(OSError, match="b.pt cannot be written"):
+        writer.save(tmp_path / "a.pt", {"x": x})

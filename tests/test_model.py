@@ -17,7 +17,7 @@ import model as m
 from common import count_parameters
 from data import Batch
 from model import AlignHeads, Condition, DiT, DiTConfig
-from train import Config
+from train import Config, check
 
 SIZE = {"n_layer": 4, "n_head": 2, "n_embd": 32, "ff_mult": 2, "n_mels": 12}
 CONFIG = DiTConfig(**SIZE, dropout=0.1, codes=(11, 7), teachers=(("whisper", 12), ("aisfx", 10)))
@@ -72,7 +72,8 @@ def rows(batch: Batch, start: int, stop: int) -> Batch:
 
 
 def make_heads(layers, config: DiTConfig = CONFIG, **how) -> AlignHeads:
-    return AlignHeads(config, layers, Config(**how)).double()
+    parts = [x if isinstance(x, dict) else {l: [0.0] for l in x} for x in layers]
+    return AlignHeads(config, parts, Config(**how)).double()
 
 
 def with_frames(rng, batch: Batch) -> Batch:
@@ -135,8 +136,8 @@ def test_a_clip_is_the_same_alone_and_padded(rng, second, interleave, how):
     config, (head, teacher, target) = replace(CONFIG, second_codes=second, interleave=interleave), how.split()
     model, batch = awake(config), random_batch(rng, config)
     batch = with_frames(rng, batch) if target == "frames" else batch
-    heads = make_heads([(1, 3), (2, 3)], config, align_head=head, align_teacher=teacher, align_target=target)
     selection = [{1: [0.7], 3: [0.2, 0.9]}, {2: [1.1], 3: [0.4]}]
+    heads = make_heads(selection, config, align_head=head, align_teacher=teacher, align_target=target)
     (v, states), x_t, t, cond, velocity = forward(model, batch, hidden=True)
     z, fm, bitc, align = m.descriptors(cond, states), 0.0, [[], []], [[], []]
     for b, n in enumerate(FRAMES):
@@ -391,20 +392,20 @@ def test_bitc_reaches_only_the_rows_of_used_tokens(model, batch):
 
 
 def test_alignment_is_a_loop_over_clips(model, batch):
-    heads = make_heads([(1, 3), (3, 4)], head_dim=9)
-    assert sorted(heads.heads) == ["audio_3", "audio_4", "speech_1", "speech_3"]
     selection = [{1: [0.7], 3: [0.1, 0.2, 0.3]}, {3: [1.1, 0.0], 4: [0.4]}]
+    heads = make_heads(selection, head_dim=9)
+    assert sorted(heads.heads) == "audio_3 audio_3_1 audio_4 speech_1 speech_3 speech_3_1 speech_3_2".split()
     (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
     z, expected = m.descriptors(cond, states), 0.0
     for d, name in enumerate(("speech", "audio")):
         clips = [b for b in CLIPS if batch.domain[b] == d]
         for l, weights in selection[d].items():
-            first, _, last = heads.heads[f"{name}_{l}"]
             for b in clips:
+                g = min(int(t[b] * len(weights)), len(weights) - 1)  # of the clip's own part of t
+                first, _, last = heads.heads[f"{name}_{l}" + (f"_{g}" if g else "")]
                 x = linear(last, gelu(linear(first, z[l][b])))
                 e = batch.teacher[CONFIG.teachers[d][0]][b]
-                weight = weights[min(int(t[b] * len(weights)), len(weights) - 1)]  # of the clip's own part of t
-                expected += weight * (1 - (x @ e) / (x.norm() * e.norm())) / len(clips)
+                expected += weights[g] * (1 - (x @ e) / (x.norm() * e.norm())) / len(clips)
     close(m.alignment_loss(model, heads, batch, cond, states, t, selection), expected)
 
 
@@ -520,12 +521,29 @@ def test_dispersion_is_a_loop_over_pairs_and_needs_no_teacher(model, batch):
     ],
 )
 def test_settings_that_do_not_go_together(words):
-    m.check_targets(Config(align_head="none", align_teacher="ema", align_target="frames", dispersive=0.1))
+    check(Config(align_head="none", align_teacher="ema", align_target="frames", dispersive=0.1))
     changes = dict(word.split("=") for word in words.split())
     changes |= {k: int(v) for k, v in changes.items() if v.isdigit()}
     with pytest.raises(ValueError, match=words.split("=")[0]) as error:
-        m.check_targets(Config(**changes))
+        check(Config(**changes))
     assert "\n" not in str(error.value)
+
+
+def test_ctc_is_a_sum_over_paths_and_its_head_learns(model, batch):
+    logits, frames = torch.randn(3, 5, 257, dtype=torch.float64), torch.tensor([4, 5, 5])
+    clips = replace(batch, mel=batch.mel[:3], frames=frames, texts=("ab", "a", ""))
+    cond = m.Condition(logits, logits, torch.ones(3, 5).bool(), torch.tensor([True, False, True]))
+    paths = itertools.product((0, 98, 99), repeat=4)  # blank, a, b: whatever spells ab
+    said = [p for p in paths if [k for k, _ in itertools.groupby(p) if k] == [98, 99]]
+    p = logits[0].softmax(-1)
+    total = sum(math.prod(p[t, k] for t, k in enumerate(path)) for path in said)
+    close(m.ctc_loss(logits, clips, cond).double(), -total.log() / 2, 1e-6)  # one clip has a text and its condition
+    heads, whole = make_heads([(1,), ()], ctc_weight=0.5), replace(batch, texts=("ab",) * len(FRAMES))
+    (_, states), _, t, cond, _ = forward(model, whole, hidden=True)
+    loss = m.alignment_loss(model, heads, whole, cond, states, t, [{1: [0.0]}, {}])
+    close(loss.float(), 0.5 * m.ctc_loss(heads.heads["text"](states[L // 2]), whole, cond))
+    loss.backward()
+    assert model.blocks[L // 2 - 1].qkv.weight.grad.any() and model.blocks[L // 2].qkv.weight.grad is None
 
 
 @pytest.mark.parametrize("kind, bands", [("conv1d", 1), ("conv2d", 16)])

@@ -3,6 +3,7 @@ by several processes, with styles added later, and once with the real networks."
 
 import itertools
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor  # locks are per open file, so threads stand for processes
 from dataclasses import asdict, replace
@@ -18,13 +19,16 @@ from conftest import TINY, record, sound
 import audio
 import common
 import data
+import probe
 import teachers
 from audio import AudioError
-from common import AUDIO, DOMAINS, SPEECH, DataError
+from common import AUDIO, DOMAINS, SPEECH, DataError, Machine
+from configurator import from_dict
 from prepare import __main__ as preparation
 from prepare import corpora, demo, tokenizer
 from prepare.corpora import Clip
 from train import Config
+from train import train as train_run
 
 
 class Level(teachers.Teacher):
@@ -46,7 +50,9 @@ def level(monkeypatch) -> Level:
 
 
 def folder_config(tmp_path, **changes) -> Config:
-    settings = dict(data_dir=str(tmp_path / "prepared"), whisper="demo", audio_teacher="demo", beats_tokens=False)
+    settings = dict(
+        data_dir=str(tmp_path / "prepared"), speech_teacher="demo", audio_teacher="demo", beats_tokens=False
+    )
     settings |= dict(speech_tokenizer="whisper_vq", speech_codes=8, audio_codes=8, held_out=0.3)
     return Config(**settings | dict(tokenizer_steps=4, tokenizer_width=16) | changes)
 
@@ -74,12 +80,16 @@ def tree(folder: str) -> dict[str, bytes]:
 
 def test_missing_names_every_option():
     assert preparation.missing(Config(**TINY)) == []
-    lines = preparation.missing(Config(librispeech_dir="/nowhere/at/all", audio_tokenizer="no.pt"))
+    nowhere = {"librispeech_dir": "/nowhere/at/all", "audioset_dir": "/nowhere/else"}
+    lines = preparation.missing(Config(**nowhere, audio_tokenizer="no.pt"))
     options = ["--librispeech_dir=", "--audioset_dir=", "--audio_teacher=", "--beats_tokenizer=", "--audio_tokenizer="]
     assert [next(o for o in options if line.startswith(o)) for line in lines[:5]] == options
-    assert "/nowhere/at/all" in lines[0] and "none is given" in lines[1]
-    local = {"whisper": "/no/whisper", "s3": "no.onnx"}
-    lines = preparation.missing(Config(**local))
+    assert "/nowhere/at/all" in lines[0] and "/nowhere/else" in lines[1]
+    one = preparation.missing(Config(speech_dir="/nowhere"))  # what sounds need is not asked for
+    assert not any("audio" in line.split("=")[0] for line in one) and "; now /nowhere" in one[0]
+    assert [line.split("=")[0] for line in preparation.missing(Config())[:2]] == ["--librispeech_dir", "--audioset_dir"]
+    local = {"speech_teacher": "/no/whisper", "speech_tokenizer_from": "./no/hubert@9"}
+    lines = preparation.missing(Config(**local, speech_tokenizer="whisper_vq"))
     assert all(any(line.startswith(f"--{k}=") and repr(v) in line for line in lines) for k, v in local.items())
     assert [common.is_absent(v) for v in ("./vocos", "a/b/c", "owner/name", ".")] == [True, True, False, False]
     with pytest.raises(DataError, match="this config needs what is not here"):
@@ -89,29 +99,30 @@ def test_missing_names_every_option():
 def test_decode_gives_both_rates_and_says_what_is_wrong(speech_dir):
     config = Config(min_seconds=0.5, max_seconds=2.0)
     clip = Clip("a.wav", speech_dir / "own.wav", "some words", SPEECH, "g")
-    p = preparation.decode(clip, 16000, config)
-    assert len(p.teacher_wav) == 9600 and abs(len(p.wav) - 14400) <= 1 and p.mel.shape == (len(p.wav) // 256 + 1, 100)
-    preparation.decode(replace(clip, text="", domain=AUDIO), 16000, config)  # sounds need no words
+    p = preparation.decode(clip, config)
+    wav = audio.resample(p.wav, p.rate, 24000)
+    assert len(p.wav) == 9600 and abs(len(wav) - 14400) <= 1 and p.mel.shape == (len(wav) // 256 + 1, 100)
+    preparation.decode(replace(clip, text="", domain=AUDIO), config)  # sounds need no words
     with pytest.raises(AudioError, match="^no text$"):
-        preparation.decode(replace(clip, text=" ... "), 16000, config)
+        preparation.decode(replace(clip, text=" ... "), config)
     with pytest.raises(AudioError, match="^cannot be decoded: "):
-        preparation.decode(replace(clip, source=b"not sound"), 16000, config)
+        preparation.decode(replace(clip, source=b"not sound"), config)
     for limits, reason in (({"min_seconds": 0.7}, "too short"), ({"max_seconds": 0.59}, "too long")):
         with pytest.raises(AudioError, match=f"^{reason}: 0.60 s"):
-            preparation.decode(clip, 16000, replace(config, **limits))
+            preparation.decode(clip, replace(config, **limits))
 
 
 def test_a_part_is_cut_out_keeps_its_format_and_may_not_be_silent(tmp_path, speech_dir, rng):
     clip = Clip("a.wav", speech_dir / "own.wav", "words", SPEECH, "g", 0.1, 0.4)
-    part = preparation.decode(clip, 16000, Config(min_seconds=0.1)).teacher_wav
-    whole = preparation.decode(replace(clip, start=0.0, end=None), 16000, Config(min_seconds=0.1)).teacher_wav
+    part = preparation.decode(clip, Config(min_seconds=0.1)).wav
+    whole = preparation.decode(replace(clip, start=0.0, end=None), Config(min_seconds=0.1)).wav
     np.testing.assert_array_equal(part, whole[1600:6400])
     soundfile.write(tmp_path / "a.wav", np.concatenate([np.zeros(16000), sound(rng, 1.0)]), 16000)
     with pytest.raises(AudioError, match="^silent$"):
-        preparation.decode(Clip("a.wav", tmp_path / "a.wav", "words", SPEECH, "g", 0.0, 0.9), 16000, Config())
+        preparation.decode(Clip("a.wav", tmp_path / "a.wav", "words", SPEECH, "g", 0.0, 0.9), Config())
     (tmp_path / "b.g722").write_bytes(rng.integers(0, 256, 16000, np.uint8).tobytes())
     part = Clip("b.g722@1.5", tmp_path / "b.g722", "words", SPEECH, "g", 0.5, 1.5)  # its name has no suffix of its own
-    assert len(preparation.decode(part, 16000, Config()).teacher_wav) == 16000
+    assert len(preparation.decode(part, Config()).wav) == 16000
 
 
 def test_unusable_clips_are_counted_and_too_many_stop(tmp_path, config, level, rng, capsys):
@@ -202,7 +213,7 @@ def test_a_tokenizer_of_another_size_is_refused(tmp_path, config, level):
     np.testing.assert_array_equal(book, tokenizer.load(tmp_path / "ast.pt").codebook.numpy())
     (tmp_path / "other" / "meta.json").unlink()  # another file under the same name, between two sessions
     tokenizer.save(tokenizer.Tokenizer(tokenizer.TokenizerConfig(3, 9, 25, 16)), tmp_path / "ast.pt")
-    with pytest.raises(DataError, match=r"other settings .*\(sha256 of audio_tokenizer: '\w+' -> '\w+'\)"):
+    with pytest.raises(DataError, match=r"other settings .*\(sha256 of audio_tokenizer, ast.pt: '\w+' -> '\w+'\)"):
         preparation.prepare(fits)
 
 
@@ -295,12 +306,12 @@ def test_styles_are_added_later_and_change_nothing_else(tmp_path, config, level,
 
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "whole_file", fails)
-        assert run(moved, **words) == 75 and not data.has_styles(config.data_dir)
+        assert run(moved, **words) == 75 and not data.is_prepared(config.data_dir, "styles")
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lambda _: run(moved, **words), range(2))) == [0, 0]
     after = tree(config.data_dir)
     assert {k: v for k, v in after.items() if not k.endswith(("style.npy", "styles.json"))} == before
-    assert data.has_styles(config.data_dir) and preparation.verify(config.data_dir) == []
+    assert data.is_prepared(config.data_dir, "styles") and preparation.verify(config.data_dir) == []
     for dataset in (data.Dataset(config.data_dir, split) for split in preparation.SPLITS):
         for i, d in enumerate(dataset.index["domain"].tolist()):
             source = Path((config.speech_dir, moved.audio_dir)[d], dataset.name_and_text(i)[0])
@@ -313,7 +324,7 @@ def test_styles_are_added_later_and_change_nothing_else(tmp_path, config, level,
         recording.write_bytes(b"")
     with pytest.raises(DataError, match="recordings have changed or moved"):
         run(moved, **words)
-    assert not data.has_styles(config.data_dir)
+    assert not data.is_prepared(config.data_dir, "styles")
 
 
 def test_teacher_features_are_added_to_the_training_shards(config, level, monkeypatch, capsys):
@@ -328,16 +339,17 @@ def test_teacher_features_are_added_to_the_training_shards(config, level, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "whole_file", fails)
-        assert run(Config(), **words, target_rate=12.5) == 75 and not data.has_features(config.data_dir, 12.5)
+        assert run(Config(), **words, target_rate=12.5) == 75 and not data.is_prepared(config.data_dir, "features_12.5")
     for rate in (12.5, 80.0):
-        assert run(Config(), **words, target_rate=rate) == 0 and data.has_features(config.data_dir, rate)
+        assert run(Config(), **words, target_rate=rate) == 0 and data.is_prepared(config.data_dir, f"features_{rate:g}")
     after, dataset = tree(config.data_dir), data.Dataset(config.data_dir, "train")
     assert {k: v for k, v in after.items() if "features" not in k} == before
     assert {k.split("/")[0] for k in after if k.endswith("80.npy")} == set(dataset.meta["train"]["shards"])
     assert preparation.verify(config.data_dir) == []
     for i, r in enumerate(dataset.index):
         source = Path((config.speech_dir, config.audio_dir)[r["domain"]], dataset.name_and_text(i)[0])
-        [x] = level.encode([preparation.decode(Clip("", source, "a", r["domain"], ""), 16000, config).teacher_wav])
+        p = preparation.decode(Clip("", source, "a", r["domain"], ""), config)
+        [x] = level.encode(preparation.heard([p], level))
         few, many = (dataset.features(i, rate, 0, int(r["frames"])).numpy() for rate in (12.5, 80.0))
         assert [len(few), len(many)] == [data.token_count(r["frames"], rate) for rate in (12.5, 80.0)]
         edges = np.arange(len(few) + 1) * len(x) / len(few)
@@ -385,11 +397,10 @@ def test_config_b_from_real_layouts(tmp_path, librispeech, audioset, beats_file,
         name, text = train.name_and_text(i)
         root = (librispeech, audioset)[train.index[i]["domain"]]
         assert text in ("Speech, Gush", "Music", "/m/0unknown") or text.startswith("speaker ")
-        wav = audio.resample(audio.read(root / name, 24000), 24000, 16000)
-        [codes] = beats.codes([wav])
+        [codes] = beats.encode([audio.read(root / name, 16000)], codes=True)
         second = train.tokens(i)[:, 1]
         at = np.minimum(np.arange(len(second)), len(codes) - 1)
-        assert (second == codes[at]).mean() > 0.9  # resampled twice here: near ties may differ
+        assert (second == codes[at]).mean() > 0.9  # in a batch there: near ties may differ
     batch = train.batch(np.arange(2))
     assert batch.tokens.dim() == 3 and batch.tokens.shape[2] == 2
 
@@ -412,6 +423,104 @@ def test_an_impulse_has_its_second_token_under_its_mel_frame(beats_file, rng):
         assert at[0] / n * T - 3 <= loud <= (at[-1] + 1) / n * T + 3  # a 25 ms window reaches over a patch's edge
 
 
+@pytest.fixture
+def only_demo(monkeypatch) -> None:
+    """Level in place of the demo's networks alone."""
+    load = demo.load_teacher
+    monkeypatch.setattr(
+        demo, "load_teacher", lambda name, source, device: Level() if source == "demo" else load(name, source, device)
+    )
+
+
+def embeddings_and_tokens(folder: str) -> tuple[list, list]:
+    train = data.Dataset(folder, "train")
+    speech = np.flatnonzero(train.index["domain"] == SPEECH).tolist()
+    return [train.vector(i).tolist() for i in speech], [train.tokens(i).tolist() for i in speech]
+
+
+def test_another_teacher_or_layer_is_another_preparation_and_leaves_the_tokens(config, hubert, only_demo, tmp_path):
+    found = {"demo": config}
+    for layer in (1, 2):
+        found[layer] = replace(elsewhere(config, f"at_{layer}"), speech_teacher=f"{hubert}@{layer}")
+        found[layer] = replace(found[layer], speech_tokenizer_from="demo")
+    found["own"] = replace(elsewhere(config, "own"), speech_teacher=f"{hubert}@2")
+    for one in found.values():
+        preparation.prepare(one)
+    names = {key: data.fingerprint(data.check_prepared(one)) for key, one in found.items()}
+    assert len(set(names.values())) == 4
+    vectors, tokens = zip(*(embeddings_and_tokens(one.data_dir) for one in found.values()), strict=True)
+    assert tokens[0] == tokens[1] == tokens[2] != tokens[3] and vectors[1] != vectors[2] == vectors[3]
+    teacher = demo.load_encoder(f"{hubert}@2", SPEECH)
+    train = data.Dataset(found[2].data_dir, "train")
+    i = int(np.flatnonzero(train.index["domain"] == SPEECH)[0])
+    [expected] = teacher.embed([audio.read(Path(config.speech_dir, train.name_and_text(i)[0]), 16000)])
+    np.testing.assert_allclose(train.vector(i), expected, atol=1e-5)
+    assert train.meta["teachers"] == [["hubert", 32], ["level", 3]]
+    plan = json.loads(Path(found[2].data_dir, "plan.json").read_text())
+    weights = Path(hubert, "model.safetensors")
+    assert plan["sha256 of speech_teacher, model.safetensors"] == common.sha256(weights)
+    with pytest.raises(DataError, match="speech_teacher: .*@1' -> .*@2'"):
+        data.check_prepared(replace(found[2], data_dir=found[1].data_dir))
+
+
+def test_two_teachers_of_one_kind_keep_names_of_their_own(config, hubert, only_demo):
+    config = replace(config, speech_teacher=hubert, audio_teacher=f"{hubert}@1", speech_tokenizer_from="demo")
+    preparation.prepare(config)
+    dataset = data.Dataset(config.data_dir, "train")
+    assert dataset.meta["teachers"] == [["hubert", 32], ["hubert_audio", 32]]
+    assert set(dataset.batch(np.arange(2)).teacher) == {"hubert", "hubert_audio"}
+
+
+@pytest.mark.parametrize("kind, positions", [("level", 0), ("whisper", 64)])
+def test_positions_are_taken_out_of_whispers_states_alone(config, level, monkeypatch, kind, positions):
+    monkeypatch.setattr(Level, "name", kind)
+    preparation.prepare(config)
+    assert tokenizer.load(Path(config.data_dir, "speech_tokenizer.pt")).config.positions == positions
+
+
+@pytest.mark.parametrize("domain", [SPEECH, AUDIO])
+def test_one_domain_needs_nothing_of_the_other(config, level, monkeypatch, capsys, domain):
+    """Prepared with styles and features, trained, aligned and probed, with a teacher of the other out of reach."""
+    here, other = DOMAINS[domain], DOMAINS[1 - domain]
+    config = replace(config, **{f"{other}_dir": "", f"{other}_teacher": "/no/such"})
+    assert run(config) == 0 and other not in capsys.readouterr().out
+    names = {f.name for f in Path(config.data_dir).iterdir()}
+    assert f"{here}_codebook.npy" in names and f"{other}_codebook.npy" not in names
+    meta = data.read_meta(config.data_dir)
+    assert meta["train"]["clips"][1 - domain] == 0 and meta["teachers"][1 - domain] == ["none", 1]
+    assert run(Config(), styles=config.data_dir) == run(Config(), features=config.data_dir) == 0
+    for dataset in (data.Dataset(config.data_dir, split) for split in preparation.SPLITS):
+        assert set(dataset.index["domain"].tolist()) == {domain}
+        source = Path((config.speech_dir, config.audio_dir)[domain], dataset.name_and_text(0)[0])
+        p = preparation.encode_file(str(source), domain, config)
+        np.testing.assert_array_equal(p.tokens, dataset.tokens(0))
+        np.testing.assert_array_equal(p.style.astype(np.float16), dataset.style(0))
+    small = {
+        k: v for k, v in TINY.items() if not k.endswith(("_dir", "_teacher", "_codes")) and k != "speech_tokenizer"
+    }
+    small |= {"align_target": "frames", "refresh_epochs": 2.0, "max_steps": 4, "phase1_steps": 2, "probe_every": 2}
+    out_dir = Path(f"{config.data_dir}_run")
+    trained = train_run(replace(config, **small, out_dir=str(out_dir), code_init=True), Machine(0, 1, "cpu", "float32"))
+    assert trained.objective.selection[1 - domain] == {} and (out_dir / "probe.png").exists()
+    assert list(json.loads((out_dir / "selection.json").read_text())) == [here]
+    assert all(key.startswith(here) for key in trained.objective.heads.heads)
+    printed = capsys.readouterr().out
+    assert f"phase II aligns for {here}" in printed and not re.search(rf"(for|held-out|:) {other}|{other} \(", printed)
+    assert here in probe.stability({"a": trained.probes[-1]["result"]}, 3)
+
+
+def test_a_folder_of_the_older_name_of_a_setting_is_usable(tiny_config):
+    path = Path(tiny_config.data_dir, "meta.json")
+    meta = json.loads(path.read_text())
+    meta["prepared_with"]["whisper"] = meta["prepared_with"].pop("speech_teacher")
+    del meta["prepared_with"]["speech_tokenizer_from"]
+    path.write_text(json.dumps(meta))
+    assert data.check_prepared(tiny_config)
+    with pytest.raises(DataError, match="speech_teacher: 'demo' -> 'other'"):
+        data.check_prepared(replace(tiny_config, speech_teacher="other"))
+    assert from_dict(Config, {"whisper": "demo"}, "ckpt.pt").speech_teacher == "demo"
+
+
 def test_prepare_end_to_end(tmp_path, capsys):
     """Twelve real clips as wav files in folders, the real networks, small codebooks."""
     folders = [tmp_path / "speech", tmp_path / "sounds"]
@@ -419,17 +528,19 @@ def test_prepare_end_to_end(tmp_path, capsys):
     config = replace(config, speech_codes=32, audio_codes=32, tokenizer_steps=5)
     for d, (folder, count) in enumerate(zip(folders, (7, 5), strict=True)):
         folder.mkdir()
-        decoded = ((clip.text, *audio.decode(clip.source, clip.name)) for clip in corpora.of_demo(d) if clip.text)
+        decoded = (
+            (clip.text, *audio.decode(clip.source, clip.name)) for clip in corpora.folder("demo", d)[0] if clip.text
+        )
         short = (x for x in decoded if 0.6 < len(x[1]) / x[2] < 1.5)
         for i, (text, wav, rate) in enumerate(itertools.islice(short, count)):
             audio.write(folder / f"{i}.wav", wav, rate)
             (folder / f"{i}.txt").write_text(text)
     assert run(config) == 0 and "prepared" in capsys.readouterr().out
     meta, folder = data.read_meta(config.data_dir), Path(config.data_dir)
-    of_domains = {f"{name}_{file}" for name in DOMAINS for file in ("tokenizer.pt", "tokens.json", "codebook.npy")}
+    of_domains = {f"{name}_{file}" for name in DOMAINS for file in ("tokenizer.pt", "codebook.npy")}
     whole = {"plan.json", "meta.json", "train.npy", "held_out.npy", "train_00000", "held_out_00000"}
     assert {f.name for f in folder.iterdir()} == of_domains | whole
-    assert run(Config(), styles=config.data_dir) == 0 and data.has_styles(folder)
+    assert run(Config(), styles=config.data_dir) == 0 and data.is_prepared(folder, "styles")
     assert preparation.verify(config.data_dir) == []
     assert {f.name for f in tmp_path.iterdir()} == {"speech", "sounds", "prepared"}
     assert meta["teachers"] == [["whisper", 384], ["aisfx", 512]]
@@ -437,8 +548,6 @@ def test_prepare_end_to_end(tmp_path, capsys):
     assert min(meta["held_out"]["clips"]) > 0
     assert meta["prepared_with"]["speech_codes"] == 32 and set(meta["prepared_with"]) == set(data.PREPARED_WITH)
     for name in DOMAINS:
-        used = json.loads((folder / f"{name}_tokens.json").read_text())
-        assert used["codes_used"] > 0 and 0 < used["perplexity"] <= 32
         book = tokenizer.load(folder / f"{name}_tokenizer.pt").codebook.numpy()
         np.testing.assert_array_equal(np.load(folder / f"{name}_codebook.npy"), book)
     train, held = data.Dataset(folder, "train"), data.Dataset(folder, "held_out")

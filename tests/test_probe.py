@@ -128,8 +128,9 @@ def test_the_training_flag_comes_back_after_an_error():
 @pytest.mark.parametrize("present", [0, 1])
 def test_a_missing_domain_is_left_out(rng, present):
     model, batch = awake(), random_batch(rng, domain=torch.full((len(FRAMES),), present))
-    for scores in (probe.probe(model, batch, 1, 0.5), probe.control_scores(model, batch, 1, 0.5)):
-        assert [name for name in DOMAINS if name in scores] == [DOMAINS[present]]
+    scores = probe.probe(model, batch, 1, 0.5, control=True)
+    assert [name for name in DOMAINS if name in scores] == [DOMAINS[present]]
+    assert np.shape(scores[DOMAINS[present]]["control_clips"]) == (len(FRAMES), L)
 
 
 @torch.no_grad()
@@ -224,15 +225,18 @@ def test_ablation_is_named_and_goes_into_the_control(rng):
     other = probe.probe(model, batch, 2, 0.5, ablation="resample", control=True, beside=True)
     assert (zero["ablation"], other["ablation"]) == ("zero", "resample")
     for how, result in (("zero", zero), ("resample", other)):
-        assert probe.control_of(result) == probe.control_scores(model, batch, 2, 0.5, ablation=how)
+        scores = probe.control_scores(model, batch, 2, 0.5, ablation=how)
+        for d, name in enumerate(DOMAINS):
+            assert result[name]["control_clips"] == scores[batch.domain == d].tolist()
+            close(result[name]["control"], np.mean(result[name]["control_clips"], 0), 1e-6)
     for name in DOMAINS:
         assert zero[name]["foga_resample"] == other[name]["foga"] != zero[name]["foga"]
         assert zero[name]["foga_resample_interval"] == other[name]["foga_interval"]
         assert "foga_resample" not in other[name] and zero[name]["control"] != other[name]["control"]
     plain = probe.probe(model, batch, 2, 0.5)
-    assert probe.control_of(plain) is None and "foga_resample" not in plain[DOMAINS[0]]
-    assert "FoG-A resample" not in probe.table(plain, None) and "FoG-A resample" in probe.table(zero, None)
-    header = probe.table(other, None).splitlines()[1]
+    assert not {"control", "foga_resample"} & set(plain[DOMAINS[0]])
+    assert "FoG-A resample" not in probe.table(plain) and "FoG-A resample" in probe.table(zero)
+    header = probe.table(other).splitlines()[1]
     assert header.count("FoG-A") == header.count("FoG-A resample") == 1
 
 
@@ -369,7 +373,7 @@ def test_a_rule_needs_what_it_ranks(result):
     for name in DOMAINS:
         del result[name]["control"]
         result[name]["stores"] = [1e-17] * 7  # of one or two clips
-    with pytest.raises(ValueError, match="control=True"):
+    with pytest.raises(ValueError, match="align=foga_excess ranks by 'control'"):
         probe.select(Config(align="foga_excess"), result, 6)
     with pytest.raises(ValueError, match="three"):
         probe.select(Config(align="stores"), result, 6)
@@ -410,7 +414,7 @@ def test_a_fixed_layer_must_exist(result, layers):
 @pytest.fixture
 def probed(rng) -> tuple[dict, dict]:
     model, batch = awake(), random_batch(rng)
-    return probe.probe(model, batch, 3, 0.5), probe.probe(probe.random_control(model), batch, 3, 0.5)
+    return probe.probe(model, batch, 3, 0.5), probe.probe(model, batch, 3, 0.5, control=True)
 
 
 def test_probe_is_its_parts(rng):
@@ -442,8 +446,8 @@ def test_probe_is_its_parts(rng):
 
 
 def test_table_has_a_row_for_every_layer(probed):
-    result, control = probed
-    for text in (probe.table(result, control, [{2: [0.1]}, {4: [0.0, 0.2]}]), probe.table(result, None)):
+    plain, result = probed
+    for text in (probe.table(result, [{2: [0.1]}, {4: [0.0, 0.2]}]), probe.table(plain)):
         for d, (name, block) in enumerate(zip(DOMAINS, text.split(f"{DOMAINS[1]} (")[:2], strict=True)):
             lines = block.splitlines()
             starts = [line.split()[0].rstrip("*") for line in lines if line.startswith("  ")]
@@ -453,9 +457,8 @@ def test_table_has_a_row_for_every_layer(probed):
             for l in range(L):
                 assert f"{result[name]['stores'][l + 1]:5.2f}" in block
                 assert f"{result[name]['foga'][l]:.4f}" in block and f"{result[name]['lasp'][l + 1]:.3f}" in block
-                assert "control" not in text or f"{control[name]['foga'][l]:.4f}" in block
-    assert "same as before any training" in probe.table(result, result)
-    assert "LASP and FoG-A: rank correlation" in probe.table(result, None)
+                assert "control" not in text or f"{result[name]['control'][l]:.4f}" in block
+    assert "LASP and FoG-A: rank correlation" in probe.table(plain)
 
 
 def test_agreement_against_scipy_and_sets(rng):
@@ -478,10 +481,11 @@ def test_bootstrap_interval_of_a_mean(rng):
     close([low, high], values.mean() + 1.96 * values.std() / 200**0.5 * np.array([-1, 1]), 0.15)
 
 
-def test_what_a_ranking_owes_to_the_architecture():
-    assert "same as before any training" in probe.against_control([3, 2, 1, 0], [9, 8, 2, 1], 2)
-    assert "shares 2 of 2 layers" in probe.against_control([3, 2, 0, 1], [8, 9, 2, 1], 2)
-    assert "shares 1 of 2 layers" in probe.against_control([3, 2, 1, 0], [9, 1, 2, 8], 2)
+def test_a_rule_of_ones_own_is_a_line(result, monkeypatch):
+    monkeypatch.setitem(probe.RULES, "deepest", lambda scores: range(len(scores["foga"])))
+    assert [list(s) for s in probe.select(Config(align="deepest", top_k=2), result, 6)] == [[6, 5]] * 2
+    with pytest.raises(ValueError, match="align='deepst' is no rule"):
+        probe.select(Config(align="deepst"), result, 6)
 
 
 def test_stability_table():
@@ -496,10 +500,10 @@ def test_stability_table():
 
 @pytest.mark.parametrize("with_control", [True, False])
 def test_report_writes_a_figure_and_json(probed, tmp_path, with_control):
-    result, control = probed[0], probed[1] if with_control else None
-    probe.report(tmp_path, result, control, [{2: 0.125}, {1: 0.5, 4: 0.25}])
+    result = probed[with_control]
+    probe.report(tmp_path, result, [{2: 0.125}, {1: 0.5, 4: 0.25}])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["probe.json", "probe.png"]
     assert (tmp_path / "probe.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     stored = json.loads((tmp_path / "probe.json").read_text())
-    assert stored["selection"] == [{"2": 0.125}, {"1": 0.5, "4": 0.25}] and stored["control"] == control
+    assert stored["selection"] == [{"2": 0.125}, {"1": 0.5, "4": 0.25}]
     assert {k: stored[k] for k in result} == result

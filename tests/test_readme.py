@@ -1,13 +1,18 @@
 """The README's own words: its commands exist and parse, its file tree is the tree, its links lead somewhere; RESULTS.md
 says of every table where it comes from."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+import probe
+from configurator import to_words
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "RESULTS.md"))
@@ -19,7 +24,7 @@ TABLES = re.findall(r"((?:^.+\n)+)\n((?:^\|.*\n)+)", RESULTS, re.M)  # the parag
 
 
 def test_size_and_the_two_commands():
-    assert len(README.encode()) <= 11_500
+    assert len(README.encode()) <= 11_264
     assert "pip install -r requirements.txt && python train.py config/demo.py" in COMMANDS
     assert "pip install -r requirements.txt && python -m pytest" in COMMANDS
 
@@ -63,6 +68,15 @@ def test_links_and_named_files_are_there():
     keys = set(re.findall(r"^    (\w+): ", "".join(f.read_text() for f in ROOT.glob("*.py")), re.M))
     for name in re.findall(r"`(?:--)?([a-z]+_[a-z_]+)`", README):
         assert name in keys, f"no setting is called {name}"
+
+
+def test_the_rule_of_the_readme_selects(tiny_config, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    monkeypatch.setattr(sys, "argv", ["rule.py", *to_words(replace(tiny_config, align="middle", top_k=1))])
+    monkeypatch.setattr(probe, "RULES", dict(probe.RULES))
+    exec(code, {})
+    chosen = json.loads((Path(tiny_config.out_dir) / "selection.json").read_text())
+    assert {name: list(layers) for name, layers in chosen.items()} == {"speech": ["4"], "audio": ["4"]}
 
 
 @pytest.mark.parametrize("head, table", TABLES)

@@ -1,6 +1,7 @@
 """runs/*.sh: a run is finished only with its evaluation, and what they pass to train.py is what train.py takes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def play(script: str, folder: Path, evaluates: bool, *args: str) -> tuple[int, l
     [
         ("table2.sh", ("config/demo.py", "2"), 30, {(), (1,), (3,), (4,), (1, 3, 4), (7,)}),
         ("table2.sh", ("config/mini.py", "1"), 15, {(), (4,), (8,), (12,), (4, 8, 12), (20, 21, 22), (1, 2, 3)}),
-        ("ablations.sh", ("config/mini.py", "1"), 21, {(), (4, 8, 12)}),
+        ("ablations.sh", ("config/mini.py", "1"), 28, {(), (4, 8, 12), (16,)}),
         ("table5.sh", ("config/f5tts_demo.py", "f5tts matcha", "1"), 10, {(), (1, 2, 3)}),
         ("cost.sh", ("config/demo.py",), 3, {()}),
         ("stability.sh", ("config/demo.py",), 1, {()}),
@@ -57,7 +58,8 @@ def test_every_run_once_from_the_phase_one_of_its_seed(tmp_path, script, args, r
     for c in configs:  # every rule at one sum of lambda, but for the one row of the paper's own
         paper = "/paper_s" in c.out_dir
         assert c.weighting == ("paper" if paper else "equal" if "/equal_s" in c.out_dir else "normalized")
-        assert c.align_weight == (2.0 if paper else 0.0 if c.dispersive else 0.5)
+        swept = re.search(r"/(?:budget|shuffled)([\d.]+)_s", c.out_dir)
+        assert c.align_weight == (float(swept[1]) if swept else 2.0 if paper else 0.0 if c.dispersive else 0.5)
     if script.startswith("table"):
         assert sum(c.weighting == "paper" for c in configs) == sum(c.align == "none" for c in configs)
     for c in (c for c in configs if c.branch_from):

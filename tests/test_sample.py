@@ -61,7 +61,7 @@ def test_synthesis_does_not_depend_on_the_order_of_requests(tiny_config, monkeyp
 
 def test_a_reference_is_cut_where_tokens_start():
     clip, mel = Clip("r", b"", "", SPEECH, ""), np.arange(200.0)[:, None]
-    reference = preparation.Prepared(clip, mel, np.zeros(0), np.zeros(0), tokens=np.arange(107)[:, None])
+    reference = preparation.Prepared(clip, mel, np.zeros(0), 24000, tokens=np.arange(107)[:, None])
     request = sample.with_prompt(Request(np.full((53, 1), 7), SPEECH, 100), reference, [50, 25], 0.3)
     assert len(request.prompt) == 30 and request.frames == 130  # of 42 that 30 % allows, a multiple of 15
     assert request.codes[:16, 0].tolist() == list(range(16)) and (request.codes[16:] == 7).all()
@@ -74,7 +74,7 @@ def test_lines_of_a_batch_file(tmp_path):
     in_file = [(SPEECH, "say this"), (AUDIO, "dog: barks twice"), (AUDIO, "rain")]
     assert found == [(SPEECH, "first"), (AUDIO, "owl: at night"), *in_file]
     file.write_text(" \n")
-    with pytest.raises(ValueError, match="no line in it"):
+    with pytest.raises(ValueError, match="stage 1 needs words"):
         sample.texts_of(SampleArgs(batch=str(file)))
 
 
@@ -138,7 +138,7 @@ def test_each_line_takes_the_reference_and_the_limit_of_its_own_domain(trained, 
     def encode_file(path: str, domain: int, config) -> preparation.Prepared:
         mel = np.full((60, 100), -3.0 - domain)
         rest = {"tokens": np.full((32, 1), domain), "style": np.full((16, 10), 5.0 + domain)}
-        return preparation.Prepared(Clip(path, b"", "", domain, ""), mel, mel, mel, **rest)
+        return preparation.Prepared(Clip(path, b"", "", domain, ""), mel, mel, 24000, **rest)
 
     def generate(net, texts, limits, styles, **sampling) -> list[np.ndarray]:
         assert styles[:, 0, 0].tolist() == [5.0 + d for d, _ in texts] and limits == [25 * 12, 50 * 3, 50 * 12]

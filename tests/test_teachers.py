@@ -1,6 +1,7 @@
 """Tests of teachers.py against independent references: transformers' own encoder and generate, numpy float64 spectra,
 the networks written out plainly, and a loop over single clips for every batch."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def test_whisper_transcribes_in_a_language_as_transformers_does(whisper, languag
 def test_what_is_no_whisper_says_what_is_there_and_what_to_pass(tmp_path, files, match):
     for name, text in (files or {}).items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=f"{match}.*: pass a folder with config.json, weights and") as error:
+    with pytest.raises(ValueError, match=f"{match}.*: pass the folder or hub name of an openai/whisper") as error:
         demo.load_teacher("whisper", tmp_path if files is not None else tmp_path / "none")
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
@@ -177,9 +178,53 @@ def test_whisper_is_frozen_and_refuses_what_it_cannot_take(whisper):
         whisper.embed([np.full(999, np.nan, np.float32)])
     with pytest.raises(ValueError, match="float"):
         whisper.transcribe([np.zeros(999, np.int16)])
-    with pytest.raises(ValueError, match="0..3"):
-        whisper.encode([fine], layer=4)
     assert not any(p.requires_grad or p.is_meta for p in whisper.model.parameters()) and not whisper.model.training
+
+
+@pytest.mark.parametrize("layer", ["", "@1", "@3"])
+def test_any_encoder_equals_transformers_on_each_clip(hubert, layer):
+    from transformers import AutoModel
+
+    teacher, model = demo.load_encoder(hubert + layer, 1), AutoModel.from_pretrained(hubert).eval()
+    assert (teacher.rate, teacher.sample_rate, teacher.dim, teacher.depth) == (50.0, 16000, 32, 3)
+    wavs = [noise(2.0, 16000), noise(0.31, 16000, 1), noise(1.2, 16000, 2)]
+    for wav, got in zip(wavs, teacher.encode(wavs), strict=True):
+        x = (wav.astype(np.float64) - wav.mean(dtype=np.float64)) / np.sqrt(wav.var(dtype=np.float64) + 1e-7)
+        with torch.no_grad():
+            states = model(torch.from_numpy(x).float()[None], output_hidden_states=True).hidden_states
+        assert len(got) == (len(wav) - 80) // 320
+        np.testing.assert_allclose(got, states[int(layer[1:] or -1)][0], atol=1e-4)
+    np.testing.assert_allclose(teacher.embed(wavs), [x.mean(0) for x in teacher.encode(wavs)], atol=1e-6)
+    assert not np.allclose(teacher.embed(wavs), demo.load_encoder(hubert + "@2", 0).embed(wavs), atol=1e-2)
+    assert teacher.encode([noise(0.001, 16000)])[0].shape[1] == 32
+
+
+@pytest.mark.parametrize(
+    "source, match", [("@4", "has 3 layers"), ("@0", "nor on a .* hub"), ("/config.json", "HuBERT")]
+)
+def test_what_is_no_encoder_or_layer_is_one_line(hubert, source, match):
+    with pytest.raises(ValueError, match=match) as error:
+        demo.load_encoder(hubert + source, 0)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_brings_its_own_code_is_refused_and_not_run(tmp_path):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    names = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": names}))
+    with pytest.raises(ValueError, match="HuBERT"):
+        demo.load_encoder(str(tmp_path), 0)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_encoder_of_windows_of_one_length_is_refused(tmp_path):
+    from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
+
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_length=64)
+    for part in (ASTModel(ASTConfig(**sizes)), ASTFeatureExtractor(max_length=64)):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="features whatever a clip's length"):
+        demo.load_encoder(str(tmp_path), 1)
 
 
 def kaldi_fbank(wav: np.ndarray) -> np.ndarray:
@@ -262,7 +307,7 @@ def test_beats_equals_the_equations_alone_and_padded(beats_file):
     """In a batch of several lengths, so whatever padding leaks shows as a difference from the clip alone."""
     beats = demo.load_teacher("beats", beats_file)
     wavs = [noise(0.6, 16000), noise(1.01, 16000, 1), noise(0.4, 16000, 2)]
-    for wav, got, codes in zip(wavs, beats.encode(wavs), beats.codes(wavs), strict=True):
+    for wav, got, codes in zip(wavs, beats.encode(wavs), beats.encode(wavs, codes=True), strict=True):
         expected, expected_codes = beats_by_hand(beats_file, wav)
         assert got.shape == expected.shape == (8 * ((1 + (len(wav) - 400) // 160) // 16), 32)
         np.testing.assert_allclose(got, expected, atol=2e-3)  # float32 logs of float32 powers
@@ -280,13 +325,14 @@ def test_beats_encoders_and_fine_tuned_ones_have_no_codes(beats_file, tmp_path):
     whole = demo.load_teacher("beats", beats_file)
     sums = {"quantize.cluster_size": torch.ones(20), "quantize.embedding.initted": torch.ones(1)}
     torch.save(stored | {"model": stored["model"] | sums}, tmp_path / "tokenizer.pt")
-    np.testing.assert_array_equal(demo.load_teacher("beats", tmp_path / "tokenizer.pt").codes(wavs), whole.codes(wavs))
+    again = demo.load_teacher("beats", tmp_path / "tokenizer.pt")
+    np.testing.assert_array_equal(again.encode(wavs, codes=True), whole.encode(wavs, codes=True))
     encoder = {k: v for k, v in stored["model"].items() if "quantize" not in k}
     torch.save(stored | {"model": encoder | {"predictor.bias": torch.ones(9)}}, tmp_path / "encoder.pt")
     beats = demo.load_teacher("beats", tmp_path / "encoder.pt")
     np.testing.assert_array_equal(beats.encode(wavs), whole.encode(wavs))
     with pytest.raises(ValueError, match="no codebook"):
-        beats.codes(wavs)
+        beats.encode(wavs, codes=True)
     assert not any(p.requires_grad or p.is_meta for p in beats.model.parameters()) and not beats.model.training
 
 
@@ -328,7 +374,7 @@ def test_vggish_equals_the_plain_network(tmp_path):
     torch.manual_seed(0)
     network, path = TorchVGGish().eval(), str(tmp_path / "vggish.pth")
     torch.save(network.state_dict(), path)
-    judge, wavs = demo.load_judge("vggish", path), [noise(3.1, 16000), noise(0.97, 16000, 1), noise(2.2, 16000, 2)]
+    judge, wavs = demo.load_teacher("vggish", path), [noise(3.1, 16000), noise(0.97, 16000, 1), noise(2.2, 16000, 2)]
     with torch.no_grad():
         for wav, got in zip(wavs, judge.encode(wavs), strict=True):
             mel = expected_log_mel(wav, 0.01)
@@ -348,12 +394,12 @@ def test_missing_vggish_is_one_clear_line(tmp_path, monkeypatch):
     (tmp_path / "text.pth").write_text("not found")
     for name in ("none", "other", "evil", "empty", "text"):
         with pytest.raises(ValueError, match=f"no VGGish weights .*{name}.pth.*pass --fad_weights") as error:
-            demo.load_judge("vggish", str(tmp_path / f"{name}.pth"))
+            demo.load_teacher("vggish", str(tmp_path / f"{name}.pth"))
         assert "\n" not in str(error.value)
     monkeypatch.setattr(teachers, "VGGISH_WEIGHTS", (tmp_path / "none.pth").as_uri())
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(ValueError, match="pass --fad_weights"):
-        demo.load_judge("vggish")
+        demo.load_teacher("vggish")
 
 
 def test_batches_cover_every_clip_once_within_the_budget():

@@ -11,11 +11,14 @@ import time
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 
 import backbones
@@ -248,6 +251,23 @@ def test_learning_rate_is_one_cycle(tiny_config):
     assert rates[-1] < 0.02
 
 
+def test_max_steps_may_change_on_the_plateau_alone(tiny_config):
+    def of(steps: int, name: str, decay: float = 0.5):
+        how = {"align": "none", "lr_warmup": 0.05, "lr_decay": decay, "keep_every": 5}
+        return replace(tiny_config, max_steps=steps, out_dir=str(Path(tiny_config.out_dir) / name), **how)
+
+    rates = [common.learning_rate(s, of(20, "")) for s in range(20)]
+    assert rates[1:11] == pytest.approx([0.003] * 10) and rates[19] < 0.003 / 20
+    assert rates[11:] == sorted(rates[11:], reverse=True)
+    once = train.train(of(16, "once"), MACHINE)
+    train.train(of(12, "more"), MACHINE)
+    folder = Path(of(16, "more").out_dir)
+    with pytest.raises(common.CheckpointError, match="max_steps: 12 -> 16"):
+        train.train(of(16, "more"), MACHINE)  # it has come to its end
+    (folder / "ckpt_000005.pt").replace(folder / "ckpt.pt")
+    assert same(train.train(of(16, "more"), MACHINE).objective.model.state_dict(), once.objective.model.state_dict())
+
+
 def test_non_finite_step_updates_nothing(tiny_config, monkeypatch):
     config = replace(tiny_config, max_steps=1, align="none")
     before, honest = started(config)[0], data.TrainingBatches.__call__
@@ -425,10 +445,42 @@ def test_non_finite_steps_in_a_row_save_and_stop(tiny_config, monkeypatch, capsy
     monkeypatch.setattr(train, "clip_and_step", broken)
     with pytest.raises(FloatingPointError, match="10 non-finite steps in a row; the last good state is saved"):
         train.train(config, MACHINE)
-    assert calls == list(range(15))
+    assert calls == list(range(16))  # a norm is read one step late
     assert "step 6: non-finite gradient, nothing updated; clips [" in capsys.readouterr().err
     state, _ = common.load(Path(config.out_dir) / "ckpt.pt")
     assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_an_evaluated_run_returns_at_once(tiny_config, monkeypatch, capsys):
+    config, calls = replace(tiny_config, max_steps=4, align="none", evaluate=True), []
+    monkeypatch.setattr(common, "run_script", lambda name, *words: calls.append(name) or 0)
+    assert train.main(config) == 0 and calls == ["probe.py", "evaluate.py"]
+    evaluation = {"wer": {}, "clips": {}, "seeds": 1, "language": "en", "step": 4}
+    (Path(config.out_dir) / "eval.json").write_text(json.dumps(evaluation))
+    assert train.main(config) == 0 and len(calls) == 2
+    assert "eval.json is of this step: nothing is left to do" in capsys.readouterr().out
+
+
+def test_tensorboard_has_the_rows_the_figure_and_clips(tiny_config):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = replace(tiny_config, max_steps=3, align="none", tensorboard=True)
+    train.train(config, MACHINE)
+    folder, wav = Path(config.out_dir), np.sin(np.arange(2400) / 9).astype(np.float32)
+    Figure().savefig(folder / "probe.png")
+    report.show_on_board(folder, 3, {"generated": {k: [SimpleNamespace(domain=k % 2, wav=wav)] for k in range(6)}})
+    found = events.EventAccumulator(str(folder / "tensorboard"), {"scalars": 0, "audio": 0, "images": 0}).Reload()
+    rows = common.read_csv(folder / "log.csv")
+    assert [e.step for e in found.Scalars("fm")] == [int(row["step"]) for row in rows]
+    assert [e.value for e in found.Scalars("fm")] == pytest.approx([float(row["fm"]) for row in rows], rel=1e-4)
+    assert found.Tags()["audio"] == ["speech_0000", "speech_0002", "audio_0001", "audio_0003"]
+    assert found.Tags()["images"] == ["probe"] and found.Audio("audio_0001")[0].sample_rate == 24000
+
+
+@pytest.mark.mps
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="no Apple GPU")
+def test_apple_gpus_train_and_probe(tiny_config):
+    run = train.train(replace(tiny_config, device="mps"), Machine(0, 1, "mps", "auto"))
+    assert run.selected and all(p.isfinite().all() for p in run.objective.parameters())
 
 
 def test_export_holds_what_others_need(tiny_config):
