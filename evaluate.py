@@ -438,7 +438,10 @@ def main_compare(args: EvalArgs, ratings: list[dict]) -> None:
 
 
 def main(args: EvalArgs) -> None:
-    ratings = report.read_ratings(args.mos, json.loads(Path(args.mos_key).read_text())) if args.mos else []
+    try:
+        ratings = report.read_ratings(args.mos, json.loads(Path(args.mos_key).read_text())) if args.mos else []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"mos_key={args.mos_key} is not the key.json of a listening test: {error}") from error
     if args.compare:
         main_compare(args, ratings)
     elif args.listening_test:

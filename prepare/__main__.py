@@ -444,7 +444,7 @@ def add(args: PrepareArgs) -> None:
         size = sum(2 * widths[r["domain"]] * token_count(r["frames"], rate) for r in np.load(root / "train.npy"))
         print(f"teacher features of {root} at {rate:g} per second: {size / 1e6:.1f} MB", flush=True)
     moved = {k: path for k, path in settings_of(args)["corpus"].items() if path}
-    settings = meta["prepared_with"] | meta["corpus"] | moved | {"device": args.device}
+    settings = meta["prepared_with"] | meta.get("corpus", {}) | moved | {"device": args.device}
     networks = Networks(from_dict(Config, settings, f"{root}/meta.json"), meta["train"]["clips"])
     clips = {c.key: c for c in corpora.read(networks.config)[0]}
     files = [root / shard / name for split in splits for shard in meta[split]["shards"] for name in names]
