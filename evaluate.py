@@ -148,7 +148,7 @@ def frechet_interval(clips: list[np.ndarray], reference: np.ndarray) -> list[flo
         norm = np.sqrt(np.linalg.eigvalsh(x @ x.T if len(x) < x.shape[1] else x.T @ x).clip(0)).sum()
         trace = (w @ squares[here] - n * mean @ mean) / (n - 1)
         distances.append(((mean - mean_b) ** 2).sum() + trace + (xb**2).sum() - 2 * norm)
-    return probe.interval(value + np.array(distances) - np.mean(distances))
+    return probe.interval((value + np.array(distances) - np.mean(distances)).clip(0))
 
 
 def mean_kernel(x: list, y: list, bandwidth: float, drawn: np.ndarray) -> np.ndarray:
