@@ -64,7 +64,7 @@ class Batch:
     ids: torch.Tensor  # (B,) rows of the split's index
     target: dict[str, torch.Tensor] = field(default_factory=dict)  # as teacher or (B, N, E), to align; empty: teacher
     target_len: torch.Tensor | None = None  # (B,) valid rows of a target (B, N, E)
-    texts: tuple[str, ...] = ()  # (B,) what is said or heard in a whole clip; empty: unknown
+    texts: tuple[str, ...] = ()  # (B,) what is said or heard, for models that read it; empty: unknown
     padded: bool | None = None  # whether a clip is shorter than T; found here, on the host, so that no step asks a GPU
 
     def __post_init__(self):
@@ -246,8 +246,7 @@ class Dataset:
         tokens = tokens if self.streams > 1 else tokens[..., 0]
         domain, prompt, rows = map(torch.from_numpy, (records["domain"].astype(np.int64), prompts, np.asarray(ids)))
         teacher = self.by_teacher(ids, [self.vector(i) for i in ids.tolist()])
-        whole = crops[:, 1] >= 0.9 * records["frames"]  # of a part what is said is not known
-        texts = tuple(self.name_and_text(i)[1] if all_of_it else "" for i, all_of_it in zip(ids, whole, strict=True))
+        texts = tuple(self.name_and_text(i)[1] for i in ids.tolist())
         return Batch(mel, frames, tokens, token_len, domain, teacher, prompt, rows, texts=texts)
 
 
@@ -393,6 +392,9 @@ class TrainingBatches(LengthBatchSampler):
         share = rng.uniform(0, self.config.prompt_max, len(ids)) * (rng.random(len(ids)) >= self.config.prompt_drop)
         crops = np.stack([first, lengths], 1)
         batch = self.dataset.batch(ids, crops, (share * lengths).astype(np.int64))
+        if self.config.ctc_weight:  # of a part what is said is not known
+            whole = (lengths >= 0.9 * self.dataset.index["frames"][ids]).tolist()
+            batch.texts = tuple(text if all_of_it else "" for text, all_of_it in zip(batch.texts, whole, strict=True))
         if self.targeted:
             targets = [self.target(i, *crop) for i, crop in zip(ids.tolist(), crops.tolist(), strict=True)]
             batch.target = self.dataset.by_teacher(ids, targets)

@@ -495,7 +495,7 @@ def check(config: Config) -> None:
     backbones.find(c.backbone, c.backbone_layers)
     raw = c.align_norm == "raw" and (frames or c.align_target == "clip")
     as_published = (c.crop_frames, c.trim, c.sigma, c.mel_stats) == (0, 0, 1, (0, 1))
-    published = "f5tts_text reads whole clips, and mels without statistics: --crop_frames=0 --trim=0 --sigma=1"
+    published = "f5tts_text reads whole clips, mels without statistics: pass --crop_frames=0 --trim=0 --sigma=1"
     short = f"max_steps={c.max_steps} ends within phase I, so nothing would be aligned: pass --phase1_steps below it"
     absent = [k for k in ("vocoder", "asr") if c.evaluate and common.is_absent(getattr(c, k))]
     wrong = {
