@@ -319,6 +319,7 @@ def test_two_ranks_train_as_one(tiny_config, tmp_path):
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_wide_compiled_blocks_train_under_ddp(tiny_config, tmp_path, monkeypatch):
     """dynamo would split a block that is larger than one of DDP's buckets, and fail at it with dynamic shapes."""
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
