@@ -402,6 +402,7 @@ def main_evaluate(args: EvalArgs) -> None:
         elif report.record(run, result, takes):
             report.index_page(run, result, takes)
             report.show_on_board(run, result["step"], takes)
+            write_json(report.eval_file(run), result)  # last: a run that has it is taken for evaluated
             wrote = f"wrote {run / 'eval.json'}, {run / 'samples'} and {run / 'index.html'}"
         else:
             wrote = "eval.json, samples and index.html stay those of a later step"

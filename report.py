@@ -406,18 +406,17 @@ def write_samples(folder: Path, takes: dict[str, dict]) -> None:
 
 
 def record(run: Path, result: dict, takes: dict[str, dict]) -> bool:
-    """Writes this step's row of evals.csv, the convergence curve of a run, and for its latest step samples/ and
-    eval.json; returns whether it is the latest. Rows past the end of log.csv go: training went back behind them."""
+    """Writes this step's row of evals.csv, the convergence curve of a run, and for its latest step samples/; returns
+    whether it is the latest. Rows past the end of log.csv go: training went back behind them."""
     step, log = result["step"], read_csv(run / "log.csv")
     last = max(step, int(log[-1]["step"])) if log else float("inf")
     others = [r for r in read_csv(run / "evals.csv") if int(r["step"]) != step and int(r["step"]) <= last]
     latest = all(int(r["step"]) < step for r in others)
-    if latest:
-        write_samples(run / "samples", takes)
-        write_json(eval_file(run), result)  # after the samples: runs/*.sh take a run that has it for evaluated
     row = {"step": step, "seconds": result["seconds"], "speech_wer": result["wer"]["generated"]}
     row |= {f"{name}_fad": result.get("fad", {}).get(name, {}).get("generated", "") for name in DOMAINS}
     write_csv(run / "evals.csv", list(row), sorted([*others, row], key=lambda r: int(r["step"])))
+    if latest:
+        write_samples(run / "samples", takes)
     return latest
 
 
