@@ -158,11 +158,16 @@ def log_mel(wav: torch.Tensor) -> torch.Tensor:
     return mel.clamp_min(LOG_CLIP).log().transpose(-1, -2)
 
 
+@cache
+def _mel_inverse() -> torch.Tensor:
+    return torch.linalg.pinv(_mel_transform().mel_scale.fb.double()).float()  # (100, 513)
+
+
 def mel_to_magnitude(mel: torch.Tensor, iterations: int = 50) -> torch.Tensor:
     """Log-mel (T, 100) -> non-negative STFT magnitudes (513, T) whose mel is as near as possible: least squares by
     multiplicative updates, started at the clamped pseudo-inverse."""
     filters, target = _mel_transform().mel_scale.fb.to(mel.device), mel.float().exp()  # (513, 100), (T, 100)
-    magnitude = (target @ torch.linalg.pinv(filters.double()).float()).clamp_min(1e-6)  # (T, 513)
+    magnitude = (target @ _mel_inverse().to(mel.device)).clamp_min(1e-6)  # (T, 513)
     numerator = target @ filters.T
     for _ in range(iterations):
         magnitude = magnitude * numerator / (magnitude @ filters @ filters.T).clamp_min(1e-8)

@@ -401,7 +401,8 @@ def main_evaluate(args: EvalArgs) -> None:
             wrote = f"not as the run's settings say: wrote {report.eval_file(run, name)} and samples_{name}/ alone"
         elif report.record(run, result, takes):
             report.index_page(run, result, takes)
-            report.show_on_board(run, result["step"], takes)
+            if (run / "tensorboard").is_dir():
+                report.show_on_board(run, result["step"], takes)
             write_json(report.eval_file(run), result)  # last: a run that has it is taken for evaluated
             wrote = f"wrote {run / 'eval.json'}, {run / 'samples'} and {run / 'index.html'}"
         else:
@@ -439,6 +440,7 @@ def main_compare(args: EvalArgs, ratings: list[dict]) -> None:
 
 
 def main(args: EvalArgs) -> None:
+    """Compares runs, makes a listening test, prints its scores, or evaluates. Raises ValueError as they do."""
     try:
         ratings = report.read_ratings(args.mos, json.loads(Path(args.mos_key).read_text())) if args.mos else []
     except json.JSONDecodeError as error:

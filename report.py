@@ -101,8 +101,7 @@ def read_eval(file: Path) -> dict:
 
 def is_evaluated(run: Path, step: int) -> bool:
     """Whether a run's own evaluation is of this step."""
-    file = eval_file(run)
-    return file.exists() and common.optional(lambda: read_eval(file).get("step")) == step
+    return eval_file(run).exists() and common.optional(lambda: read_eval(eval_file(run)).get("step")) == step
 
 
 def labelled(folders: Iterable[Path]) -> dict[str, Path]:
@@ -420,6 +419,11 @@ def record(run: Path, result: dict, takes: dict[str, dict]) -> bool:
     return latest
 
 
+def first_clips(clips: dict[int, list], n: int) -> list[int]:
+    """The first n clips of each domain of a system of evaluate.Takes."""
+    return [i for d in range(len(DOMAINS)) for i in [k for k, (take, *_) in clips.items() if take.domain == d][:n]]
+
+
 def index_page(run: Path, result: dict, takes: dict[str, dict]) -> None:
     """Writes run/index.html: score_table, the probe figure, loss curves and, with players and mel pictures, SHOWN clips
     a domain of evaluate.Takes, whose sounds are in run/samples already. `result` is what eval.json holds."""
@@ -434,8 +438,7 @@ def index_page(run: Path, result: dict, takes: dict[str, dict]) -> None:
     parts.append(middle.template)
     utterances = reversed(result["wer"]["utterances"]["generated"])  # of a clip's takes the first is the one played
     heard = {u["id"]: f" (heard as: {u['heard']})" for u in utterances}
-    domains = [[i for i, (take,) in takes["original"].items() if take.domain == d] for d in range(len(DOMAINS))]
-    for i in (i for ids in domains for i in ids[:SHOWN]):
+    for i in first_clips(takes["original"], SHOWN):
         pair = takes["original"][i][0], takes["generated"][i][0]
         clip = clip_name(pair[0].domain, i)
         fig = figure(figsize=(7, 1.6), layout="constrained")
@@ -455,17 +458,15 @@ def board(run: Path, drop_from: int | None = None):
 
 
 def show_on_board(run: Path, step: int, takes: dict[str, dict]) -> None:
-    """The probe figure and two clips a domain of evaluate.Takes, where the run has a TensorBoard."""
-    if not (run / "tensorboard").is_dir():
-        return
+    """The probe figure and two clips a domain of evaluate.Takes on the run's TensorBoard."""
     from matplotlib.image import imread
 
     with board(run) as writer:
         if (run / "probe.png").exists():
             writer.add_image("probe", imread(run / "probe.png"), step, dataformats="HWC")
-        found = [(clip_name(take.domain, i), take) for i, (take, *_) in takes["generated"].items()]
-        for name, take in [clip for d in range(len(DOMAINS)) for clip in [c for c in found if c[1].domain == d][:2]]:
-            writer.add_audio(name, take.wav[None], step, audio.SAMPLE_RATE)
+        for i in first_clips(takes["generated"], 2):
+            take = takes["generated"][i][0]
+            writer.add_audio(clip_name(take.domain, i), take.wav[None], step, audio.SAMPLE_RATE)
 
 
 def held_out_loss(model, batch: data.Batch, sigma: float, machine: common.Machine) -> dict[str, float]:
