@@ -29,9 +29,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 import audio
-from common import DOMAINS, DataError, changed_settings
+from common import DOMAINS, DataError, changed_settings, sha256
 
 OPEN_SHARDS = 64  # shards that a dataset keeps mapped, of 6 open files each, 8 with features
 JITTER = 0.02  # of a clip's length: enough for new neighbours each epoch, little enough to keep padding low
@@ -45,8 +46,8 @@ FEATURES = "features_{}_{:g}.npy"  # of a domain, at a rate
 # what a prepared folder depends on: a run with other values of these must not use it
 PREPARED_WITH = (
     "min_seconds max_seconds held_out data_seed reference_clips speech_teacher audio_teacher speech_tokenizer "
-    "speech_tokenizer_from s3 audio_tokenizer beats_tokenizer speech_codes audio_codes beats_tokens tokenizer_clips "
-    "tokenizer_steps tokenizer_batch tokenizer_lr tokenizer_width mel_floor"
+    "speech_tokenizer_from audio_tokenizer_from s3 audio_tokenizer beats_tokenizer speech_codes audio_codes "
+    "beats_tokens tokenizer_clips tokenizer_steps tokenizer_batch tokenizer_lr tokenizer_width mel_floor"
 ).split()
 
 
@@ -127,6 +128,23 @@ def read_codebook(data_dir: str | Path, name: str) -> torch.Tensor | None:
 def fingerprint(meta: dict) -> str:
     """A name for exactly this preparation: equal for copies, another for other clips, tokens or tokenizers."""
     return hashlib.sha256(json.dumps(meta.get("sha256", {}), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def verify(data_dir: str) -> list[str]:
+    """The files of a prepared folder that are missing or not as they were written, one line each."""
+    root, problems = Path(data_dir), []
+    wanted = {root / name: digest for name, digest in read_meta(data_dir)["sha256"].items()}
+    for file in (*sorted(root.glob("*/shard.json")), *root.glob("styles.json"), *root.glob("features_*.json")):
+        try:
+            wanted |= {file.parent / name: digest for name, digest in json.loads(file.read_text())["sha256"].items()}
+        except (OSError, ValueError, KeyError):
+            wanted.setdefault(file, "")
+    for path, digest in tqdm(wanted.items(), desc="verify", mininterval=1):
+        if not path.exists():
+            problems.append(f"{path}: missing")
+        elif sha256(path) != digest:
+            problems.append(f"{path}: not as it was written")
+    return problems
 
 
 def open_array(path: Path, kind: type | str | None = None, shape: tuple[int, ...] = ()) -> np.ndarray:

@@ -47,6 +47,7 @@ class Config:
     audio_teacher: str = "BEATs_iter3_plus_AS2M.pt"  # "demo": the aisfx sound-effects network
     speech_tokenizer: Literal["s3", "whisper_vq"] = "s3"  # whisper_vq: VQ on the states of a network, fitted here
     speech_tokenizer_from: str = ""  # that network, named as a teacher; empty: the speech teacher
+    audio_tokenizer_from: str = ""  # the network whose features AST reads, named as a teacher; empty: the audio teacher
     s3: str = "speech_tokenizer_v1"  # S3's name in the s3tokenizer package
     audio_tokenizer: str = ""  # an AST fitted before, the audio_tokenizer.pt of a prepared folder; empty: fitted here
     beats_tokenizer: str = "Tokenizer_iter3_plus_AS2M.pt"  # path of the BEATs tokenizer behind beats_tokens

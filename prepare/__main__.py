@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=8 -m prepare config/unified_b.py --librispeech_dir=X --audioset_dir=Y    # one GPU each
     python -m prepare --styles=data/demo                                    # style vectors; lm.py does it
     python -m prepare --features=data/demo --target_rate=12.5               # teacher features; train.py does it
+    python -m prepare config/demo.py --add_teacher=data/demo --data_dir=data/other --speech_teacher=HUBERT@9  # by links
     python -m prepare --verify=data/demo                                    # every file against its checksum
 
 Any number of processes that share the disk prepare one folder together: each takes the next shard that nobody holds.
@@ -27,7 +28,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -41,7 +42,7 @@ import common
 import teachers
 from audio import AudioError
 from common import AUDIO, DOMAINS, SPEECH, DataError, locked, sha256, whole_file, write_json
-from data import FEATURES, INDEX, check_prepared, is_prepared, read_meta, settings_of, token_count
+from data import FEATURES, INDEX, check_prepared, is_prepared, read_meta, settings_of, token_count, verify
 from prepare import corpora, demo, tokenizer
 from prepare.corpora import Clip
 from train import Config
@@ -61,6 +62,7 @@ class PrepareArgs(Config):
     verify: str = ""  # check the prepared folder of this name and do nothing else
     styles: str = ""  # add style vectors to the prepared folder of this name and do nothing else
     features: str = ""  # add teacher features at target_rate to the prepared folder of this name and do nothing else
+    add_teacher: str = ""  # make data_dir of this prepared folder's files, by links, but for the teachers' vectors
 
 
 @dataclass
@@ -83,6 +85,7 @@ def weights(config: Config, domains: Collection[int]) -> dict[str, tuple[str, st
         "speech_teacher": SPEECH in domains and ENCODER,
         "speech_tokenizer_from": SPEECH in domains and config.speech_tokenizer == "whisper_vq" and ENCODER,
         "audio_teacher": AUDIO in domains and ENCODER,
+        "audio_tokenizer_from": AUDIO in domains and ENCODER,
         "beats_tokenizer": config.beats_tokens and "Tokenizer_iter3_plus_AS2M.pt",
         "audio_tokenizer": AUDIO in domains and "the audio_tokenizer.pt of a prepared folder",
     }
@@ -105,6 +108,11 @@ def missing(config: Config) -> list[str]:
     return lines
 
 
+def source(config: Config, d: int, reads: bool = False) -> str:
+    """What a config names as the teacher of domain d, or as the network whose states its fitted tokenizer reads."""
+    return (reads and getattr(config, f"{DOMAINS[d]}_tokenizer_from")) or getattr(config, f"{DOMAINS[d]}_teacher")
+
+
 class Networks:
     """The frozen networks of a config for the domains that have clips, loaded when first needed, and what was encoded
     already. Lists are by domain."""
@@ -112,7 +120,7 @@ class Networks:
     def __init__(self, config: Config, counts: Sequence[int]):
         self.config, self.domains = config, [d for d, count in enumerate(counts) if count]
         # tokens per second: S3's (and Whisper's states') 50; AST's 50, or the demo's 25
-        self.rates = [50, 25 if config.audio_teacher == "demo" else 50]
+        self.rates = [50, 25 if source(config, AUDIO, reads=True) == "demo" else 50]
         speech, sounds = (Path(config.data_dir, f"{name}_tokenizer.pt") for name in DOMAINS)
         # where the tokenizers are, or will be once they are fitted; S3 is not one of ours
         self.files = [None if config.speech_tokenizer == "s3" else speech, Path(config.audio_tokenizer or sounds)]
@@ -122,9 +130,8 @@ class Networks:
         self.load, self.tokenizer = cache(partial(demo.load_encoder, device=self.device)), cache(self.load_tokenizer)
 
     def encoder(self, d: int, reads: bool = False) -> teachers.Teacher:
-        """The teacher of domain d, or the network whose states its fitted tokenizer reads."""
-        other = self.config.speech_tokenizer_from if reads and d == SPEECH else ""
-        return self.load(other or getattr(self.config, f"{DOMAINS[d]}_teacher"), d)
+        """The network that source() names."""
+        return self.load(source(self.config, d, reads), d)
 
     def named_widths(self) -> list[list]:
         """[name, E] of each domain's teacher, no two names alike; a domain that is not there has one of width 1."""
@@ -156,7 +163,7 @@ class Networks:
 
     def styles(self, d: int, clips: list[Prepared]) -> list[np.ndarray]:
         """Style vectors (16, E) of domain d's clips: what the audio encoder, or the only one, hears there (eq. 17)."""
-        encoder = self.encoder(max(self.domains))
+        encoder = self.encoder(max(self.domains), reads=True)
         features = self.encode(d, clips) if d == AUDIO else encoder.encode(heard(clips, encoder))
         return [teachers.style_vectors(x) for x in features]
 
@@ -391,9 +398,9 @@ def write_shard(path: Path, prepared: list[Prepared], widths: list[int], mel_flo
         with open(part / name, "wb") as file:
             file.writelines(x.tobytes() for x in arrays)
     for d, width in enumerate(widths):
-        embeddings = [p.embedding for p in prepared if p.clip.domain == d]
-        index["teacher"][index["domain"] == d] = np.arange(len(embeddings))
-        np.save(part / f"teacher_{d}.npy", np.array(embeddings, np.float32).reshape(-1, width))
+        vectors = [p.embedding for p in prepared if p.clip.domain == d]
+        index["teacher"][index["domain"] == d] = np.arange(len(vectors))
+        np.save(part / f"teacher_{d}.npy", np.array(vectors, np.float32).reshape(-1, width))
     np.save(part / "index.npy", index)
     for i, p in enumerate(prepared):
         if p.keep_wav:
@@ -404,9 +411,14 @@ def write_shard(path: Path, prepared: list[Prepared], widths: list[int], mel_flo
         "frames": int(index["frames"].sum()),
         "mel_sum": sum((m.sum(0) for m in mels), np.zeros(audio.N_MELS)).tolist(),
         "mel_squares": sum(((m**2).sum(0) for m in mels), np.zeros(audio.N_MELS)).tolist(),
-        "sha256": {str(f.relative_to(part)): sha256(f) for f in sorted(part.rglob("*")) if f.is_file()},
     }
-    write_json(part / "shard.json", about)
+    seal(part, path, about)
+
+
+def seal(part: Path, path: Path, about: dict) -> None:
+    """Completes a shard's folder by shard.json, `about` and the files' checksums, and gives it its name."""
+    files = [f for f in sorted(part.rglob("*")) if f.is_file()]
+    write_json(part / "shard.json", about | {"sha256": {str(f.relative_to(part)): sha256(f) for f in files}})
     part.rename(path)
 
 
@@ -432,38 +444,48 @@ def join(out_dir: Path, shards: list[str], meta: dict) -> None:
     write_json(out_dir / "meta.json", meta | {"sha256": {str(f.relative_to(out_dir)): sha256(f) for f in files}})
 
 
+def as_prepared(root: Path, args: PrepareArgs) -> tuple[dict, Config, dict[tuple, Clip]]:
+    """A finished folder's meta and settings, and its clips by key, from where `args` says that the corpus is now."""
+    meta, moved = read_meta(root), {k: path for k, path in settings_of(args)["corpus"].items() if path}
+    settings = meta["prepared_with"] | meta.get("corpus", {}) | moved | {"device": args.device}
+    config = from_dict(Config, settings, f"{root}/meta.json")
+    return meta, config, {c.key: c for c in corpora.read(config)[0]}
+
+
+def decode_again(path: Path, clips: dict[tuple, Clip], config: Config) -> list[list[Prepared]]:
+    """A shard's clips of each domain. Raises DataError when they are not those that were prepared."""
+    index, text = np.load(path / "index.npy"), (path / "text.bin").read_bytes()
+    keys = [(int(r["domain"]), text[r["text"] :][: r["text_len"]].decode().partition("\n")[0]) for r in index]
+    prepared = decode_all([clips[key] for key in keys if key in clips], config, {})
+    if [len(p.mel) for p in prepared] != index["frames"].tolist():
+        raise DataError(f"{path}: its recordings have changed or moved; pass the corpus it is made of")
+    return [[p for p in prepared if p.clip.domain == d] for d in range(len(DOMAINS))]
+
+
 def add(args: PrepareArgs) -> None:
     """Writes style.npy (clips, 16, E) to each shard of args.styles, or features_{domain}_{rate}.npy (rows, E) to those
-    of training of args.features; last of all a .json with their checksums. A corpus that `args` names is where the
-    recordings are now. Raises DataError when they are not those that were prepared."""
+    of training of args.features; last of all a .json with their checksums. Raises DataError as decode_again."""
     root, rate = Path(args.features or args.styles), args.target_rate
-    meta, splits, names, done = read_meta(root), SPLITS, ["style.npy"], root / "styles.json"
+    meta, config, clips = as_prepared(root, args)
+    splits, names, done = SPLITS, ["style.npy"], root / "styles.json"
     if args.features:
         splits, names = ["train"], [FEATURES.format(d, rate) for d in range(len(DOMAINS))]
         done, widths = root / f"features_{rate:g}.json", [width for _, width in meta["teachers"]]
         size = sum(2 * widths[r["domain"]] * token_count(r["frames"], rate) for r in np.load(root / "train.npy"))
         print(f"teacher features of {root} at {rate:g} per second: {size / 1e6:.1f} MB", flush=True)
-    moved = {k: path for k, path in settings_of(args)["corpus"].items() if path}
-    settings = meta["prepared_with"] | meta.get("corpus", {}) | moved | {"device": args.device}
-    networks = Networks(from_dict(Config, settings, f"{root}/meta.json"), meta["train"]["clips"])
-    clips = {c.key: c for c in corpora.read(networks.config)[0]}
+    networks = Networks(config, meta["train"]["clips"])
     files = [root / shard / name for split in splits for shard in meta[split]["shards"] for name in names]
     lock = root.with_name(f".{root.name}.lock")
     with locked(lock):
         for path in tqdm(sorted({file.parent for file in files if not file.exists()}), desc="shards"):
             done.unlink(missing_ok=True)  # it says that all are there
-            index, text = np.load(path / "index.npy"), (path / "text.bin").read_bytes()
-            keys = [(int(r["domain"]), text[r["text"] :][: r["text_len"]].decode().partition("\n")[0]) for r in index]
-            prepared = decode_all([clips[key] for key in keys if key in clips], networks.config, {})
-            if [len(p.mel) for p in prepared] != index["frames"].tolist():
-                raise DataError(f"{path}: its recordings have changed or moved; pass the corpus it is made of")
-            parts = [[p for p in prepared if p.clip.domain == d] for d in range(len(DOMAINS))]
+            parts = decode_again(path, clips, config)
             if args.features:
                 rows = [networks.targets(d, part, rate) if part else [] for d, part in enumerate(parts)]
                 arrays = [np.concatenate([np.zeros((0, E)), *x]) for E, x in zip(widths, rows, strict=True)]
             else:
                 styles = [iter(networks.styles(d, part) if part else ()) for d, part in enumerate(parts)]
-                arrays = [np.stack([next(styles[d]) for d in index["domain"]])]
+                arrays = [np.stack([next(styles[d]) for d in np.load(path / "index.npy")["domain"]])]
             for name, array in zip(names, arrays, strict=True):
                 with whole_file(path / name, "wb") as out:
                     np.save(out, array.astype(np.float16))
@@ -472,33 +494,44 @@ def add(args: PrepareArgs) -> None:
     lock.unlink(missing_ok=True)  # all is there: whoever still holds or waits for it has nothing to do
 
 
-def verify(data_dir: str) -> list[str]:
-    """The files of a prepared folder that are missing or not as they were written, one line each."""
-    root, problems = Path(data_dir), []
-    wanted = {root / name: digest for name, digest in read_meta(data_dir)["sha256"].items()}
-    for file in (*sorted(root.glob("*/shard.json")), *root.glob("styles.json"), *root.glob("features_*.json")):
-        try:
-            wanted |= {file.parent / name: digest for name, digest in json.loads(file.read_text())["sha256"].items()}
-        except (OSError, ValueError, KeyError):
-            wanted.setdefault(file, "")
-    for path, digest in tqdm(wanted.items(), desc="verify", mininterval=1):
-        if not path.exists():
-            problems.append(f"{path}: missing")
-        elif sha256(path) != digest:
-            problems.append(f"{path}: not as it was written")
-    return problems
+def add_teacher(args: PrepareArgs) -> None:
+    """Makes args.data_dir of the finished folder args.add_teacher: the vectors of the teachers of `args`, all else the
+    same files by hard link, so that tokens do not change; says what to train it with. DataError as decode_again."""
+    root, out_dir, changes = Path(args.add_teacher), Path(args.data_dir), {"data_dir": args.data_dir}
+    meta, config, clips = as_prepared(root, args)
+    for d, name in enumerate(DOMAINS):
+        reads, teacher = source(config, d, reads=True), getattr(args, f"{name}_teacher")
+        changes |= {f"{name}_teacher": teacher, f"{name}_tokenizer_from": reads if reads != teacher else ""}
+    config = replace(config, **changes)
+    networks, shards = Networks(config, meta["train"]["clips"]), [s for split in SPLITS for s in meta[split]["shards"]]
+    meta["teachers"] = networks.named_widths()
+    begin(out_dir, list(clips.values()), config)
+    for name in tqdm([name for name in shards if not (out_dir / name).exists()], desc="shards"):
+        part, about = out_dir / f".{name}.part", json.loads((root / name / "shard.json").read_text())
+        shutil.rmtree(part, ignore_errors=True)
+        own = shutil.ignore_patterns("teacher_*", "features_*", "shard.json")
+        shutil.copytree(root / name, part, copy_function=os.link, ignore=own)
+        for d, found in enumerate(decode_again(root / name, clips, config)):
+            vectors = networks.encoder(d).embed(heard(found, networks.encoder(d))) if found else []
+            np.save(part / f"teacher_{d}.npy", np.array(vectors, np.float32).reshape(-1, meta["teachers"][d][1]))
+        seal(part, out_dir / name, about)
+    for file in (f for f in root.iterdir() if f.name.endswith(("_codebook.npy", "_tokenizer.pt", "styles.json"))):
+        if not (out_dir / file.name).exists():
+            os.link(file, out_dir / file.name)
+    join(out_dir, shards, meta | settings_of(config))
+    print(f"made {out_dir}; train it with", *(f"--{k}={v}" for k, v in changes.items()))
 
 
 def main(args: PrepareArgs) -> int:
-    """Prepares, verifies or adds styles or features; returns the exit code. Raises DataError as they do."""
+    """Prepares, verifies or adds styles, features or a teacher; returns the exit code. Raises DataError as they do."""
     if args.verify:
         if problems := verify(args.verify):
             raise DataError(f"{len(problems)} files of {args.verify} are not sound:\n  " + "\n  ".join(problems[:20]))
         print(f"{args.verify}: every file is as it was written")
         return 0
     try:
-        if args.styles or args.features:
-            add(args)
+        if args.styles or args.features or args.add_teacher:
+            (add_teacher if args.add_teacher else add)(args)
             return 0
         if not is_prepared(args.data_dir):
             prepare(args)

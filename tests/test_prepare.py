@@ -311,14 +311,14 @@ def test_styles_are_added_later_and_change_nothing_else(tmp_path, config, level,
         assert list(pool.map(lambda _: run(moved, **words), range(2))) == [0, 0]
     after = tree(config.data_dir)
     assert {k: v for k, v in after.items() if not k.endswith(("style.npy", "styles.json"))} == before
-    assert data.is_prepared(config.data_dir, "styles") and preparation.verify(config.data_dir) == []
+    assert data.is_prepared(config.data_dir, "styles") and data.verify(config.data_dir) == []
     for dataset in (data.Dataset(config.data_dir, split) for split in preparation.SPLITS):
         for i, d in enumerate(dataset.index["domain"].tolist()):
             source = Path((config.speech_dir, moved.audio_dir)[d], dataset.name_and_text(i)[0])
             style = preparation.encode_file(str(source), d, config).style
             np.testing.assert_array_equal(dataset.style(i), style.astype(np.float16))
     calls[0].write_bytes(b"half")
-    assert preparation.verify(config.data_dir) == [f"{calls[0]}: not as it was written"]
+    assert data.verify(config.data_dir) == [f"{calls[0]}: not as it was written"]
     calls[0].unlink()
     for recording in Path(config.speech_dir).rglob("*.*a*"):
         recording.write_bytes(b"")
@@ -345,7 +345,7 @@ def test_teacher_features_are_added_to_the_training_shards(config, level, monkey
     after, dataset = tree(config.data_dir), data.Dataset(config.data_dir, "train")
     assert {k: v for k, v in after.items() if "features" not in k} == before
     assert {k.split("/")[0] for k in after if k.endswith("80.npy")} == set(dataset.meta["train"]["shards"])
-    assert preparation.verify(config.data_dir) == []
+    assert data.verify(config.data_dir) == []
     for i, r in enumerate(dataset.index):
         source = Path((config.speech_dir, config.audio_dir)[r["domain"]], dataset.name_and_text(i)[0])
         p = preparation.decode(Clip("", source, "a", r["domain"], ""), config)
@@ -359,7 +359,7 @@ def test_teacher_features_are_added_to_the_training_shards(config, level, monkey
         linear = np.stack([np.interp(at, np.arange(len(x)), column) for column in x.T], 1)
         np.testing.assert_allclose(many, linear, atol=1e-3)
     next(Path(config.data_dir).glob("*/features_0_80.npy")).write_bytes(b"half")
-    assert ["not as it was written" in line for line in preparation.verify(config.data_dir)] == [True]
+    assert ["not as it was written" in line for line in data.verify(config.data_dir)] == [True]
 
 
 def test_verify_names_what_is_missing_or_changed(config, level, monkeypatch, capsys):
@@ -371,15 +371,15 @@ def test_verify_names_what_is_missing_or_changed(config, level, monkeypatch, cap
     mel[100] ^= 1
     (root / "train_00001" / "mel.bin").write_bytes(mel)
     (root / "train_00000" / "wav" / "00000.wav").unlink()
-    found = preparation.verify(config.data_dir)
+    found = data.verify(config.data_dir)
     assert len(found) == 2 and "wav/00000.wav: missing" in found[0] and "train_00001/mel.bin: not as" in found[1]
     with pytest.raises(DataError, match="2 files of .* are not sound"):
         run(Config(), verify=config.data_dir)
     (root / "train_00001" / "shard.json").unlink()
     (root / "train.npy").write_bytes(b"")
-    assert sum("shard.json: missing" in line for line in preparation.verify(config.data_dir)) == 1
+    assert sum("shard.json: missing" in line for line in data.verify(config.data_dir)) == 1
     (root / "train_00000" / "shard.json").write_text("{}")
-    assert any("train_00000/shard.json: not as" in line for line in preparation.verify(config.data_dir))
+    assert any("train_00000/shard.json: not as" in line for line in data.verify(config.data_dir))
 
 
 def test_config_b_from_real_layouts(tmp_path, librispeech, audioset, beats_file, level, rng, monkeypatch):
@@ -463,6 +463,24 @@ def test_another_teacher_or_layer_is_another_preparation_and_leaves_the_tokens(c
         data.check_prepared(replace(found[2], data_dir=found[1].data_dir))
 
 
+def test_a_teacher_is_added_by_links_to_a_finished_folder(config, hubert, only_demo, monkeypatch, capsys):
+    """What is made is what a whole preparation makes, after a stop as well, and the folder it comes from stays."""
+    preparation.prepare(config)
+    before, other = tree(config.data_dir), elsewhere(replace(config, speech_teacher=f"{hubert}@2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "seal", Mock(side_effect=KeyboardInterrupt))
+        assert run(other, add_teacher=config.data_dir) == common.INTERRUPTED
+    assert run(other, add_teacher=config.data_dir) == 0 and tree(config.data_dir) == before
+    assert "--speech_tokenizer_from=demo --audio_teacher=demo --audio_tokenizer_from=\n" in capsys.readouterr().out
+    whole = replace(elsewhere(other, "whole"), speech_tokenizer_from="demo")
+    preparation.prepare(whole)
+    assert tree(other.data_dir) == tree(whole.data_dir)
+    mels = [Path(folder, "train_00000", "mel.bin") for folder in (config.data_dir, other.data_dir)]
+    assert mels[0].samefile(mels[1]) and data.verify(other.data_dir) == []
+    with pytest.raises(DataError, match="speech_tokenizer_from: '' -> 'demo'|speech_tokenizer_from: 'demo' -> ''"):
+        data.check_prepared(other)
+
+
 def test_two_teachers_of_one_kind_keep_names_of_their_own(config, hubert, only_demo):
     config = replace(config, speech_teacher=hubert, audio_teacher=f"{hubert}@1", speech_tokenizer_from="demo")
     preparation.prepare(config)
@@ -541,7 +559,7 @@ def test_prepare_end_to_end(tmp_path, capsys):
     whole = {"plan.json", "meta.json", "train.npy", "held_out.npy", "train_00000", "held_out_00000"}
     assert {f.name for f in folder.iterdir()} == of_domains | whole
     assert run(Config(), styles=config.data_dir) == 0 and data.is_prepared(folder, "styles")
-    assert preparation.verify(config.data_dir) == []
+    assert data.verify(config.data_dir) == []
     assert {f.name for f in tmp_path.iterdir()} == {"speech", "sounds", "prepared"}
     assert meta["teachers"] == [["whisper", 384], ["aisfx", 512]]
     assert np.add(meta["train"]["clips"], meta["held_out"]["clips"]).tolist() == [7, 5]
