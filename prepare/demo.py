@@ -161,14 +161,15 @@ def recordings(role: str) -> dict[str, bytes]:
 
 
 def speech() -> list[tuple[str, bytes, str, str]]:
-    """The Asterisk prompts, one voice; prompts whose transcript is only a [stage direction] carry no words."""
+    """The Asterisk prompts, one voice. What stands in brackets is not said: beeps and ten clips of silence, which would
+    be most of what FAD sees, are left without words."""
     [packed] = recordings("asterisk_text").values()
     listing = gzip.decompress(packed).decode()
     texts = dict(line.split(": ", 1) for line in listing.splitlines() if ": " in line and not line.startswith(";"))
     clips = []
     for path, content in recordings("asterisk").items():
         name = path.split("en_US_f_Allison/")[1]
-        words = " ".join(re.sub(r"\[[^]]*\]", "", texts.get(name.removesuffix(".g722"), "")).split())
+        words = " ".join(re.sub(r"\[[^]]*\]|\([^)]*\)", "", texts.get(name.removesuffix(".g722"), "")).split())
         clips.append((name, content, words, ""))
     return clips
 

@@ -400,3 +400,10 @@ def test_missing_weights_are_one_clear_line(name, tmp_path):
         with pytest.raises(ValueError, match="pass ") as error:
             demo.load_teacher(name, source)
         assert "\n" not in str(error.value) and str(source) in str(error.value)
+
+
+def test_what_is_not_said_is_no_text_of_a_prompt():
+    texts = {name: text for name, _, text, _ in demo.speech()}
+    assert len(texts) == 568 and not any(set("[]()") & set(text) for text in texts.values())
+    assert {n for n in texts if n.startswith("silence/")} < {n for n, text in texts.items() if not text}
+    assert texts["vm-intro.g722"].endswith("press the pound key.")
