@@ -55,7 +55,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -70,13 +69,12 @@ import common
 import probe
 import report
 from backbones import load_model
-from common import DOMAINS, SPEECH, command, pick_device, precision, step_seed, write_json
+from common import DOMAINS, SPEECH, command, precision, step_seed, write_json
 from data import Dataset, beginnings, fingerprint
 from model import FlowModel
 from prepare import demo
-from sample import Stage1, from_dataset, settings, synthesise
+from sample import Stage1, from_dataset, open_run, synthesise
 from teachers import Teacher
-from train import Config
 
 DRAWS, FAD_DRAWS = 400, 100  # bootstrap samples behind an interval; FAD's cost more
 MIN_WORDS = 4  # a WER over single words says little
@@ -223,22 +221,22 @@ Takes = dict[str, dict[int, list[Take]]]  # {system: {a clip's row in its split:
 def score_wer(takes: Takes, recogniser, language: str = "en") -> dict:
     """WER of each system's speech of at least MIN_WORDS words, its interval and what was heard in each take; and CER of
     other languages than English, but where WER is that already."""
-    texts = {i: clip[0].text for i, clip in takes["original"].items() if clip[0].domain == SPEECH}
-    counts = {i: len(normaliser(language)(text).split()) for i, text in texts.items()}
-    ids = [i for i in texts if counts[i] >= MIN_WORDS]
+    said = {i: clip[0].text for i, clip in takes["original"].items() if clip[0].domain == SPEECH}
+    counts = {i: len(normaliser(language)(text).split()) for i, text in said.items()}
+    ids = [i for i in said if counts[i] >= MIN_WORDS]
     words, drawn = np.array([counts[i] for i in ids], int), common.resampled(max(1, len(ids)), DRAWS)
     result = {"clips": len(ids), "words": int(words.sum()), "interval": {}, "utterances": {}, "cer": {}}
     for system, clips in takes.items():
         columns = [k for k, i in enumerate(ids) for _ in clips[i]]  # the clip of each take
         waves = [audio.resample(t.wav, audio.SAMPLE_RATE, recogniser.sample_rate) for i in ids for t in clips[i]]
-        heard, said = recogniser.transcribe(waves, language) if ids else [], [texts[ids[k]] for k in columns]
-        result[system], errors = word_errors(said, heard, language)
+        heard, texts = recogniser.transcribe(waves, language) if ids else [], [said[ids[k]] for k in columns]
+        result[system], errors = word_errors(texts, heard, language)
         if language not in {"en", *NO_SPACES}:
-            result["cer"][system] = word_errors(said, heard, language, "cer")[0]
+            result["cer"][system] = word_errors(texts, heard, language, "cer")[0]
         weights = drawn[:, columns] * words[columns]  # (draws, takes): those of a clip are drawn together
         result["interval"][system] = probe.interval(weights @ errors / weights.sum(1)) if ids else ()
-        found = zip((ids[k] for k in columns), said, heard, errors, strict=True)
-        found = [{"id": i, "text": t, "words": counts[i], "heard": h, "wer": e} for i, t, h, e in found]
+        about = zip((ids[k] for k in columns), heard, errors, strict=True)
+        found = [{"id": i, "text": said[i], "words": counts[i], "heard": h, "wer": e} for i, h, e in about]
         result["utterances"][system] = found
     return result
 
@@ -313,18 +311,13 @@ def held_out_losses(model: FlowModel, held: Dataset, ids: np.ndarray, frames: in
     return losses
 
 
-def load_recogniser(asr: str, device: str, language: str) -> Teacher:
-    """What turns speech into words: "demo", or a Whisper by hub name or folder. ValueError: it lacks the language."""
-    recogniser = demo.load_teacher("whisper", asr, device)
-    recogniser.transcribe([], language)  # now, not after minutes of sampling
-    return recogniser
-
-
-def make_takes(state: dict, args: EvalArgs, model: FlowModel, held: Dataset, ids: list, used: dict, judge) -> tuple:
+def make_takes(
+    state: dict, args: EvalArgs, options: dict, held: Dataset, ids: list, model, judge
+) -> tuple[Takes, dict]:
     """Takes of clips `ids`: original and vocoded one, generated (and from text) one a seed; and what eval.json says of
     their making."""
-    run, device, options = state["config"], pick_device(args.device), used["sampler"]
-    vocoder, seeds = audio.load_vocoder(used["vocoder"], device), range(args.seed, args.seed + used["seeds"])
+    run, seeds = state["config"], range(args.seed, args.seed + args.eval_seeds)
+    vocoder = audio.load_vocoder(args.vocoder, args.device)
     texts = [(int(held.index["domain"][i]), held.name_and_text(i)[1]) for i in ids]
 
     def collect(rounds: list[list[np.ndarray]]) -> dict[int, list[Take]]:
@@ -342,36 +335,38 @@ def make_takes(state: dict, args: EvalArgs, model: FlowModel, held: Dataset, ids
     seconds = sum(len(take.wav) for clip in takes["generated"].values() for take in clip) / audio.SAMPLE_RATE
     about = {"real_time_factor": (time.monotonic() - start) / seconds}
     if args.lm:
-        stage = Stage1(args.lm, model, device, state["data"])
+        stage = Stage1(args.lm, model, args.device, state["data"])
         takes["from text"] = make(lambda seed: stage.requests(texts, seed=seed))
         about["lm"] = {"ckpt": args.lm, "step": stage.state["step"]}
     return takes, about
 
 
-def evaluate(state: dict, args: EvalArgs) -> tuple[dict, Takes]:
+def evaluate(state: dict, args: EvalArgs, options: dict) -> tuple[dict, Takes]:
     """All numbers of one checkpoint, as a dict for eval.json, and what they are of."""
-    run, device = state["config"], pick_device(args.device)
-    used = {k: getattr(args, k) or run[k] for k in ("data_dir", "vocoder", "asr", "language", "eval_seeds")}
-    used |= {"seeds": used.pop("eval_seeds"), "clip_seed": args.clip_seed, "sampler": settings(args, run)}
-    held, train = Dataset(used["data_dir"], "held_out"), Dataset(used["data_dir"], "train")
-    speech, judge_name = SPEECH in held.index["domain"], args.fad_model or run["fad_model"]
-    recogniser = load_recogniser(used["asr"], device, used["language"]) if speech else None
-    judge = None if judge_name == "none" else demo.load_teacher(judge_name, args.fad_weights, device)
-    ids = held_out_sample(held, args.max_clips or run["max_clips"], args.clip_seed)
-    model = load_model(state, device=device)
-    takes, about = make_takes(state, args, model, held, ids.tolist(), used, judge)
-    result = used | about | {"step": state["step"], "seconds": state["seconds"], "data": fingerprint(held.meta)}
-    with precision(device, run["dtype"]):
-        seeds = range(args.seed, args.seed + used["seeds"])
-        losses = held_out_losses(model, held, ids, run["probe_frames"], run["sigma"], seeds)
-    result["wer"] = score_wer(takes, recogniser, used["language"])
+    run, recogniser, judge = state["config"], None, None
+    held, train = Dataset(args.data_dir, "held_out"), Dataset(args.data_dir, "train")
+    if SPEECH in held.index["domain"]:
+        recogniser = demo.load_teacher("whisper", args.asr, args.device)
+        recogniser.transcribe([], args.language)  # refuses one that it lacks now, not after minutes of sampling
+    if args.fad_model != "none":
+        judge = demo.load_teacher(args.fad_model, args.fad_weights, args.device)
+    ids = held_out_sample(held, args.max_clips, args.clip_seed)
+    model = load_model(state, device=args.device)
+    takes, about = make_takes(state, args, options, held, ids.tolist(), model, judge)
+    result = {k: getattr(args, k) for k in ("data_dir", "vocoder", "asr", "language", "clip_seed")} | about
+    result |= {"seeds": args.eval_seeds, "sampler": options, "data": fingerprint(held.meta)}
+    result |= {"step": state["step"], "seconds": state["seconds"], "wer": score_wer(takes, recogniser, args.language)}
     if judge:
-        result["fad"] = {"model": judge_name, "is_teacher": judge_name in dict(state["model_config"]["teachers"])}
+        taught = args.fad_model in dict(state["model_config"]["teachers"])
+        result["fad"] = {"model": args.fad_model, "is_teacher": taught}
     for d, name in enumerate(DOMAINS) if judge else ():
         paths = map(train.wav_path, np.flatnonzero(train.index["domain"] == d).tolist())
         reference = [Take(audio.read(p, audio.SAMPLE_RATE), d, judge=judge).patches for p in paths if p.exists()]
         of_d = {s: {i: clip for i, clip in clips.items() if clip[0].domain == d} for s, clips in takes.items()}
         result["fad"] |= {name: score_fad(of_d, reference)} if of_d["original"] else {}
+    with precision(args.device, run["dtype"]):
+        seeds = range(args.seed, args.seed + args.eval_seeds)
+        losses = held_out_losses(model, held, ids, run["probe_frames"], run["sigma"], seeds)
     result["clips"] = score_clips(takes, result["wer"], losses)
     by_domain = {name: [c["fm"] for c in result["clips"]["generated"] if c["domain"] == name] for name in DOMAINS}
     return result | {"held_out_fm": {name: float(np.mean(found)) for name, found in by_domain.items() if found}}, takes
@@ -392,9 +387,8 @@ def main_evaluate(args: EvalArgs) -> None:
     if set(differences(args)) - {"ckpt", "name"} == {"worst"} and file.exists():
         result, wrote = report.read_eval(file), f"read {file}"
     else:
-        state, used = common.load(args.ckpt, needs=common.TRAINED)
-        state["config"] = asdict(Config()) | state["config"]  # an older one may lack a setting
-        run, (result, takes) = used.parent, evaluate(state, args)
+        state, run, args, options = open_run(args)
+        result, takes = evaluate(state, args, options)
         if name := variant(args, state, result):
             report.write_samples(run / f"samples_{name}", takes)
             write_json(report.eval_file(run, name), result)
@@ -421,18 +415,22 @@ def main_compare(args: EvalArgs, ratings: list[dict]) -> None:
         print("not evaluated yet, left out:", *missing, file=sys.stderr)
     if not folders:
         raise ValueError("no evaluated run among --compare; run evaluate.py --ckpt RUN/ckpt.pt first")
-    runs = report.read_runs(folders, args.name, args.scores)
-    rows, paired = report.compare(runs, args.fad_target, report.mean_scores(ratings)), report.differences(runs)
-    text = report.comparison_table(rows, paired)
+    groups = report.read_runs(folders, args.name, args.scores)
+    rows, paired = report.compare(groups, args.fad_target, ratings), report.differences(groups)
+    text = report.comparison_table("run", rows)
+    text += "\n\n" + report.comparison_table("less none, paired", paired, True) if paired else ""
+    text += "\n\n[95 % interval]: over seeds, of a single one over clips; less none: over both; bold excludes zero"
     text += f"\nread from eval_{args.name}.json of each run" if args.name else ""
     out = Path(args.out or folders[0].parent)
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text + "\n")
     write_json(out / "table.json", {name: row | {"less_none": paired.get(name, {})} for name, row in rows.items()})
-    at = report.labelled(folders)
+    runs = {label: run for group in groups.values() for label, run in group.items()}
     name = next((n for n in DOMAINS for r in runs.values() if n in r.get("held_out_fm", ())), DOMAINS[SPEECH])
-    losses = [(label, folder / "log.csv", f"held_out_{name}") for label, folder in at.items()]
-    fads = [(label, folder / "evals.csv", f"{name}_fad") for label, folder in at.items()]
+    losses, fads = (
+        [(label, Path(run["folder"]) / file, column) for label, run in runs.items()]
+        for file, column in (("log.csv", f"held_out_{name}"), ("evals.csv", f"{name}_fad"))
+    )
     report.plot(out / "table.png", {f"held-out FM loss, {name}": losses, f"{name} FAD": fads})
     if paired:
         report.plot_differences(out / "less_none.png", paired)

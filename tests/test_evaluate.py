@@ -376,7 +376,6 @@ class Listener:
 @pytest.fixture
 def evaluated(tiny_config, monkeypatch) -> Path:
     """A run of two steps whose last checkpoint is evaluated."""
-    monkeypatch.setattr(evaluate, "load_recogniser", lambda *_: Listener())
     monkeypatch.setattr(evaluate.demo, "load_teacher", lambda *_: Listener())
     monkeypatch.setattr(evaluate, "MIN_WORDS", 2)
     config = replace(tiny_config, max_steps=2, phase1_steps=1, vocoder="griffin_lim", nfe=2, eval_seeds=2)

@@ -146,10 +146,10 @@ def test_each_line_takes_the_reference_and_the_limit_of_its_own_domain(trained, 
 
     monkeypatch.setattr(preparation, "encode_file", encode_file)
     monkeypatch.setattr(sample, "generate", generate)
-    state, _ = common.load(trained["ckpt"])
     (tmp_path / "b.txt").write_text(f"[dog] barks\nhello you?\n{'x' * 1000}\n")
     args = SampleArgs(**trained, batch=str(tmp_path / "b.txt"), reference="r.wav")
-    requests, _ = sample.make_requests(args, sample.load_model(state), state, "cpu")
+    state, _, args, _ = sample.open_run(args)
+    requests, _ = sample.make_requests(args, sample.load_model(state), state)
     assert [r.domain for r in requests] == [AUDIO, SPEECH, SPEECH]
     for r in requests:
         assert len(r.prompt) == 60 and (r.prompt == -3.0 - r.domain).all() and r.codes[0] == r.domain
