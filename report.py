@@ -6,7 +6,6 @@ train.py's Report is at the end; evaluate.py is the command line of the rest: --
 import base64
 import hashlib
 import html
-import io
 import itertools
 import json
 import math
@@ -57,8 +56,8 @@ def clip_name(domain: int, row: int) -> str:
 def paired_interval(values: np.ndarray, weight: np.ndarray | float = 1.0) -> list[float]:
     """[mean, low, high] of values (S seeds, C clips), NaN where one is missing, weighted by clip (C,), with the 95 %
     interval over both: how the means of seeds and of clips vary, less the noise in both; Student's t with
-    Satterthwaite's freedom. (A bootstrap over three seeds calls a fifth of pairs without effect different.) One seed
-    says nothing of trainings, and a single value nothing of either: [mean] alone."""
+    Satterthwaite's freedom, as a bootstrap over three seeds is too narrow. One seed says nothing of trainings, and a
+    single value nothing of either: [mean] alone."""
     here = np.isfinite(values)
     s, c, n = here.any(1).sum(), here.any(0).sum(), here.sum()
     weight = here * weight / np.mean(weight * here, where=here)
@@ -204,15 +203,11 @@ def compare(groups: dict[str, dict], fad_target: float | None = None, ratings: S
     return rows
 
 
-def with_interval(values: Sequence[float], form: str) -> str:
-    """ "12.0 [10.0 14.0]", or the mean alone."""
+def with_interval(values: Sequence[float], heading: str, form: str = "") -> str:
+    """ "12.0 [10.0 14.0]", or the mean alone; with the decimals of the heading where no form is given."""
+    form = form or f".{next((n for word, n in DECIMALS.items() if word in heading), 2)}f"
     mean, *edges = (f"{value:{form}}" for value in values)
     return f"{mean} [{' '.join(edges)}]" if edges else mean
-
-
-def decimals(heading: str) -> str:
-    """The form of the numbers under a heading."""
-    return f".{next((n for word, n in DECIMALS.items() if word in heading), 2)}f"
 
 
 def comparison_table(corner: str, rows: dict[str, dict], paired: bool = False) -> str:
@@ -220,14 +215,14 @@ def comparison_table(corner: str, rows: dict[str, dict], paired: bool = False) -
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
     lines = [[corner, *columns]]
     for name, row in rows.items():
-        texts = {c: with_interval(values, "+.3g" if paired else decimals(c)) for c, values in row.items()}
+        texts = {c: with_interval(values, c, "+.3g" if paired else "") for c, values in row.items()}
         bold = {c: f"**{texts[c]}**" for c, x in row.items() if paired and (x[1] > 0 or x[2] < 0)}
         lines.append([name, *((texts | bold).get(c, "") for c in columns)])
     return table(lines, markdown=True)
 
 
-def plot(out: Path, panels: dict[str, list[tuple[str, Path, str]]], phase2: int | None = None) -> None:
-    """Writes a picture of panels {title: [(label, CSV file, column)]} against steps, marked where phase II began."""
+def plot(out: Path, panels: dict[str, list[tuple[str, Path, str]]]) -> None:
+    """Writes a picture of panels {title: [(label, CSV file, column)]} against steps."""
     from matplotlib import colormaps  # slow to import
     from matplotlib.figure import Figure  # opens no window, unlike pyplot
 
@@ -238,8 +233,6 @@ def plot(out: Path, panels: dict[str, list[tuple[str, Path, str]]], phase2: int 
             rows = [r for r in read_csv(file) if r.get(column)]
             x, y = [int(r["step"]) for r in rows], [float(r[column]) for r in rows]
             ax.plot(x, y, ".-", label=label, linewidth=1, markersize=4)
-        if phase2:
-            ax.axvline(phase2, color="grey", linestyle=":", label="phase II")
         ax.set(title=title, xlabel="step")
         ax.legend(fontsize=7)
     fig.savefig(out, dpi=100)
@@ -261,15 +254,14 @@ def plot_differences(out: Path, paired: dict[str, dict]) -> None:
 
 
 def listening_test(folders: Sequence[str], clips: int, out: str = "", seed: int = 0) -> str:
-    """Writes out/listening.html, which plays the first `clips` clips a domain of every run's samples, and of the
-    originals, under blind names, and out/key.json, {item: {"system", "domain", "clip"}}, which tells them apart and
-    stays with whoever runs the test; returns what to do with them. Raises ValueError for a run without samples, and
-    unless all have the same clips."""
+    """Writes out/listening.html, which plays the first `clips` clips a domain of all runs' samples and their originals
+    under blind names, and out/key.json, {item: {"system", "domain", "clip"}}, which stays with whoever runs the test;
+    returns what to do with them. Raises ValueError for a run without samples, and unless all have the same clips."""
     systems, out = {}, Path(out or "out/listening")
     for label, run in labelled([Path(folder) for folder in folders]).items():
         for system, kind in ((label, "generated"), ("original", "original")):
             found = (sorted((run / "samples" / kind).glob(f"{name}_*.wav"))[:clips] for name in DOMAINS)
-            systems[system] = {p.stem: audio.read(p, audio.SAMPLE_RATE) for p in itertools.chain(*found)}
+            systems[system] = {path.stem: path.read_bytes() for path in itertools.chain(*found)}
         if not systems[label]:
             raise ValueError(f"no clips in {run}/samples/generated: run evaluate.py --ckpt {run}/ckpt.pt first")
     if len({frozenset(waves) for waves in systems.values()}) != 1:
@@ -277,10 +269,9 @@ def listening_test(folders: Sequence[str], clips: int, out: str = "", seed: int 
     key, items = {}, []
     for system, waves in systems.items():
         for clip, wav in waves.items():
-            item = hashlib.sha256(f"{seed}/{system}/{clip}".encode() + wav.tobytes()).hexdigest()[:12]
+            item = hashlib.sha256(f"{seed}/{system}/{clip}".encode() + wav).hexdigest()[:12]
             key[item] = {"system": system, "domain": clip.split("_")[0], "clip": clip}
-            audio.write(flac := io.BytesIO(), wav, kind="FLAC")  # a third smaller than wav and the same sound
-            source = "data:audio/flac;base64," + base64.b64encode(flac.getvalue()).decode()
+            source = "data:audio/wav;base64," + base64.b64encode(wav).decode()
             items.append({"id": item, "kind": key[item]["domain"], "src": source})
     items.sort(key=lambda item: item["id"])  # the file's order says nothing about systems either
     test = hashlib.sha256("".join(key).encode()).hexdigest()[:12]
@@ -323,13 +314,13 @@ def mos_table(ratings: list[dict]) -> str:
     """MOS per system with its interval over raters and clips, as one listener's ratings are not independent, nor a
     clip's; and between systems the differences of what the same listener said of the same clip."""
     found, rows = by_rater_and_clip(ratings), [["MOS [95 % over raters and clips]", *DOMAINS]]
-    scores = {at: with_interval(paired_interval(matrix), ".2f") for at, matrix in found.items()}
+    scores = {at: with_interval(paired_interval(matrix), "MOS") for at, matrix in found.items()}
     rows += [[system, *(scores.get((d, system), "") for d in DOMAINS)] for system in sorted({s for _, s in found})]
     lines = [table(rows)]
     for ((domain, a), x), ((other, b), y) in itertools.combinations(found.items(), 2):
         if domain == other and (shared := np.isfinite(x - y)).sum() > 1:
             counts = f"{shared.any(1).sum()} raters, {shared.any(0).sum()} clips"
-            lines.append(f"{domain}: {a} - {b} = {with_interval(paired_interval(x - y), '+.2f')}, {counts}")
+            lines.append(f"{domain}: {a} - {b} = {with_interval(paired_interval(x - y), 'MOS', '+.2f')}, {counts}")
     return "\n".join(lines)
 
 
@@ -338,7 +329,7 @@ def score_table(result: dict) -> str:
     systems, fad = list(result["wer"]["utterances"]), result.get("fad", {})
     rows = [["", *systems, "generated, 95 %"]]
     for heading, found in measured(result).items():
-        cells = {s: with_interval(values, decimals(heading)).partition(" ") for s, values in found.items()}
+        cells = {s: with_interval(values, heading).partition(" ") for s, values in found.items()}
         rows.append([heading, *(cells[s][0] if s in cells else "" for s in systems), cells["generated"][2]])
     taught = f"\nwarning: {fad.get('model')} taught this run, so its FAD flatters; --fad_model=yamnet was no teacher"
     return (
@@ -384,10 +375,8 @@ def index_page(run: Path, result: dict, takes: dict[str, dict]) -> None:
     a domain of evaluate.Takes, whose sounds are in run/samples already. `result` is what eval.json holds."""
     from matplotlib.image import imsave
 
-    log = run / "log.csv"
-    phase2 = next((int(r["step"]) for r in read_csv(log) if r["phase"] == "2"), None)
     panels = {"flow matching": ("fm", "held_out_speech", "held_out_audio"), "BiT-C": ("bitc",), "alignment": ("align",)}
-    plot(run / "curves.png", {title: [(c, log, c) for c in columns] for title, columns in panels.items()}, phase2)
+    plot(run / "curves.png", {title: [(c, run / "log.csv", c) for c in columns] for title, columns in panels.items()})
     page = (ASSETS / "run.html").read_text(encoding="utf-8")
     head, picture, middle, row, tail = map(Template, re.split(r"<!-- (?:for each \w+|end) -->\n", page))
     parts = [head.substitute(name=html.escape(run.name), step=result["step"], table=html.escape(score_table(result)))]
@@ -399,8 +388,7 @@ def index_page(run: Path, result: dict, takes: dict[str, dict]) -> None:
         pair = takes["original"][i][0], takes["generated"][i][0]
         clip = clip_name(pair[0].domain, i)
         mels = [np.pad(take.mel, ((0, 8), (0, 0)), constant_values=2) for take in pair]  # a light edge between them
-        look = {"origin": "lower", "cmap": "magma", "vmin": -8, "vmax": 2}
-        imsave(run / "samples" / f"{clip}.png", np.concatenate(mels).T, **look)
+        imsave(run / "samples" / f"{clip}.png", np.concatenate(mels).T, origin="lower", cmap="magma", vmin=-8, vmax=2)
         parts.append(row.substitute(clip=clip, text=html.escape(pair[0].text + heard.get(i, ""))))
     (run / "index.html").write_text("".join([*parts, tail.template]), encoding="utf-8")
 
@@ -495,10 +483,7 @@ class Report:
         self.log.row(step=run.step, phase=phase, frames_per_s=rate, seconds=run.seconds, **numbers, **held)
         for name, value in (numbers | held).items() if self.board else ():
             self.board.add_scalar(name, value, run.step)
-        extra = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.4f}" for k, v in held.items())
-        align = f"  align {numbers['align']:.3f}" if "align" in numbers else ""
-        print(
-            f"step {run.step:6d}/{last}  fm {self.smooth:.4f}  bitc {numbers['bitc']:.3f}{align}  "
-            f"{rate:6.0f} frames/s  left {run.seconds / run.step * (last - run.step) / 60:.1f} min{extra}",
-            flush=True,
-        )
+        shown = {"fm": self.smooth} | {k: numbers[k] for k in ("bitc", "align") if k in numbers} | held
+        text = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.4f}" for k, v in shown.items())
+        minutes = run.seconds / run.step * (last - run.step) / 60
+        print(f"step {run.step:6d}/{last}{text}  {rate:6.0f} frames/s  left {minutes:.1f} min", flush=True)

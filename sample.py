@@ -48,7 +48,7 @@ if __name__ == "__main__":
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -109,16 +109,15 @@ def to_batch(requests: Sequence[Request]) -> Batch:
     return Batch(mel, frames, tokens, token_len, domain, {}, prompt, torch.arange(len(requests)), texts=texts)
 
 
-def synthesise(
-    model: FlowModel, requests: Sequence[Request], vocoder: Callable, options: dict, dtype="auto", batch_frames=4000
-) -> list[np.ndarray]:
-    """Waveforms (L,) of the requests, in batches of like length, references cut off; `options` are model.sample's."""
+def synthesise(model: FlowModel, requests: Sequence[Request], vocoder, options: dict, dtype="auto", most=4000) -> list:
+    """Waveforms (L,) of the requests, references cut off, in batches of like length of at most `most` frames where a
+    clip alone has no more; `options` are model.sample's."""
     waves: list = [None] * len(requests)
     pending = sorted(range(len(requests)), key=lambda i: requests[i].frames)
     device = next(model.parameters()).device
     while pending:
         padded = (k * requests[i].frames for k, i in enumerate(pending, 1))  # of the first k, the last of them longest
-        size = max(1, sum(frames <= batch_frames for frames in padded))
+        size = max(1, sum(frames <= most for frames in padded))
         group, pending = pending[:size], pending[size:]
         batch = to_batch([requests[i] for i in group]).to(device)
         with torch.inference_mode(), precision(str(device), dtype):
@@ -180,9 +179,9 @@ def make_requests(args: SampleArgs, model: FlowModel, state: dict) -> tuple[list
     """What the command asks for, and what to say of each clip in its .json, by the file's name."""
     run, texts = state["config"], texts_of(args)
     config = from_dict(Config, run | {"data_dir": args.data_dir, "device": args.device}, args.ckpt)
-    if texts and not args.lm:
-        raise ValueError("text needs stage 1: pass --lm=CKPT, a checkpoint of lm.py")
     if texts:
+        if not args.lm:
+            raise ValueError("text needs stage 1: pass --lm=CKPT, a checkpoint of lm.py")
         stage = Stage1(args.lm, model, args.device, state["data"])
         domains = {d for d, _ in texts} if args.reference else ()
         references = {d: preparation.encode_file(args.reference, d, config) for d in domains}
@@ -198,8 +197,8 @@ def make_requests(args: SampleArgs, model: FlowModel, state: dict) -> tuple[list
     ids = first_of_each_domain(dataset, args.n)
     for i in ids.tolist():
         (name, text), domain = dataset.name_and_text(i), DOMAINS[dataset.index["domain"][i]]
-        clip = {"clip": name, "text": text, "domain": domain, "split": args.split}
-        about[f"{args.split}_{domain}_{i:04d}"] = clip  # evaluate.py's speech_0003.wav is another and stays
+        made = {"clip": name, "text": text, "domain": domain, "split": args.split}
+        about[f"{args.split}_{domain}_{i:04d}"] = made  # evaluate.py's speech_0003.wav is another and stays
     return from_dataset(dataset, ids), about
 
 

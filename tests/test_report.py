@@ -234,7 +234,7 @@ def test_the_page_is_blind_and_holds_every_sound(systems, tmp_path):
         where = key[item["id"]]
         kind, content = item["src"].split(",")
         wav, rate = soundfile.read(io.BytesIO(base64.b64decode(content)))
-        assert kind == "data:audio/flac;base64" and rate == audio.SAMPLE_RATE and item["kind"] == where["domain"]
+        assert kind == "data:audio/wav;base64" and rate == audio.SAMPLE_RATE and item["kind"] == where["domain"]
         np.testing.assert_allclose(wav, systems[where["system"]][where["clip"]], atol=2 / 2**15)
     assert not re.search(r"(src|href)=\"?https?:", page)  # self-contained
     assert "natural" in re.search(r"speech: '(.*)'", page)[1] and "natural" not in re.search(r"audio: '(.*)'", page)[1]
@@ -263,8 +263,8 @@ def test_scores_over_raters_and_clips(rng, tmp_path):
     for system in "ab":
         score = report.paired_interval(found["speech", system])
         assert score == pytest.approx(report.paired_interval(matrix[system]))
-        assert score[0] == pytest.approx(matrix[system].mean()) and report.with_interval(score, ".2f") in text
-    difference = report.with_interval(report.paired_interval(matrix["a"] - matrix["b"]), "+.2f")
+        assert score[0] == pytest.approx(matrix[system].mean()) and report.with_interval(score, "MOS") in text
+    difference = report.with_interval(report.paired_interval(matrix["a"] - matrix["b"]), "", "+.2f")
     assert f"speech: a - b = {difference}, 3 raters, 4 clips" in text and "audio: a - b" in text
     assert scipy.stats.sem(matrix["a"].ravel()) > 0 and "speech: b - a" not in text
 

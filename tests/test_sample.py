@@ -54,7 +54,7 @@ def test_synthesis_does_not_depend_on_the_order_of_requests(tiny_config, monkeyp
     codes = np.zeros((9, 1), np.int64)
     requests = [Request(codes, SPEECH, n) for n in (70, 30, 50, 31)]
     requests.append(Request(codes, SPEECH, 45, np.ones((15, 100), np.float16)))
-    waves = sample.synthesise(net, requests, lambda m: m[:, 0].numpy(), {}, batch_frames=100)
+    waves = sample.synthesise(net, requests, lambda m: m[:, 0].numpy(), {}, most=100)
     assert [len(w) for w in waves] == [70, 30, 50, 31, 30] and seen == [2, 2, 1]
     assert [w[0] for w in waves] == [70, 30, 50, 31, 45]
 
