@@ -55,7 +55,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib import resources
 from pathlib import Path
 
@@ -330,21 +330,18 @@ def evaluate(state: dict, args: EvalArgs, options: dict) -> tuple[dict, Takes]:
     ids = held_out_sample(held, args.max_clips, args.clip_seed)
     texts = [(int(held.index["domain"][i]), held.name_and_text(i)[1]) for i in ids.tolist()]
     model, vocoder = load_model(state, device=args.device), audio.load_vocoder(args.vocoder, args.device)
-
-    def make(requests: list, seed: int) -> list[np.ndarray]:
-        return synthesise(model, requests, vocoder, options | {"seed": seed}, run["dtype"])
-
+    say = partial(synthesise, model, vocoder=vocoder, dtype=run["dtype"])
     mels = [torch.from_numpy(held.mel(i).astype(np.float32)).clamp_min(floor) for i in ids.tolist()]
     waves = {"original": [[audio.read(held.wav_path(i), audio.SAMPLE_RATE) for i in ids.tolist()]]}
     waves["vocoded"], start = [[vocoder(mel) for mel in mels]], time.monotonic()
-    waves["generated"] = [make(from_dataset(held, ids), seed) for seed in seeds]
+    waves["generated"] = [say(from_dataset(held, ids), options=options | {"seed": seed}) for seed in seeds]
     spent, samples = time.monotonic() - start, sum(len(wav) for made in waves["generated"] for wav in made)
     result = {k: getattr(args, k) for k in ("data_dir", "vocoder", "asr", "language", "clip_seed")}
     result |= {"seeds": args.eval_seeds, "sampler": options, "data": fingerprint(held.meta), "step": state["step"]}
     result |= {"seconds": state["seconds"], "real_time_factor": spent * audio.SAMPLE_RATE / samples}
     if args.lm:
         stage = Stage1(args.lm, model, args.device, state["data"])
-        waves["from text"] = [make(stage.requests(texts, seed=seed), seed) for seed in seeds]
+        waves["from text"] = [say(stage.requests(texts, seed=seed), options=options | {"seed": seed}) for seed in seeds]
         result["lm"] = {"ckpt": args.lm, "step": stage.state["step"]}
     takes: Takes = {system: {} for system in waves}
     for system, rounds in waves.items():

@@ -171,11 +171,10 @@ def differences(groups: dict[str, dict]) -> dict[str, dict]:
         pairs = [[clip_scores(clips) for clips in pair] for pair in shared]
         for heading in pairs[0][0] if pairs else ():
             ids = sorted(set.intersection(*(set(run.get(heading, ())) for pair in pairs for run in pair)))
-            words = {c["id"]: c["words"] if heading == "speech WER %" else 1 for c in shared[0][0] if c["id"] in ids}
+            words = {c["id"]: c.get("words") if heading == "speech WER %" else 1 for c in shared[0][0]}
             if len(ids) > 1:
                 d = np.array([[run[heading][i] - none[heading][i] for i in ids] for run, none in pairs])
-                weight = np.array([words[i] for i in ids])
-                result.setdefault(name, {})[heading] = paired_interval(d, weight)
+                result.setdefault(name, {})[heading] = paired_interval(d, np.array([words[i] for i in ids]))
     return result
 
 
@@ -291,12 +290,12 @@ def read_ratings(paths: Sequence[str | Path], key: dict[str, dict]) -> list[dict
         if not rows or not {"rater", "item", "rating"} <= set(rows[0]):
             raise ValueError(f"{path}: no ratings; expected the columns rater, item, rating, as listening.html exports")
         for line, row in enumerate(rows, 2):
-            rater, item, rating = row["rater"], row["item"], row["rating"]
-            if item not in key:
-                raise ValueError(f"{path}, line {line}: item {item!r} is not in the key: pass this test's --mos_key")
-            if rating not in list("12345"):
-                raise ValueError(f"{path}, line {line}: rating {rating!r} is not 1, 2, 3, 4 or 5")
-            ratings[rater, item] = key[item] | {"rater": rater, "rating": int(rating)}
+            if row["item"] not in key:
+                raise ValueError(f"{path}, line {line}: item {row['item']!r} is not in the key: pass its --mos_key")
+            if row["rating"] not in list("12345"):
+                raise ValueError(f"{path}, line {line}: rating {row['rating']!r} is not 1, 2, 3, 4 or 5")
+            given = {"rater": row["rater"], "rating": int(row["rating"])}
+            ratings[row["rater"], row["item"]] = key[row["item"]] | given
     return list(ratings.values())
 
 
@@ -311,8 +310,7 @@ def by_rater_and_clip(ratings: list[dict]) -> dict[tuple[str, str], np.ndarray]:
 
 
 def mos_table(ratings: list[dict]) -> str:
-    """MOS per system with its interval over raters and clips, as one listener's ratings are not independent, nor a
-    clip's; and between systems the differences of what the same listener said of the same clip."""
+    """MOS of each system over raters and clips, and differences of what the same listener said of the same clip."""
     found, rows = by_rater_and_clip(ratings), [["MOS [95 % over raters and clips]", *DOMAINS]]
     scores = {at: with_interval(paired_interval(matrix), "MOS") for at, matrix in found.items()}
     rows += [[system, *(scores.get((d, system), "") for d in DOMAINS)] for system in sorted({s for _, s in found})]
@@ -371,8 +369,7 @@ def first_clips(clips: dict[int, list], n: int) -> list[int]:
 
 
 def index_page(run: Path, result: dict, takes: dict[str, dict]) -> None:
-    """Writes run/index.html: score_table, the probe figure, loss curves and, with players and mel pictures, SHOWN clips
-    a domain of evaluate.Takes, whose sounds are in run/samples already. `result` is what eval.json holds."""
+    """Writes run/index.html: score_table, pictures, and of SHOWN clips a domain of evaluate.Takes players and mels."""
     from matplotlib.image import imsave
 
     panels = {"flow matching": ("fm", "held_out_speech", "held_out_audio"), "BiT-C": ("bitc",), "alignment": ("align",)}
@@ -479,8 +476,8 @@ class Report:
         rate = self.frames / (run.seconds - self.told)
         self.told, self.losses, self.frames = run.seconds, [], 0
         held = common.optional(lambda: held_out_loss(run, self.eval_batch, self.machine), {}) if with_held_out else {}
-        phase = 1 + run.selected
-        self.log.row(step=run.step, phase=phase, frames_per_s=rate, seconds=run.seconds, **numbers, **held)
+        about = {"step": run.step, "phase": 1 + run.selected, "frames_per_s": rate, "seconds": run.seconds}
+        self.log.row(**about, **numbers, **held)
         for name, value in (numbers | held).items() if self.board else ():
             self.board.add_scalar(name, value, run.step)
         shown = {"fm": self.smooth} | {k: numbers[k] for k in ("bitc", "align") if k in numbers} | held

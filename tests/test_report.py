@@ -53,12 +53,9 @@ WER = "speech WER %, n 3 (17 words)"
 
 
 def test_compare_by_hand(tmp_path):
-    runs = [
-        make_run(tmp_path / "none_s0", 10, 0.10, [(50, 12), (100, 10)]),
-        make_run(tmp_path / "none_s1", 14, 0.20, [(50, 15), (100, 14)]),
-        make_run(tmp_path / "agrepa_s0", 8, 0.05, [(50, 11), (100, 8)]),
-        make_run(tmp_path / "agrepa_s1", 10, 0.05, [(50, 13), (100, 10)]),
-    ]
+    measured = {"none_s0": (10, 0.10, 12), "none_s1": (14, 0.20, 15)}
+    measured |= {"agrepa_s0": (8, 0.05, 11), "agrepa_s1": (10, 0.05, 13)}
+    runs = [make_run(tmp_path / name, fad, wer, [(50, at), (100, fad)]) for name, (fad, wer, at) in measured.items()]
     ratings = [KEY["a0"] | {"system": "none_s0", "rater": "x", "rating": 3}]
     rows = report.compare(report.read_runs(runs), None, ratings)
     assert list(rows) == ["none", "agrepa"] and rows["none"]["seeds"] == [2]
@@ -157,9 +154,9 @@ def test_one_evaluation_says_nothing_about_when(tmp_path):
 def test_what_was_not_measured_stays_empty(tmp_path):
     run = make_run(tmp_path / "lasp_s0", wer=float("nan"))
     result = json.loads((run / "eval.json").read_text())
-    (run / "eval.json").write_text(json.dumps({k: v for k, v in result.items() if k != "fad"}))
-    runs = report.read_runs([run, make_run(tmp_path / "foga_s0")])  # what is missing is nothing they could differ in
-    rows = report.compare(runs)
+    del result["fad"]  # nothing that two runs could differ in
+    (run / "eval.json").write_text(json.dumps(result))
+    rows = report.compare(report.read_runs([run, make_run(tmp_path / "foga_s0")]))
     shown = ["audio held-out FM x1000", "seeds", "speech held-out FM x1000", "speech mine"]
     assert sorted(rows["lasp"]) == shown and "speech yamnet-FAD, n 7" in rows["foga"]
 
@@ -206,16 +203,16 @@ def test_runs_of_one_name_keep_apart(tmp_path):
 @pytest.fixture
 def systems(rng, tmp_path) -> dict[str, dict[str, np.ndarray]]:
     """Samples of two runs in tmp_path, and their originals."""
-    found = {}
+    clips, found = ("speech_0001", "speech_0002", "audio_0007"), {}
     for system in ("none_s0", "secret_s0", "original"):
-        found[system] = {}
-        for clip in ("speech_0001", "speech_0002", "audio_0007"):
-            wav = found[system][clip] = rng.uniform(-0.5, 0.5, 3000).astype(np.float32)
-            runs = [(system, "generated")] if system != "original" else [(s, "original") for s in found]
-            for run, kind in runs:
-                path = tmp_path / run / "samples" / kind / f"{clip}.wav"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                audio.write(path, wav)
+        found[system] = {clip: rng.uniform(-0.5, 0.5, 3000).astype(np.float32) for clip in clips}
+    for run, (kind, system) in itertools.product(
+        ("none_s0", "secret_s0"), (("generated", ""), ("original", "original"))
+    ):
+        folder = tmp_path / run / "samples" / kind
+        folder.mkdir(parents=True)
+        for clip, wav in found[system or run].items():
+            audio.write(folder / f"{clip}.wav", wav)
     return found
 
 
@@ -247,17 +244,16 @@ def test_systems_need_the_same_clips(systems, tmp_path):
     assert not (tmp_path / "listening.html").exists()
 
 
-def write_ratings(path: Path, rows: list[str], columns: str = "rater,item,rating") -> Path:
+def read(path: Path, *rows: str, columns: str = "rater,item,rating") -> list[dict]:
     path.write_text("\n".join([columns, *rows, ""]))
-    return path
+    return report.read_ratings([path], KEY)
 
 
 def test_scores_over_raters_and_clips(rng, tmp_path):
     """Raters who differ by a level: its noise is in the scores' interval, not in the differences between systems."""
     given = {(r, i): int(rng.integers(1, 4) + (r == "x") + (i[0] == "b")) for r in "xyz" for i in KEY}
     rows = {r: [f"{r},{i},{n}" for (q, i), n in given.items() if q == r] for r in "xyz"}
-    paths = [write_ratings(tmp_path / f"{r}.csv", rows[r]) for r in rows]
-    ratings = report.read_ratings(paths, KEY)
+    ratings = [rating for r in rows for rating in read(tmp_path / f"{r}.csv", *rows[r])]
     found, text = report.by_rater_and_clip(ratings), report.mos_table(ratings)
     matrix = {s: np.array([[given[r, f"{s}{c}"] for c in range(4)] for r in "xyz"], float) for s in "ab"}
     for system in "ab":
@@ -279,8 +275,8 @@ def test_ratings_of_one_rater_repeated_say_no_more():
 
 
 def test_a_later_rating_replaces_an_earlier_one(tmp_path):
-    path = write_ratings(tmp_path / "r.csv", ["x,a0,1", "x,a0,5", "y,a0,3"])
-    assert [r["rating"] for r in report.read_ratings([path], KEY)] == [5, 3]
+    ratings = read(tmp_path / "r.csv", "x,a0,1", "x,a0,5", "y,a0,3")
+    assert [r["rating"] for r in ratings] == [5, 3]
 
 
 BAD = {"x,a0,1\nx,zz,3": "line 3: item 'zz'", "x,a0,1\nx,a1,6": "line 3: rating '6' is not", "": "expected the columns"}
@@ -288,9 +284,8 @@ BAD = {"x,a0,1\nx,zz,3": "line 3: item 'zz'", "x,a0,1\nx,a1,6": "line 3: rating 
 
 @pytest.mark.parametrize("rows", BAD)
 def test_what_is_no_rating_is_named(tmp_path, rows):
-    path = write_ratings(tmp_path / "r.csv", [rows], "rater,item,rating" if rows else "a,b")
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{BAD[rows]}"):
-        report.read_ratings([path], KEY)
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / 'r.csv'))}.*{BAD[rows]}"):
+        read(tmp_path / "r.csv", rows, columns="rater,item,rating" if rows else "a,b")
 
 
 def test_rate_reload_export_score_in_a_browser(systems, tmp_path):
