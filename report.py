@@ -145,8 +145,7 @@ def measured(result: dict) -> dict[str, dict[str, list[float]]]:
     wer, fad, found = result["wer"], result.get("fad", {}), {}
     if wer["clips"]:
         heading = f"speech WER %, n {wer['clips']} ({wer['words']} words)"
-        whole = {s: (wer[s], *wer["interval"].get(s, ())) for s in wer["utterances"]}
-        found[heading] = {s: [100 * x for x in values] for s, values in whole.items()}
+        found[heading] = {s: [100 * x for x in (wer[s], *wer["interval"].get(s, ()))] for s in wer["utterances"]}
     if wer["cer"]:
         found["speech CER %"] = {s: [100 * x] for s, x in wer["cer"].items()}
     for name in (name for name in DOMAINS if name in fad):
@@ -352,15 +351,14 @@ def record(run: Path, result: dict, takes: dict[str, dict]) -> bool:
     """Writes this step's row of evals.csv, the convergence curve of a run, and for its latest step samples/; returns
     whether it is the latest. Rows past the end of log.csv go: training went back behind them."""
     step, log = result["step"], read_csv(run / "log.csv")
-    last = max(step, int(log[-1]["step"])) if log else float("inf")
-    others = [r for r in read_csv(run / "evals.csv") if int(r["step"]) != step and int(r["step"]) <= last]
-    latest = all(int(r["step"]) < step for r in others)
+    last = max(step, int(log[-1]["step"])) if log else math.inf
+    rows = {int(r["step"]): r for r in read_csv(run / "evals.csv") if int(r["step"]) <= last}
     row = {"step": step, "seconds": result["seconds"], "speech_wer": result["wer"]["generated"]}
-    row |= {f"{name}_fad": result.get("fad", {}).get(name, {}).get("generated", "") for name in DOMAINS}
-    write_csv(run / "evals.csv", list(row), sorted([*others, row], key=lambda r: int(r["step"])))
-    if latest:
+    rows[step] = row | {f"{name}_fad": result.get("fad", {}).get(name, {}).get("generated", "") for name in DOMAINS}
+    write_csv(run / "evals.csv", list(rows[step]), [rows[k] for k in sorted(rows)])
+    if step == max(rows):
         write_samples(run / "samples", takes)
-    return latest
+    return step == max(rows)
 
 
 def first_clips(clips: dict[int, list], n: int) -> list[int]:
