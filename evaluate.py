@@ -55,8 +55,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib import resources
 from pathlib import Path
 
@@ -70,13 +69,12 @@ import common
 import probe
 import report
 from backbones import load_model
-from common import DOMAINS, SPEECH, command, pick_device, precision, step_seed, write_json
+from common import DOMAINS, SPEECH, command, precision, step_seed, write_json
 from data import Dataset, beginnings, fingerprint
 from model import FlowModel
 from prepare import demo
-from sample import Stage1, from_dataset, settings, synthesise
+from sample import Stage1, from_dataset, open_run, synthesise
 from teachers import Teacher
-from train import Config
 
 DRAWS, FAD_DRAWS = 400, 100  # bootstrap samples behind an interval; FAD's cost more
 MIN_WORDS = 4  # a WER over single words says little
@@ -114,11 +112,10 @@ def word_errors(references: list[str], hypotheses: list[str], language="en", rat
 
 
 def frechet_terms(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Squared Frechet distance between Gaussians fitted to embeddings (n, E) and (m, E), in float64, as its two terms,
-    that of the means and that of the covariances; neither is negative. Their sum is
-    |mu_a - mu_b|^2 + Tr(A + B - 2 (A B)^(1/2)), where the last trace is the sum of the singular values of X_a X_b^T
-    for centred, scaled X with A = X_a^T X_a: no matrix square root, nothing complex, any rank. NaN where one side has
-    fewer than two embeddings or one that is not finite."""
+    """Squared Frechet distance between Gaussians fitted to embeddings (n, E) and (m, E), as its two terms, that of the
+    means and that of the covariances: |mu_a - mu_b|^2 and Tr(A + B - 2 (A B)^(1/2)), where the last trace is the sum of
+    the singular values of X_a X_b^T for centred, scaled X with A = X_a^T X_a: no matrix square root, nothing complex or
+    negative, any rank. NaN where one side has fewer than two embeddings or one that is not finite."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if min(len(a), len(b)) < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return float("nan"), float("nan")
@@ -182,8 +179,8 @@ def kernel_distances(systems: dict[str, list], reference: list[np.ndarray]) -> d
         drawn = np.concatenate([np.ones((1, len(clips))), common.resampled(len(clips), DRAWS)])
         across = mean_kernel(clips, reference, bandwidth, drawn)
         values = 100 * (mean_kernel(clips, clips, bandwidth, drawn) + same - 2 * across)
-        drawn = values[1:][np.isfinite(values[1:])]  # without those of one clip alone
-        result[system] = [float(values[0]), *probe.interval(drawn)]
+        several = values[np.isfinite(values)]  # without draws of one clip alone
+        result[system] = [float(values[0]), *probe.interval(several[1:])]
     return result
 
 
@@ -223,35 +220,41 @@ Takes = dict[str, dict[int, list[Take]]]  # {system: {a clip's row in its split:
 def score_wer(takes: Takes, recogniser, language: str = "en") -> dict:
     """WER of each system's speech of at least MIN_WORDS words, its interval and what was heard in each take; and CER of
     other languages than English, but where WER is that already."""
-    texts = {i: clip[0].text for i, clip in takes["original"].items() if clip[0].domain == SPEECH}
-    counts = {i: len(normaliser(language)(text).split()) for i, text in texts.items()}
-    ids = [i for i in texts if counts[i] >= MIN_WORDS]
+    said = {i: clip[0].text for i, clip in takes["original"].items() if clip[0].domain == SPEECH}
+    counts = {i: len(normaliser(language)(text).split()) for i, text in said.items()}
+    ids = [i for i in said if counts[i] >= MIN_WORDS]
     words, drawn = np.array([counts[i] for i in ids], int), common.resampled(max(1, len(ids)), DRAWS)
     result = {"clips": len(ids), "words": int(words.sum()), "interval": {}, "utterances": {}, "cer": {}}
     for system, clips in takes.items():
         columns = [k for k, i in enumerate(ids) for _ in clips[i]]  # the clip of each take
         waves = [audio.resample(t.wav, audio.SAMPLE_RATE, recogniser.sample_rate) for i in ids for t in clips[i]]
-        heard, said = recogniser.transcribe(waves, language) if ids else [], [texts[ids[k]] for k in columns]
-        result[system], errors = word_errors(said, heard, language)
+        heard, texts = recogniser.transcribe(waves, language) if ids else [], [said[ids[k]] for k in columns]
+        result[system], errors = word_errors(texts, heard, language)
         if language not in {"en", *NO_SPACES}:
-            result["cer"][system] = word_errors(said, heard, language, "cer")[0]
+            result["cer"][system] = word_errors(texts, heard, language, "cer")[0]
         weights = drawn[:, columns] * words[columns]  # (draws, takes): those of a clip are drawn together
         result["interval"][system] = probe.interval(weights @ errors / weights.sum(1)) if ids else ()
-        found = zip((ids[k] for k in columns), said, heard, errors, strict=True)
-        found = [{"id": i, "text": t, "words": counts[i], "heard": h, "wer": e} for i, t, h, e in found]
+        about = zip((ids[k] for k in columns), heard, errors, strict=True)
+        found = [{"id": i, "text": said[i], "words": counts[i], "heard": h, "wer": e} for i, h, e in about]
         result["utterances"][system] = found
     return result
 
 
-def score_fad(takes: Takes, reference: list[np.ndarray]) -> dict:
-    """FAD with its terms and KAD of each system's clips against a list of (P, E), with intervals, and the counts."""
-    heard = {s: [np.concatenate([t.patches for t in clip]) for clip in clips.values()] for s, clips in takes.items()}
-    rows, kad = np.concatenate(reference or [np.zeros((0, 1))]), kernel_distances(heard, reference)
-    terms = {system: frechet_terms(np.concatenate(clips), rows) for system, clips in heard.items()}
-    result = {system: sum(pair) for system, pair in terms.items()} | {"terms": terms}
-    result["interval"] = {system: frechet_interval(clips, rows) for system, clips in heard.items()}
-    result |= {"kad": {s: k[0] for s, k in kad.items()}, "kad_interval": {s: k[1:] for s, k in kad.items()}}
-    return result | {"clips": len(heard["original"]), "patches": sum(map(len, heard["original"]))}
+def score_fad(takes: Takes, train: Dataset, judge: Teacher) -> dict:
+    """By domain FAD with its terms and KAD of each system's clips against the training recordings, with intervals."""
+    result = {}
+    for d in sorted({clip[0].domain for clip in takes["original"].values()}):
+        of_d = {s: [clip for clip in clips.values() if clip[0].domain == d] for s, clips in takes.items()}
+        heard = {s: [np.concatenate([take.patches for take in clip]) for clip in clips] for s, clips in of_d.items()}
+        paths = map(train.wav_path, np.flatnonzero(train.index["domain"] == d).tolist())
+        reference = [Take(audio.read(p, audio.SAMPLE_RATE), d, judge=judge).patches for p in paths if p.exists()]
+        rows, kad = np.concatenate(reference or [np.zeros((0, 1))]), kernel_distances(heard, reference)
+        terms = {s: frechet_terms(np.concatenate(clips), rows) for s, clips in heard.items()}
+        found = {s: sum(pair) for s, pair in terms.items()} | {"terms": terms, "clips": len(heard["original"])}
+        found |= {"interval": {s: frechet_interval(clips, rows) for s, clips in heard.items()}}
+        found |= {"kad": {s: k[0] for s, k in kad.items()}, "kad_interval": {s: k[1:] for s, k in kad.items()}}
+        result[DOMAINS[d]] = found
+    return result
 
 
 def mel_cepstral_distance(original: Take, made: Take) -> float:
@@ -293,7 +296,7 @@ def score_clips(takes: Takes, wer: dict, losses: dict[int, float]) -> dict[str, 
             heard = [u for u in wer["utterances"][system] if u["id"] == i]
             found |= {k: [u[k] for u in heard] for k in ("wer", "words")}
             found["fm"] = [losses[i]] if system == "generated" else []
-            known = {name: [v for v in values if v is not None] for name, values in found.items()}
+            known = {name: [x for x in values if x is not None] for name, values in found.items()}
             means = {name: float(np.mean(values)) for name, values in known.items() if values}
             rows.append({"id": i, "domain": DOMAINS[original.domain]} | means)
     return scores
@@ -313,68 +316,45 @@ def held_out_losses(model: FlowModel, held: Dataset, ids: np.ndarray, frames: in
     return losses
 
 
-def load_recogniser(asr: str, device: str, language: str) -> Teacher:
-    """What turns speech into words: "demo", or a Whisper by hub name or folder. ValueError: it lacks the language."""
-    recogniser = demo.load_teacher("whisper", asr, device)
-    recogniser.transcribe([], language)  # now, not after minutes of sampling
-    return recogniser
-
-
-def make_takes(state: dict, args: EvalArgs, model: FlowModel, held: Dataset, ids: list, used: dict, judge) -> tuple:
-    """Takes of clips `ids`: original and vocoded one, generated (and from text) one a seed; and what eval.json says of
-    their making."""
-    run, device, options = state["config"], pick_device(args.device), used["sampler"]
-    vocoder, seeds = audio.load_vocoder(used["vocoder"], device), range(args.seed, args.seed + used["seeds"])
-    texts = [(int(held.index["domain"][i]), held.name_and_text(i)[1]) for i in ids]
-
-    def collect(rounds: list[list[np.ndarray]]) -> dict[int, list[Take]]:
-        clips = zip(ids, texts, zip(*rounds, strict=True), strict=True)
-        return {i: [Take(wav, d, text, run["mel_floor"], judge) for wav in waves] for i, (d, text), waves in clips}
-
-    def make(requests: Callable[[int], list]) -> dict[int, list[Take]]:
-        seeded = ((requests(seed), options | {"seed": seed}) for seed in seeds)
-        return collect([synthesise(model, asked, vocoder, how, run["dtype"]) for asked, how in seeded])
-
-    mels = [torch.from_numpy(held.mel(i).astype(np.float32)).clamp_min(run["mel_floor"]) for i in ids]
-    takes = {"original": collect([[audio.read(held.wav_path(i), audio.SAMPLE_RATE) for i in ids]])}
-    takes["vocoded"], start = collect([[vocoder(mel) for mel in mels]]), time.monotonic()
-    takes["generated"] = make(lambda seed: from_dataset(held, np.array(ids)))
-    seconds = sum(len(take.wav) for clip in takes["generated"].values() for take in clip) / audio.SAMPLE_RATE
-    about = {"real_time_factor": (time.monotonic() - start) / seconds}
+def evaluate(state: dict, args: EvalArgs, options: dict) -> tuple[dict, Takes]:
+    """All numbers of one checkpoint, as a dict for eval.json, and what they are of: of each clip the original and a
+    vocoded one, and one for each noise seed that is generated, and where an LM is given from text."""
+    run, recogniser, judge, floor = state["config"], None, None, state["config"]["mel_floor"]
+    seeds = range(args.seed, args.seed + args.eval_seeds)
+    held, train = Dataset(args.data_dir, "held_out"), Dataset(args.data_dir, "train")
+    if SPEECH in held.index["domain"]:
+        recogniser = demo.load_teacher("whisper", args.asr, args.device)
+        recogniser.transcribe([], args.language)  # refuses one that it lacks now, not after minutes of sampling
+    if args.fad_model != "none":
+        judge = demo.load_teacher(args.fad_model, args.fad_weights, args.device)
+    ids = held_out_sample(held, args.max_clips, args.clip_seed)
+    texts = [(int(held.index["domain"][i]), held.name_and_text(i)[1]) for i in ids.tolist()]
+    model, vocoder = load_model(state, device=args.device), audio.load_vocoder(args.vocoder, args.device)
+    say = partial(synthesise, model, vocoder=vocoder, dtype=run["dtype"])
+    mels = [torch.from_numpy(held.mel(i).astype(np.float32)).clamp_min(floor) for i in ids.tolist()]
+    waves = {"original": [[audio.read(held.wav_path(i), audio.SAMPLE_RATE) for i in ids.tolist()]]}
+    waves["vocoded"], start = [[vocoder(mel) for mel in mels]], time.monotonic()
+    waves["generated"] = [say(from_dataset(held, ids), options=options | {"seed": seed}) for seed in seeds]
+    spent, samples = time.monotonic() - start, sum(len(wav) for made in waves["generated"] for wav in made)
+    result = {k: getattr(args, k) for k in ("data_dir", "vocoder", "asr", "language", "clip_seed")}
+    result |= {"seeds": args.eval_seeds, "sampler": options, "data": fingerprint(held.meta), "step": state["step"]}
+    result |= {"seconds": state["seconds"], "real_time_factor": spent * audio.SAMPLE_RATE / samples}
     if args.lm:
-        stage = Stage1(args.lm, model, device, state["data"])
-        takes["from text"] = make(lambda seed: stage.requests(texts, seed=seed))
-        about["lm"] = {"ckpt": args.lm, "step": stage.state["step"]}
-    return takes, about
+        stage = Stage1(args.lm, model, args.device, state["data"])
+        waves["from text"] = [say(stage.requests(texts, seed=seed), options=options | {"seed": seed}) for seed in seeds]
+        result["lm"] = {"ckpt": args.lm, "step": stage.state["step"]}
+    takes: Takes = {system: {} for system in waves}
+    for system, rounds in waves.items():
+        for i, (d, text), *made in zip(ids.tolist(), texts, *rounds, strict=True):
+            takes[system][i] = [Take(wav, d, text, floor, judge) for wav in made]
 
-
-def evaluate(state: dict, args: EvalArgs) -> tuple[dict, Takes]:
-    """All numbers of one checkpoint, as a dict for eval.json, and what they are of."""
-    run, device = state["config"], pick_device(args.device)
-    used = {k: getattr(args, k) or run[k] for k in ("data_dir", "vocoder", "asr", "language", "eval_seeds")}
-    used |= {"seeds": used.pop("eval_seeds"), "clip_seed": args.clip_seed, "sampler": settings(args, run)}
-    held, train = Dataset(used["data_dir"], "held_out"), Dataset(used["data_dir"], "train")
-    speech, judge_name = SPEECH in held.index["domain"], args.fad_model or run["fad_model"]
-    recogniser = load_recogniser(used["asr"], device, used["language"]) if speech else None
-    judge = None if judge_name == "none" else demo.load_teacher(judge_name, args.fad_weights, device)
-    ids = held_out_sample(held, args.max_clips or run["max_clips"], args.clip_seed)
-    model = load_model(state, device=device)
-    takes, about = make_takes(state, args, model, held, ids.tolist(), used, judge)
-    result = used | about | {"step": state["step"], "seconds": state["seconds"], "data": fingerprint(held.meta)}
-    with precision(device, run["dtype"]):
-        seeds = range(args.seed, args.seed + used["seeds"])
-        losses = held_out_losses(model, held, ids, run["probe_frames"], run["sigma"], seeds)
-    result["wer"] = score_wer(takes, recogniser, used["language"])
+    result["wer"] = score_wer(takes, recogniser, args.language)
     if judge:
-        result["fad"] = {"model": judge_name, "is_teacher": judge_name in dict(state["model_config"]["teachers"])}
-    for d, name in enumerate(DOMAINS) if judge else ():
-        paths = map(train.wav_path, np.flatnonzero(train.index["domain"] == d).tolist())
-        reference = [Take(audio.read(p, audio.SAMPLE_RATE), d, judge=judge).patches for p in paths if p.exists()]
-        of_d = {s: {i: clip for i, clip in clips.items() if clip[0].domain == d} for s, clips in takes.items()}
-        result["fad"] |= {name: score_fad(of_d, reference)} if of_d["original"] else {}
-    result["clips"] = score_clips(takes, result["wer"], losses)
-    by_domain = {name: [c["fm"] for c in result["clips"]["generated"] if c["domain"] == name] for name in DOMAINS}
-    return result | {"held_out_fm": {name: float(np.mean(found)) for name, found in by_domain.items() if found}}, takes
+        taught = args.fad_model in dict(state["model_config"]["teachers"])
+        result["fad"] = {"model": args.fad_model, "is_teacher": taught} | score_fad(takes, train, judge)
+    with precision(args.device, run["dtype"]):
+        losses = held_out_losses(model, held, ids, run["probe_frames"], run["sigma"], seeds)
+    return result | {"clips": score_clips(takes, result["wer"], losses)}, takes
 
 
 def variant(args: EvalArgs, state: dict, result: dict) -> str:
@@ -392,9 +372,8 @@ def main_evaluate(args: EvalArgs) -> None:
     if set(differences(args)) - {"ckpt", "name"} == {"worst"} and file.exists():
         result, wrote = report.read_eval(file), f"read {file}"
     else:
-        state, used = common.load(args.ckpt, needs=common.TRAINED)
-        state["config"] = asdict(Config()) | state["config"]  # an older one may lack a setting
-        run, (result, takes) = used.parent, evaluate(state, args)
+        state, run, args, options = open_run(args)
+        result, takes = evaluate(state, args, options)
         if name := variant(args, state, result):
             report.write_samples(run / f"samples_{name}", takes)
             write_json(report.eval_file(run, name), result)
@@ -421,16 +400,18 @@ def main_compare(args: EvalArgs, ratings: list[dict]) -> None:
         print("not evaluated yet, left out:", *missing, file=sys.stderr)
     if not folders:
         raise ValueError("no evaluated run among --compare; run evaluate.py --ckpt RUN/ckpt.pt first")
-    runs = report.read_runs(folders, args.name, args.scores)
-    rows, paired = report.compare(runs, args.fad_target, report.mean_scores(ratings)), report.differences(runs)
-    text = report.comparison_table(rows, paired)
+    groups = report.read_runs(folders, args.name, args.scores)
+    rows, paired = report.compare(groups, args.fad_target, ratings), report.differences(groups)
+    text = report.comparison_table("run", rows)
+    text += "\n\n" + report.comparison_table("less none, paired", paired, True) if paired else ""
+    text += "\n\n[95 % interval]: over seeds, of a single one over clips; less none: over both; bold excludes zero"
     text += f"\nread from eval_{args.name}.json of each run" if args.name else ""
     out = Path(args.out or folders[0].parent)
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text + "\n")
     write_json(out / "table.json", {name: row | {"less_none": paired.get(name, {})} for name, row in rows.items()})
-    at = report.labelled(folders)
-    name = next((n for n in DOMAINS for r in runs.values() if n in r.get("held_out_fm", ())), DOMAINS[SPEECH])
+    name = next(d for d in DOMAINS if any(d in column for row in rows.values() for column in row))
+    at = {label: Path(run["folder"]) for runs in groups.values() for label, run in runs.items()}
     losses = [(label, folder / "log.csv", f"held_out_{name}") for label, folder in at.items()]
     fads = [(label, folder / "evals.csv", f"{name}_fad") for label, folder in at.items()]
     report.plot(out / "table.png", {f"held-out FM loss, {name}": losses, f"{name} FAD": fads})

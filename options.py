@@ -1,7 +1,7 @@
 """Settings that sample.py and evaluate.py share, in a file that loads no torch, so that both refuse a typo at once."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from configurator import Count, Natural
 
@@ -21,5 +21,3 @@ class SynthesisArgs:
     vocoder: str = ""  # hub name or folder of a Vocos, or griffin_lim
     seed: Natural = 0  # seeds tokens and noise
     device: str = "auto"  # auto | cpu | cuda | mps
-
-    renamed: ClassVar[dict] = {"cfg": "cfg_scale"}

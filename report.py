@@ -6,13 +6,12 @@ train.py's Report is at the end; evaluate.py is the command line of the rest: --
 import base64
 import hashlib
 import html
-import io
 import itertools
 import json
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
@@ -32,26 +31,21 @@ ASSETS = Path(__file__).resolve().parent / "assets"  # the pages' templates
 SHOWN = 6  # clips per domain on a run's page
 EVAL_TIMES = 5  # points of t of the held-out loss
 LOGGED = "step phase loss fm bitc align grad_norm lr frames_per_s seconds held_out_speech held_out_audio".split()
-CLIP_SCORES = {  # of a clip in eval.json: heading, scale and decimals; others stand under their own name
-    "fm": ("held-out FM x1000", 1000, 2),
-    "wer": ("WER %", 100, 1),
-    "mcd": ("mel-cepstral distance, dB", 1, 2),
-    "f0": ("log-F0 error, cents", 1, 0),
-    "cosine": ("cosine to the original", 1, 3),
+CLIP_SCORES = {  # of a clip in eval.json: heading and scale; others stand under their own name
+    "fm": ("held-out FM x1000", 1000),
+    "wer": ("WER %", 100),
+    "mcd": ("mel-cepstral distance, dB", 1),
+    "f0": ("log-F0 error, cents", 1),
+    "cosine": ("cosine to the original", 1),
 }
-COLUMNS = {  # of a comparison, name in table.json: heading, and how many decimals
-    "held_out_speech": ("held-out FM, speech", 4),
-    "held_out_audio": ("held-out FM, audio", 4),
-    "wer": ("speech WER %", 1),
-    "speech_fad": ("speech FAD", 2),
-    "audio_fad": ("audio FAD", 2),
-    "speech_kad": ("speech KAD", 2),
-    "audio_kad": ("audio KAD", 2),
-    "speech_mos": ("speech MOS", 2),
-    "audio_mos": ("audio MOS", 2),
-    "steps_to_target": ("steps to FAD", 0),
-    "seconds_to_target": ("seconds to FAD", 0),
-}
+IN_PAIRS_ALONE = (
+    "means",
+    "covariances",
+    "dB",
+    "cents",
+    "original",
+)  # ends of headings that are no columns of --compare
+DECIMALS = {"seeds": 0, "steps": 0, "seconds": 0, "cents": 0, "%": 1, "cosine": 3}  # by a word of the heading, else 2
 
 
 def clip_name(domain: int, row: int) -> str:
@@ -62,8 +56,8 @@ def clip_name(domain: int, row: int) -> str:
 def paired_interval(values: np.ndarray, weight: np.ndarray | float = 1.0) -> list[float]:
     """[mean, low, high] of values (S seeds, C clips), NaN where one is missing, weighted by clip (C,), with the 95 %
     interval over both: how the means of seeds and of clips vary, less the noise in both; Student's t with
-    Satterthwaite's freedom. (A bootstrap over three seeds calls a fifth of pairs without effect different.) One seed
-    says nothing of trainings, and a single value nothing of either: [mean] alone."""
+    Satterthwaite's freedom, as a bootstrap over three seeds is too narrow. One seed says nothing of trainings, and a
+    single value nothing of either: [mean] alone."""
     here = np.isfinite(values)
     s, c, n = here.any(1).sum(), here.any(0).sum(), here.sum()
     weight = here * weight / np.mean(weight * here, where=here)
@@ -90,13 +84,11 @@ def read_eval(file: Path) -> dict:
     """What eval_file holds. Raises ValueError when it is damaged, or of an older evaluate.py."""
     try:
         result = json.loads(file.read_text())
-        whole = isinstance(result, dict) and {"wer", "clips", "seeds", "language"} <= set(result)
-        problem = "" if whole else "is of an older evaluate.py, or no evaluation"
+        if not isinstance(result, dict) or not {"wer", "clips", "seeds", "language"} <= set(result):
+            raise ValueError("of an older evaluate.py, or no evaluation")
+        return result
     except ValueError as error:
-        problem = f"is not JSON ({error})"
-    if problem:
-        raise ValueError(f"{file} {problem}: run evaluate.py --ckpt {file.parent}/ckpt.pt")
-    return result
+        raise ValueError(f"{file} is unusable ({error}): run evaluate.py --ckpt {file.parent}/ckpt.pt") from error
 
 
 def is_evaluated(run: Path, step: int) -> bool:
@@ -104,158 +96,141 @@ def is_evaluated(run: Path, step: int) -> bool:
     return eval_file(run).exists() and common.optional(lambda: read_eval(eval_file(run)).get("step")) == step
 
 
-def labelled(folders: Iterable[Path]) -> dict[str, Path]:
+def labelled(folders: Sequence[Path]) -> dict[str, Path]:
     """Runs by the names of their folders, or by the whole path where two share a name."""
-    folders = list(folders)
     names = [p.name for p in folders]
     return {str(p) if names.count(p.name) > 1 else p.name: p for p in folders}
 
 
-def read_runs(folders: Iterable[Path], name: str = "", scores: str = "") -> dict[str, dict]:
-    """{label: what eval_file holds, and "folder"}; clips get what the CSV file `scores` says of them under columns run,
-    clip and any others. Raises ValueError for a file without such rows, or when two runs were not measured alike."""
+def read_runs(folders: Sequence[Path], name: str = "", scores: str = "") -> dict[str, dict[str, dict]]:
+    """{NAME: {label: what eval_file holds, and "folder"}} of runs labelled NAME_sSEED; clips get what the CSV file
+    `scores` says of them under columns run, clip and any others. Raises ValueError for a file without such rows, or
+    when two runs were not measured alike; seed, a draw, and sigma, the run's own, may differ."""
     runs = {label: read_eval(eval_file(p, name)) | {"folder": str(p)} for label, p in labelled(folders).items()}
-    rows, clips = read_csv(Path(scores)) if scores else [], {}
-    for label, run in runs.items():
-        clips |= {(label, clip_name(DOMAINS.index(c["domain"]), c["id"])): c for c in run["clips"]["generated"]}
-    found = [(clip, row) for row in rows if (clip := clips.get((row.get("run"), row.get("clip"))))]
-    if scores and not found:
-        raise ValueError(f"scores={scores}: no row of these runs and clips; the columns are run, clip and any scores")
-    for clip, row in found:
-        clip.update({k: float(v) for k, v in row.items() if k not in ("run", "clip") and v})
-    refuse_unlike(runs)
-    return runs
-
-
-def refuse_unlike(runs: dict[str, dict]) -> None:
-    """Raises ValueError when two runs were not measured alike; seed, a draw, and sigma, the run's own, may differ."""
     seen: dict[str, tuple] = {}
     for label, result in runs.items():
-        used = {k: result[k] for k in ("data", "vocoder", "asr", "language", "seeds", "clip_seed")}
+        used = {k: result[k] for k in ("data", "vocoder", "asr", "language", "seeds", "clip_seed")} | result["sampler"]
         used |= {"clips": len(result["clips"]["generated"]), "WER clips": result["wer"]["clips"]}
-        used |= {k: v for k, v in result["sampler"].items() if k not in ("seed", "sigma")}
         used |= {"fad_model": result["fad"]["model"]} if "fad" in result else {}
         for key, value in used.items():
             other, theirs = seen.setdefault(key, (label, value))
-            if value != theirs:
+            if value != theirs and key not in ("seed", "sigma"):
                 raise ValueError(f"{label} was evaluated with {key}={value}, {other} with {theirs}: evaluate one again")
-
-
-def scores_in(rows: Sequence[dict]) -> list[str]:
-    """What was measured of clips, those of CLIP_SCORES first."""
-    found = {key for row in rows for key in row} - {"id", "domain", "words"}
-    return [key for key in CLIP_SCORES if key in found] + sorted(found - set(CLIP_SCORES))
-
-
-def by_name(runs: dict[str, dict]) -> dict[str, dict[str, dict]]:
-    """{name: {seed: run}} of runs labelled NAME_sSEED."""
+    if scores:
+        every = ((label, c) for label, run in runs.items() for c in run["clips"]["generated"])
+        clips = {(label, clip_name(DOMAINS.index(c["domain"]), c["id"])): c for label, c in every}
+        found = [(clip, r) for r in read_csv(Path(scores)) if (clip := clips.get((r.get("run"), r.get("clip"))))]
+        if not found:
+            raise ValueError(f"scores={scores}: no row of these runs and clips; the columns are run, clip, any scores")
+        for clip, row in found:
+            clip |= {k: float(v) for k, v in row.items() if k not in ("run", "clip") and v}
     groups: dict[str, dict] = {}
     for label, run in runs.items():
-        name, seed = re.fullmatch(r"(.*?)((?:_s\d+)?)", label).groups()
-        groups.setdefault(name, {})[seed] = run
+        groups.setdefault(re.sub(r"_s\d+$", "", label), {})[label] = run
     return groups
 
 
-def differences(runs: dict[str, dict]) -> dict[str, dict]:
+def clip_scores(clips: Sequence[dict]) -> dict[str, dict[int, float]]:
+    """{heading: {clip: score}} of what was measured of clips, by domain, what CLIP_SCORES names first."""
+    others = sorted({key for clip in clips for key in clip} - {"id", "domain", "words", *CLIP_SCORES})
+    headings, found = CLIP_SCORES | {key: (key, 1) for key in others}, {}
+    for domain, (key, (heading, scale)) in itertools.product(DOMAINS, headings.items()):
+        values = {c["id"]: scale * c[key] for c in clips if c["domain"] == domain and key in c}
+        found |= {f"{domain} {heading}": values} if values else {}
+    return found
+
+
+def measured(result: dict) -> dict[str, dict[str, list[float]]]:
+    """What eval.json holds, {heading: {system: [value] or, with its interval over clips, [value, low, high]}}."""
+    wer, fad, found = result["wer"], result.get("fad", {}), {}
+    if wer["clips"]:
+        heading = f"speech WER %, n {wer['clips']} ({wer['words']} words)"
+        found[heading] = {s: [100 * x for x in (wer[s], *wer["interval"].get(s, ()))] for s in wer["utterances"]}
+    if wer["cer"]:
+        found["speech CER %"] = {s: [100 * x] for s, x in wer["cer"].items()}
+    for name in (name for name in DOMAINS if name in fad):
+        scores, label = fad[name], f"{name} {fad['model']}"
+        found[f"{label}-FAD, n {scores['clips']}"] = {s: [scores[s], *scores["interval"][s]] for s in scores["terms"]}
+        for k, term in enumerate(("means", "covariances")):
+            found[f"  {name}: {term}"] = {s: [pair[k]] for s, pair in scores["terms"].items()}
+        found[f"{label}-KAD"] = {s: [x, *scores["kad_interval"][s]] for s, x in scores["kad"].items()}
+    clips = {system: clip_scores(rows) for system, rows in result["clips"].items()}
+    for heading in (h for h in clips["generated"] if h != "speech WER %"):  # whose mean is over words
+        values = {s: list(scores[heading].values()) for s, scores in clips.items() if heading in scores}
+        found[heading] = {s: paired_interval(np.array([x])) for s, x in values.items()}
+    return found
+
+
+def differences(groups: dict[str, dict]) -> dict[str, dict]:
     """{name: {"speech WER %": paired_interval}} of the runs NAME_sSEED less none_sSEED, over the clips they share."""
-    groups, result = by_name(runs), {}
-    base = groups.pop("none", {})
-    for name, members in groups.items():
-        shared = [seed for seed in members if seed in base]
-        pairs = [[{c["id"]: c for c in run["clips"]["generated"]} for run in (members[s], base[s])] for s in shared]
-        for domain, key in itertools.product(DOMAINS, scores_in(list(pairs[0][0].values())) if pairs else ()):
-            heading, scale, _ = CLIP_SCORES.get(key, (key, 1, 3))
-            has = ({i for i, c in run.items() if c["domain"] == domain and key in c} for pair in pairs for run in pair)
-            ids = sorted(set.intersection(*has))
-            words = np.array([pairs[0][0][i]["words"] if key == "wer" else 1 for i in ids])
+    result, base = {}, groups.get("none", {})
+    for name in (name for name in groups if name != "none"):
+        twins = [(run, base.get(f"none{label.removeprefix(name)}")) for label, run in groups[name].items()]
+        shared = [[run["clips"]["generated"] for run in pair] for pair in twins if all(pair)]
+        pairs = [[clip_scores(clips) for clips in pair] for pair in shared]
+        for heading in pairs[0][0] if pairs else ():
+            ids = sorted(set.intersection(*(set(run.get(heading, ())) for pair in pairs for run in pair)))
+            words = {c["id"]: c.get("words") if heading == "speech WER %" else 1 for c in shared[0][0]}
             if len(ids) > 1:
-                d = np.array([[scale * (run[i][key] - none[i][key]) for i in ids] for run, none in pairs])
-                result.setdefault(name, {})[f"{domain} {heading}"] = paired_interval(d, words)
+                d = np.array([[run[heading][i] - none[heading][i] for i in ids] for run, none in pairs])
+                result.setdefault(name, {})[heading] = paired_interval(d, np.array([words[i] for i in ids]))
     return result
 
 
-def read_run(result: dict, fad_target: float | None, mos: dict[str, list]) -> dict[str, list[float]]:
-    """The columns of one evaluated run, [value] or, with its interval over clips, [value, low, high]; what was not
-    measured is not there."""
-    wer, clips = result["wer"], result["clips"]["generated"]
-    row = {"wer": [100 * value for value in (wer["generated"], *wer["interval"]["generated"])]}
-    for name in DOMAINS:
-        for key in (key for key in scores_in(clips) if key == "fm" or key not in CLIP_SCORES):
-            if found := [c[key] for c in clips if c["domain"] == name and key in c]:
-                row[f"held_out_{name}" if key == "fm" else f"{name} {key}"] = paired_interval(np.array([found]))
-        if scores := result.get("fad", {}).get(name):
-            row[f"{name}_fad"] = [scores["generated"], *scores["interval"]["generated"]]
-            row[f"{name}_kad"] = [scores["kad"]["generated"], *scores["kad_interval"]["generated"]]
-    row |= {f"{name}_mos": score for name, score in mos.items()}
-    curve = [r for r in read_csv(Path(result["folder"]) / "evals.csv") if r.get("speech_fad")]
-    reached = [r for r in curve if fad_target is not None and float(r["speech_fad"]) <= fad_target]
-    if reached and len(curve) > 1:  # a single evaluation at the end says nothing about when
-        row["steps_to_target"] = [float(reached[0]["step"])]
-        row["seconds_to_target"] = [float(reached[0]["seconds"])]
-    return {k: v for k, v in row.items() if np.isfinite(v[0])}
-
-
-def compare(runs: dict[str, dict], fad_target: float | None = None, mos: dict | None = None) -> dict[str, dict]:
-    """{name: {"seeds": n, column: [mean] or [mean, low, high]}} of the runs NAME_sSEED, with the 95 % interval over the
-    seeds, or of a single one over its clips. The default of fad_target is the speech FAD of the run named none; `mos`
-    is mean_scores by label. A column that one seed of a run lacks stays empty: a mean over some would be unlike."""
-    groups, rows = by_name(runs), {}
-    if fad_target is None and "none" in groups:
-        fads = [read_run(run, None, {}).get("speech_fad", [np.nan])[0] for run in groups["none"].values()]
-        fad_target = np.mean(fads)
-    for name, members in groups.items():
-        found = [read_run(run, fad_target, (mos or {}).get(name + seed, {})) for seed, run in members.items()]
-        shared = [c for c in found[0] if all(c in run for run in found)]
-        over_seeds = {c: paired_interval(np.array([[run[c][0]] for run in found])) for c in shared}
-        rows[name] = {"seeds": len(found)} | (over_seeds if len(found) > 1 else found[0])
+def compare(groups: dict[str, dict], fad_target: float | None = None, ratings: Sequence[dict] = ()) -> dict[str, dict]:
+    """{name: {"seeds": [n], column: [mean] or [mean, low, high]}} of read_runs' runs, with the 95 % interval over
+    seeds, or of a single one over its clips. The default of fad_target is the speech FAD of the run named none;
+    `ratings` are read_ratings'. A column that one seed of a run lacks stays empty: a mean over some would be unlike."""
+    heard, rows = by_rater_and_clip(ratings), {}
+    if fad_target is None:
+        none = [run["fad"]["speech"] for run in groups.get("none", {}).values() if "speech" in run.get("fad", ())]
+        fad_target = np.mean([fad["generated"] for fad in none]) if none else -np.inf
+    for name, runs in groups.items():
+        found = []
+        for label, run in runs.items():
+            row = {c: x["generated"] for c, x in measured(run).items() if not c.endswith(IN_PAIRS_ALONE)}
+            row |= {f"{d} MOS": paired_interval(heard[d, label]) for d in DOMAINS if (d, label) in heard}
+            curve = [r for r in read_csv(Path(run["folder"]) / "evals.csv") if r.get("speech_fad")]
+            reached = [r for r in curve if float(r["speech_fad"]) <= fad_target]
+            if reached and len(curve) > 1:  # a single evaluation at the end says nothing about when
+                row |= {"steps to FAD": [float(reached[0]["step"])], "seconds to FAD": [float(reached[0]["seconds"])]}
+            found.append({c: values for c, values in row.items() if np.isfinite(values[0])})
+        shared = [c for c in found[0] if all(c in row for row in found)]
+        over_seeds = {c: paired_interval(np.array([[row[c][0]] for row in found])) for c in shared}
+        rows[name] = {"seeds": [len(found)]} | (over_seeds if len(found) > 1 else found[0])
     return rows
 
 
-def with_interval(values: Sequence[float], form: str) -> str:
-    """ "12.0 [10.0 14.0]", or the mean alone."""
+def with_interval(values: Sequence[float], heading: str, form: str = "") -> str:
+    """ "12.0 [10.0 14.0]", or the mean alone; with the decimals of the heading where no form is given."""
+    form = form or f".{next((n for word, n in DECIMALS.items() if word in heading), 2)}f"
     mean, *edges = (f"{value:{form}}" for value in values)
     return f"{mean} [{' '.join(edges)}]" if edges else mean
 
 
-def comparison_table(rows: dict[str, dict], paired: dict[str, dict]) -> str:
-    """compare's rows and the differences as aligned Markdown tables, of the columns that a run has, and a legend."""
-    found = dict.fromkeys(c for row in rows.values() for c in row if c != "seeds")
-    columns = {c: COLUMNS[c] for c in COLUMNS if c in found} | {c: (c, 3) for c in found if c not in COLUMNS}
-    lines = [["run", "seeds", *(heading for heading, _ in columns.values())]]
+def comparison_table(corner: str, rows: dict[str, dict], paired: bool = False) -> str:
+    """compare's rows, or the `paired` differences, as an aligned Markdown table of the columns that a run has."""
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    lines = [[corner, *columns]]
     for name, row in rows.items():
-        cells = (with_interval(row[c], f".{digits}f") if c in row else "" for c, (_, digits) in columns.items())
-        lines.append([name, str(row["seeds"]), *cells])
-    less = [["less none, paired", *dict.fromkeys(c for row in paired.values() for c in row)]]
-    for name, row in paired.items():
-        less.append([name])
-        for values in (row.get(column) for column in less[0][1:]):
-            bold = "**" if values and (values[1] > 0 or values[2] < 0) else ""
-            less[-1].append(f"{bold}{with_interval(values, '+.3g')}{bold}" if values else "")
-    tables = [table(cells, markdown=True) for cells in (lines, less) if len(cells) > 1]
-    legend = "[95 % interval]: over seeds, of a single one over clips; less none: over both; bold excludes zero"
-    return "\n\n".join([*tables, legend])
+        texts = {c: with_interval(values, c, "+.3g" if paired else "") for c, values in row.items()}
+        bold = {c: f"**{texts[c]}**" for c, x in row.items() if paired and (x[1] > 0 or x[2] < 0)}
+        lines.append([name, *((texts | bold).get(c, "") for c in columns)])
+    return table(lines, markdown=True)
 
 
-def figure(**options):
-    """A figure that opens no window; matplotlib is slow to import."""
-    from matplotlib.figure import Figure
+def plot(out: Path, panels: dict[str, list[tuple[str, Path, str]]]) -> None:
+    """Writes a picture of panels {title: [(label, CSV file, column)]} against steps."""
+    from matplotlib import colormaps  # slow to import
+    from matplotlib.figure import Figure  # opens no window, unlike pyplot
 
-    return Figure(**options)
-
-
-def plot(out: Path, panels: dict[str, list[tuple[str, Path, str]]], phase2: int | None = None) -> None:
-    """Writes a picture of panels {title: [(label, CSV file, column)]} against steps, marked where phase II began."""
-    from matplotlib import colormaps
-
-    fig = figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    fig = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
     for ax, (title, lines) in zip(fig.subplots(1, len(panels)), panels.items(), strict=True):
         ax.set_prop_cycle(color=[colormaps["tab20"](2 * k % 19) for k in range(19)])  # the dark ones first
         for label, file, column in lines:
             rows = [r for r in read_csv(file) if r.get(column)]
             x, y = [int(r["step"]) for r in rows], [float(r[column]) for r in rows]
             ax.plot(x, y, ".-", label=label, linewidth=1, markersize=4)
-        if phase2:
-            ax.axvline(phase2, color="grey", linestyle=":", label="phase II")
         ax.set(title=title, xlabel="step")
         ax.legend(fontsize=7)
     fig.savefig(out, dpi=100)
@@ -263,7 +238,9 @@ def plot(out: Path, panels: dict[str, list[tuple[str, Path, str]]], phase2: int 
 
 def plot_differences(out: Path, paired: dict[str, dict]) -> None:
     """Writes a picture of what each run's held-out FM loss is above that of none, with its interval, by domain."""
-    fig = figure(figsize=(9, 1.2 + 0.3 * len(paired)), layout="constrained")
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(9, 1.2 + 0.3 * len(paired)), layout="constrained")
     for ax, domain in zip(fig.subplots(1, len(DOMAINS), sharey=True), DOMAINS, strict=True):
         key = f"{domain} {CLIP_SCORES['fm'][0]}"
         found = {name: row[key] for name, row in paired.items() if len(row.get(key, ())) == 3}
@@ -275,15 +252,14 @@ def plot_differences(out: Path, paired: dict[str, dict]) -> None:
 
 
 def listening_test(folders: Sequence[str], clips: int, out: str = "", seed: int = 0) -> str:
-    """Writes out/listening.html, which plays the first `clips` clips a domain of every run's samples, and of the
-    originals, under blind names, and out/key.json, {item: {"system", "domain", "clip"}}, which tells them apart and
-    stays with whoever runs the test; returns what to do with them. Raises ValueError for a run without samples, and
-    unless all have the same clips."""
+    """Writes out/listening.html, which plays the first `clips` clips a domain of all runs' samples and their originals
+    under blind names, and out/key.json, {item: {"system", "domain", "clip"}}, which stays with whoever runs the test;
+    returns what to do with them. Raises ValueError for a run without samples, and unless all have the same clips."""
     systems, out = {}, Path(out or "out/listening")
-    for label, run in labelled(map(Path, folders)).items():
+    for label, run in labelled([Path(folder) for folder in folders]).items():
         for system, kind in ((label, "generated"), ("original", "original")):
             found = (sorted((run / "samples" / kind).glob(f"{name}_*.wav"))[:clips] for name in DOMAINS)
-            systems[system] = {path.stem: audio.read(path, audio.SAMPLE_RATE) for paths in found for path in paths}
+            systems[system] = {path.stem: path.read_bytes() for path in itertools.chain(*found)}
         if not systems[label]:
             raise ValueError(f"no clips in {run}/samples/generated: run evaluate.py --ckpt {run}/ckpt.pt first")
     if len({frozenset(waves) for waves in systems.values()}) != 1:
@@ -291,11 +267,9 @@ def listening_test(folders: Sequence[str], clips: int, out: str = "", seed: int 
     key, items = {}, []
     for system, waves in systems.items():
         for clip, wav in waves.items():
-            item = hashlib.sha256(f"{seed}/{system}/{clip}".encode() + wav.tobytes()).hexdigest()[:12]
+            item = hashlib.sha256(f"{seed}/{system}/{clip}".encode() + wav).hexdigest()[:12]
             key[item] = {"system": system, "domain": clip.split("_")[0], "clip": clip}
-            flac = io.BytesIO()  # a third smaller than wav and the same sound
-            audio.write(flac, wav, kind="FLAC")
-            source = "data:audio/flac;base64," + base64.b64encode(flac.getvalue()).decode()
+            source = "data:audio/wav;base64," + base64.b64encode(wav).decode()
             items.append({"id": item, "kind": key[item]["domain"], "src": source})
     items.sort(key=lambda item: item["id"])  # the file's order says nothing about systems either
     test = hashlib.sha256("".join(key).encode()).hexdigest()[:12]
@@ -315,12 +289,12 @@ def read_ratings(paths: Sequence[str | Path], key: dict[str, dict]) -> list[dict
         if not rows or not {"rater", "item", "rating"} <= set(rows[0]):
             raise ValueError(f"{path}: no ratings; expected the columns rater, item, rating, as listening.html exports")
         for line, row in enumerate(rows, 2):
-            rater, item, rating = row["rater"], row["item"], row["rating"]
-            if item not in key:
-                raise ValueError(f"{path}, line {line}: item {item!r} is not in the key: pass this test's --mos_key")
-            if rating not in list("12345"):
-                raise ValueError(f"{path}, line {line}: rating {rating!r} is not 1, 2, 3, 4 or 5")
-            ratings[rater, item] = key[item] | {"rater": rater, "rating": int(rating)}
+            if row["item"] not in key:
+                raise ValueError(f"{path}, line {line}: item {row['item']!r} is not in the key: pass its --mos_key")
+            if row["rating"] not in list("12345"):
+                raise ValueError(f"{path}, line {line}: rating {row['rating']!r} is not 1, 2, 3, 4 or 5")
+            given = {"rater": row["rater"], "rating": int(row["rating"])}
+            ratings[row["rater"], row["item"]] = key[row["item"]] | given
     return list(ratings.values())
 
 
@@ -334,63 +308,32 @@ def by_rater_and_clip(ratings: list[dict]) -> dict[tuple[str, str], np.ndarray]:
     return found
 
 
-def mean_scores(ratings: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """MOS, {system: {domain: [mean, low, high]}}, with its interval over raters and clips: one listener's ratings are
-    not independent samples, nor are a clip's."""
-    scores: dict = {}
-    for (domain, system), matrix in by_rater_and_clip(ratings).items():
-        scores.setdefault(system, {})[domain] = paired_interval(matrix)
-    return scores
-
-
 def mos_table(ratings: list[dict]) -> str:
-    """MOS per system, and between systems the differences of what the same listener said of the same clip."""
-    rows = [["MOS [95 % over raters and clips]", *DOMAINS]]
-    for system, scores in sorted(mean_scores(ratings).items()):
-        rows.append([system, *(with_interval(scores[d], ".2f") if d in scores else "" for d in DOMAINS)])
+    """MOS of each system over raters and clips, and differences of what the same listener said of the same clip."""
+    found, rows = by_rater_and_clip(ratings), [["MOS [95 % over raters and clips]", *DOMAINS]]
+    scores = {at: with_interval(paired_interval(matrix), "MOS") for at, matrix in found.items()}
+    rows += [[system, *(scores.get((d, system), "") for d in DOMAINS)] for system in sorted({s for _, s in found})]
     lines = [table(rows)]
-    for ((domain, a), x), ((other, b), y) in itertools.combinations(by_rater_and_clip(ratings).items(), 2):
+    for ((domain, a), x), ((other, b), y) in itertools.combinations(found.items(), 2):
         if domain == other and (shared := np.isfinite(x - y)).sum() > 1:
             counts = f"{shared.any(1).sum()} raters, {shared.any(0).sum()} clips"
-            lines.append(f"{domain}: {a} - {b} = {with_interval(paired_interval(x - y), '+.2f')}, {counts}")
+            lines.append(f"{domain}: {a} - {b} = {with_interval(paired_interval(x - y), 'MOS', '+.2f')}, {counts}")
     return "\n".join(lines)
 
 
 def score_table(result: dict) -> str:
     """What eval.json holds of a checkpoint as text, a column a system and the interval of `generated` over clips."""
-    wer, fad = result["wer"], result.get("fad", {})
-    systems = list(wer["utterances"])
+    systems, fad = list(result["wer"]["utterances"]), result.get("fad", {})
     rows = [["", *systems, "generated, 95 %"]]
-
-    def add(label: str, values: dict, digits: int, scale: float = 1, interval: Sequence[float] = ()) -> None:
-        cells = [f"{scale * values[s]:.{digits}f}" if s in values else "" for s in systems]
-        between = " ".join(f"{scale * edge:.{digits}f}" for edge in interval)
-        rows.append([label, *cells, f"[{between}]" if between else ""])
-
-    label = f"speech WER %, n {wer['clips']} ({wer['words']} words)"
-    if wer["clips"]:
-        add(label, wer, 1, 100, wer["interval"].get("generated", ()))
-    if wer["cer"]:
-        add("speech CER %", wer["cer"], 1, 100)
-    for name in (name for name in DOMAINS if name in fad):
-        scores = fad[name]
-        add(f"{name} {fad['model']}-FAD, n {scores['clips']}", scores, 2, 1, scores["interval"]["generated"])
-        for k, term in enumerate(("means", "covariances")):
-            add(f"  of it the {term}", {s: pair[k] for s, pair in scores["terms"].items()}, 2)
-        add(f"{name} {fad['model']}-KAD", scores["kad"], 2, 1, scores["kad_interval"]["generated"])
-    for name, key in itertools.product(DOMAINS, scores_in(result["clips"]["generated"])):
-        heading, scale, digits = CLIP_SCORES.get(key, (key, 1, 3))
-        found = {s: [c[key] for c in rows if c["domain"] == name and key in c] for s, rows in result["clips"].items()}
-        spread = {s: paired_interval(np.array([values])) for s, values in found.items() if values}
-        if spread and key != "wer":  # whose mean is over words
-            means = {s: values[0] for s, values in spread.items()}
-            add(f"{name} {heading}", means, digits, scale, spread.get("generated", [])[1:])
-    text = f"{table(rows)}\nnoise seeds a clip {result['seeds']}, real-time factor {result['real_time_factor']:.2f} at "
-    text += f"nfe {result['sampler']['nfe']}, vocoder {result['vocoder']}, recogniser {result['asr']}, "
-    text += f"language {result['language']}"
-    if fad.get("is_teacher"):
-        text += f"\nwarning: {fad['model']} taught this run, so its FAD flatters; --fad_model=yamnet was no teacher"
-    return text
+    for heading, found in measured(result).items():
+        cells = {s: with_interval(values, heading).partition(" ") for s, values in found.items()}
+        rows.append([heading, *(cells[s][0] if s in cells else "" for s in systems), cells["generated"][2]])
+    taught = f"\nwarning: {fad.get('model')} taught this run, so its FAD flatters; --fad_model=yamnet was no teacher"
+    return (
+        f"{table(rows)}\nnoise seeds a clip {result['seeds']}, real-time factor {result['real_time_factor']:.2f} at "
+        f"nfe {result['sampler']['nfe']}, vocoder {result['vocoder']}, recogniser {result['asr']}, "
+        f"language {result['language']}{taught if fad.get('is_teacher') else ''}"
+    )
 
 
 def write_samples(folder: Path, takes: dict[str, dict]) -> None:
@@ -408,15 +351,14 @@ def record(run: Path, result: dict, takes: dict[str, dict]) -> bool:
     """Writes this step's row of evals.csv, the convergence curve of a run, and for its latest step samples/; returns
     whether it is the latest. Rows past the end of log.csv go: training went back behind them."""
     step, log = result["step"], read_csv(run / "log.csv")
-    last = max(step, int(log[-1]["step"])) if log else float("inf")
-    others = [r for r in read_csv(run / "evals.csv") if int(r["step"]) != step and int(r["step"]) <= last]
-    latest = all(int(r["step"]) < step for r in others)
+    last = max(step, int(log[-1]["step"])) if log else math.inf
+    rows = {int(r["step"]): r for r in read_csv(run / "evals.csv") if int(r["step"]) <= last}
     row = {"step": step, "seconds": result["seconds"], "speech_wer": result["wer"]["generated"]}
-    row |= {f"{name}_fad": result.get("fad", {}).get(name, {}).get("generated", "") for name in DOMAINS}
-    write_csv(run / "evals.csv", list(row), sorted([*others, row], key=lambda r: int(r["step"])))
-    if latest:
+    rows[step] = row | {f"{name}_fad": result.get("fad", {}).get(name, {}).get("generated", "") for name in DOMAINS}
+    write_csv(run / "evals.csv", list(rows[step]), [rows[k] for k in sorted(rows)])
+    if step == max(rows):
         write_samples(run / "samples", takes)
-    return latest
+    return step == max(rows)
 
 
 def first_clips(clips: dict[int, list], n: int) -> list[int]:
@@ -425,12 +367,11 @@ def first_clips(clips: dict[int, list], n: int) -> list[int]:
 
 
 def index_page(run: Path, result: dict, takes: dict[str, dict]) -> None:
-    """Writes run/index.html: score_table, the probe figure, loss curves and, with players and mel pictures, SHOWN clips
-    a domain of evaluate.Takes, whose sounds are in run/samples already. `result` is what eval.json holds."""
-    log = run / "log.csv"
-    phase2 = next((int(r["step"]) for r in read_csv(log) if r["phase"] == "2"), None)
+    """Writes run/index.html: score_table, pictures, and of SHOWN clips a domain of evaluate.Takes players and mels."""
+    from matplotlib.image import imsave
+
     panels = {"flow matching": ("fm", "held_out_speech", "held_out_audio"), "BiT-C": ("bitc",), "alignment": ("align",)}
-    plot(run / "curves.png", {title: [(c, log, c) for c in columns] for title, columns in panels.items()}, phase2)
+    plot(run / "curves.png", {title: [(c, run / "log.csv", c) for c in columns] for title, columns in panels.items()})
     page = (ASSETS / "run.html").read_text(encoding="utf-8")
     head, picture, middle, row, tail = map(Template, re.split(r"<!-- (?:for each \w+|end) -->\n", page))
     parts = [head.substitute(name=html.escape(run.name), step=result["step"], table=html.escape(score_table(result)))]
@@ -441,11 +382,8 @@ def index_page(run: Path, result: dict, takes: dict[str, dict]) -> None:
     for i in first_clips(takes["original"], SHOWN):
         pair = takes["original"][i][0], takes["generated"][i][0]
         clip = clip_name(pair[0].domain, i)
-        fig = figure(figsize=(7, 1.6), layout="constrained")
-        for ax, take in zip(fig.subplots(1, 2, sharey=True), pair, strict=True):
-            ax.imshow(take.mel.T.numpy(), aspect="auto", origin="lower", cmap="magma", vmin=-8, vmax=2)
-            ax.axis("off")
-        fig.savefig(run / "samples" / f"{clip}.png", dpi=80)
+        mels = [np.pad(take.mel, ((0, 8), (0, 0)), constant_values=2) for take in pair]  # a light edge between them
+        imsave(run / "samples" / f"{clip}.png", np.concatenate(mels).T, origin="lower", cmap="magma", vmin=-8, vmax=2)
         parts.append(row.substitute(clip=clip, text=html.escape(pair[0].text + heard.get(i, ""))))
     (run / "index.html").write_text("".join([*parts, tail.template]), encoding="utf-8")
 
@@ -469,12 +407,12 @@ def show_on_board(run: Path, step: int, takes: dict[str, dict]) -> None:
             writer.add_audio(clip_name(take.domain, i), take.wav[None], step, audio.SAMPLE_RATE)
 
 
-def held_out_loss(model, batch: data.Batch, sigma: float, machine: common.Machine) -> dict[str, float]:
+def held_out_loss(run, batch: data.Batch, machine: common.Machine) -> dict[str, float]:
     """L_FM of each domain, the mean over fixed clips, EVAL_TIMES points of t and fixed noise."""
     with machine.precision():
-        loss = probe.at_times(probe.loss_of_clips, model, batch, EVAL_TIMES, sigma).mean(0)  # (B,)
-    found = {name: batch.domain == d for d, name in enumerate(DOMAINS)}
-    return {f"held_out_{name}": loss[of_d].mean().item() for name, of_d in found.items() if of_d.any()}
+        loss = probe.at_times(probe.loss_of_clips, run.ema, batch, EVAL_TIMES, run.config.sigma).mean(0)  # (B,)
+    found = {f"held_out_{name}": loss[batch.domain == d] for d, name in enumerate(DOMAINS)}
+    return {name: of_d.mean().item() for name, of_d in found.items() if len(of_d)}
 
 
 def tell_selection(run) -> None:
@@ -492,23 +430,12 @@ class Report:
     """Rows of log.csv and lines on the screen: what rank 0 tells of a run."""
 
     def __init__(self, run, machine: common.Machine, sampler: data.TrainingBatches, held_out: data.Dataset):
-        c, out_dir = run.config, Path(run.config.out_dir)
+        """Shows the derived numbers, before step 0."""
+        c, out_dir, per_epoch = run.config, Path(run.config.out_dir), sampler.steps_per_epoch
         out_dir.mkdir(parents=True, exist_ok=True)
         write_json(out_dir / "config.json", asdict(c))
-        self.announce(run, sampler, machine)
-        self.run, self.machine, self.smooth, self.losses = run, machine, math.nan, []
-        self.log = common.Log(out_dir / "log.csv", LOGGED, run.step)
-        self.board = board(out_dir, run.step + 1) if c.tensorboard else None
-        self.eval_batch = data.fixed_batch(held_out, c.eval_clips, 0, c.probe_frames).to(machine.device)
-        if run.selected:
-            tell_selection(run)
-        self.restart_clock()
-
-    def announce(self, run, sampler: data.TrainingBatches, machine: common.Machine) -> None:
-        """The derived numbers, before step 0."""
-        c, million, per_epoch = run.config, common.count_parameters(run.objective.model) / 1e6, sampler.steps_per_epoch
         kind = "bfloat16 autocast" if common.takes_bfloat16(machine.device, machine.dtype) else "float32"
-        padding, left_out = sampler.waste()
+        million, (padding, left_out) = common.count_parameters(run.objective.model) / 1e6, sampler.waste()
         print(
             f"{show(c)}\n{million:.1f} M parameters, {c.n_layer} layers; {machine.world} x {machine.device}, {kind}\n"
             f"{len(sampler.dataset)} training clips, {sampler.lengths.sum()} frames an epoch in {per_epoch} steps, "
@@ -516,16 +443,18 @@ class Report:
             f"{c.max_steps / per_epoch:.0f} epochs; phase I ends at step {c.phase1_steps}",
             flush=True,
         )
-
-    def restart_clock(self) -> None:
-        self.since, self.spent, self.frames = time.monotonic(), 0.0, 0
+        self.run, self.machine, self.smooth, self.losses, self.frames = run, machine, math.nan, [], 0
+        self.log = common.Log(out_dir / "log.csv", LOGGED, run.step)
+        self.board = board(out_dir, run.step + 1) if c.tensorboard else None
+        self.eval_batch = data.fixed_batch(held_out, c.eval_clips, 0, c.probe_frames).to(machine.device)
+        if run.selected:
+            tell_selection(run)
+        self.since, self.told = time.monotonic(), run.seconds
 
     def clock(self, counts: bool = True) -> None:
-        """Adds the time since the last call to the run's and to that of the next row, where it counts as training."""
+        """Adds the time since the last call to the run's, where it counts as training."""
         now = time.monotonic()
-        if counts:
-            self.spent += now - self.since
-            self.run.seconds += now - self.since
+        self.run.seconds += counts * (now - self.since)
         self.since = now
 
     def count(self, numbers: dict, frames: int) -> None:
@@ -536,25 +465,20 @@ class Report:
     def row(self, with_held_out: bool) -> None:
         """Writes the last step's row, of the steps since the row before; none when there was no step."""
         run, last = self.run, self.run.config.max_steps
-        if not self.frames:
+        if not self.losses:
             return
-        self.numbers = {name: float(value) for name, value in self.numbers.items()}
+        numbers = {name: float(value) for name, value in self.numbers.items()}
         for fm in filter(math.isfinite, torch.stack(self.losses).tolist()):
             self.smooth = fm if math.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * fm
-        self.losses = []
         self.clock()
-        rate = self.frames / self.spent
-        self.restart_clock()
-        loss = lambda: held_out_loss(run.ema, self.eval_batch, run.config.sigma, self.machine)  # noqa: E731
-        held = common.optional(loss, {}) if with_held_out else {}
-        phase = 1 + run.selected
-        self.log.row(step=run.step, phase=phase, frames_per_s=rate, seconds=run.seconds, **self.numbers, **held)
-        for name, value in (self.numbers | held).items() if self.board else ():
+        rate = self.frames / (run.seconds - self.told)
+        self.told, self.losses, self.frames = run.seconds, [], 0
+        held = common.optional(lambda: held_out_loss(run, self.eval_batch, self.machine), {}) if with_held_out else {}
+        about = {"step": run.step, "phase": 1 + run.selected, "frames_per_s": rate, "seconds": run.seconds}
+        self.log.row(**about, **numbers, **held)
+        for name, value in (numbers | held).items() if self.board else ():
             self.board.add_scalar(name, value, run.step)
-        extra = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.4f}" for k, v in held.items())
-        align = f"  align {self.numbers['align']:.3f}" if "align" in self.numbers else ""
-        print(
-            f"step {run.step:6d}/{last}  fm {self.smooth:.4f}  bitc {self.numbers['bitc']:.3f}{align}  "
-            f"{rate:6.0f} frames/s  left {run.seconds / run.step * (last - run.step) / 60:.1f} min{extra}",
-            flush=True,
-        )
+        shown = {"fm": self.smooth} | {k: numbers[k] for k in ("bitc", "align") if k in numbers} | held
+        text = "".join(f"  {k.replace('held_out_', 'held-out ')} {v:.4f}" for k, v in shown.items())
+        minutes = run.seconds / run.step * (last - run.step) / 60
+        print(f"step {run.step:6d}/{last}{text}  {rate:6.0f} frames/s  left {minutes:.1f} min", flush=True)

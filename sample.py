@@ -11,8 +11,8 @@ real-time factor. A reference gives its style to stage 1 and the beginning of it
 B clips, T frames, N tokens, M mel bins.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Literal, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal, NamedTuple
 
 from configurator import Amount, Count, configure, from_dict
 from options import SynthesisArgs
@@ -48,7 +48,7 @@ if __name__ == "__main__":
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,11 +79,16 @@ class Request(NamedTuple):
     text: str = ""  # what it says, for models that read it
 
 
-def settings(args, run: dict) -> dict:
-    """The sampler's settings: the command's where given, else those of the run that trained the model."""
-    chosen = {k: run[k] if getattr(args, k) is None else getattr(args, k) for k in ("nfe", "cfg_scale", "sway")}
-    step_times(chosen["nfe"], args.method, chosen["sway"], args.epss)  # refuses before anything else is loaded
-    return chosen | {"sigma": run["sigma"], "method": args.method, "epss": args.epss, "seed": args.seed}
+def open_run(args) -> tuple[dict, Path, Any, dict]:
+    """The state of --ckpt, the run's folder, the command with that run's own settings where it leaves any open, and
+    model.sample's options. Raises ValueError for options that cannot be, before anything else is loaded."""
+    state, file = common.load(args.ckpt, needs=common.TRAINED)
+    run = state["config"] = asdict(Config()) | state["config"]  # an older one may lack a setting
+    own = {k: v for k, v in run.items() if k != "out_dir" and getattr(args, k, "no option") in ("", None)}
+    args = replace(args, device=pick_device(args.device), **own)
+    step_times(args.nfe, args.method, args.sway, args.epss)
+    options = {k: getattr(args, k) for k in "nfe cfg_scale sway method epss seed".split()} | {"sigma": run["sigma"]}
+    return state, file.parent, args, options
 
 
 def from_dataset(dataset: Dataset, ids: np.ndarray) -> list[Request]:
@@ -104,16 +109,15 @@ def to_batch(requests: Sequence[Request]) -> Batch:
     return Batch(mel, frames, tokens, token_len, domain, {}, prompt, torch.arange(len(requests)), texts=texts)
 
 
-def synthesise(
-    model: FlowModel, requests: Sequence[Request], vocoder: Callable, options: dict, dtype="auto", batch_frames=4000
-) -> list[np.ndarray]:
-    """Waveforms (L,) of the requests, in batches of like length, references cut off; `options` are model.sample's."""
+def synthesise(model: FlowModel, requests: Sequence[Request], vocoder, options: dict, dtype="auto", most=4000) -> list:
+    """Waveforms (L,) of the requests, references cut off, in batches of like length of at most `most` frames where a
+    clip alone has no more; `options` are model.sample's."""
     waves: list = [None] * len(requests)
     pending = sorted(range(len(requests)), key=lambda i: requests[i].frames)
     device = next(model.parameters()).device
     while pending:
         padded = (k * requests[i].frames for k, i in enumerate(pending, 1))  # of the first k, the last of them longest
-        size = max(1, sum(frames <= batch_frames for frames in padded))
+        size = max(1, sum(frames <= most for frames in padded))
         group, pending = pending[:size], pending[size:]
         batch = to_batch([requests[i] for i in group]).to(device)
         with torch.inference_mode(), precision(str(device), dtype):
@@ -171,14 +175,14 @@ def texts_of(args: SampleArgs) -> list[tuple[int, str]]:
     return [(AUDIO, ": ".join(filter(None, sound.groups()))) if sound else (SPEECH, line) for line, sound in found]
 
 
-def make_requests(args: SampleArgs, model: FlowModel, state: dict, device: str) -> tuple[list[Request], dict]:
+def make_requests(args: SampleArgs, model: FlowModel, state: dict) -> tuple[list[Request], dict]:
     """What the command asks for, and what to say of each clip in its .json, by the file's name."""
     run, texts = state["config"], texts_of(args)
-    config = from_dict(Config, run | {"data_dir": args.data_dir or run["data_dir"], "device": device}, args.ckpt)
-    if texts and not args.lm:
-        raise ValueError("text needs stage 1: pass --lm=CKPT, a checkpoint of lm.py")
+    config = from_dict(Config, run | {"data_dir": args.data_dir, "device": args.device}, args.ckpt)
     if texts:
-        stage = Stage1(args.lm, model, device, state["data"])
+        if not args.lm:
+            raise ValueError("text needs stage 1: pass --lm=CKPT, a checkpoint of lm.py")
+        stage = Stage1(args.lm, model, args.device, state["data"])
         domains = {d for d, _ in texts} if args.reference else ()
         references = {d: preparation.encode_file(args.reference, d, config) for d in domains}
         sampling = {k: getattr(args, k) for k in "temperature top_p guidance repetition seed".split()}
@@ -193,31 +197,28 @@ def make_requests(args: SampleArgs, model: FlowModel, state: dict, device: str) 
     ids = first_of_each_domain(dataset, args.n)
     for i in ids.tolist():
         (name, text), domain = dataset.name_and_text(i), DOMAINS[dataset.index["domain"][i]]
-        clip = {"clip": name, "text": text, "domain": domain, "split": args.split}
-        about[f"{args.split}_{domain}_{i:04d}"] = clip  # evaluate.py's speech_0003.wav is another and stays
+        made = {"clip": name, "text": text, "domain": domain, "split": args.split}
+        about[f"{args.split}_{domain}_{i:04d}"] = made  # evaluate.py's speech_0003.wav is another and stays
     return from_dataset(dataset, ids), about
 
 
 def main(args: SampleArgs) -> None:
     """Writes what is asked for as wav files, each with a .json of how it was made; prints the real-time factor."""
-    state, used = common.load(args.ckpt, needs=common.TRAINED)
-    run = state["config"] = asdict(Config()) | state["config"]  # an older one may lack a setting
-    options, device = settings(args, run), pick_device(args.device)
-    folder = Path(args.out_dir or used.parent / "samples")
+    state, run_dir, args, options = open_run(args)
+    folder = Path(args.out_dir or run_dir / "samples")
     (Path(args.out).parent if args.out else folder).mkdir(parents=True, exist_ok=True)
-    vocoder_name = args.vocoder or run["vocoder"]
-    model, vocoder = load_model(state, device=device), audio.load_vocoder(vocoder_name, device)
+    model, vocoder = load_model(state, device=args.device), audio.load_vocoder(args.vocoder, args.device)
     start = time.monotonic()
-    requests, about = make_requests(args, model, state, device)
+    requests, about = make_requests(args, model, state)
     if args.out and len(requests) > 1:
         raise ValueError(f"out={args.out} is one file and {len(requests)} clips are asked for; pass --out_dir")
     between = time.monotonic()
-    waves = synthesise(model, requests, vocoder, options, run["dtype"])
+    waves = synthesise(model, requests, vocoder, options, state["config"]["dtype"])
     end, seconds = time.monotonic(), sum(map(len, waves)) / audio.SAMPLE_RATE
     for wav, (file, made) in zip(waves, about.items(), strict=True):
         path = Path(args.out or folder / f"{file}.wav")
         audio.write(path, wav)
-        made |= {"ckpt": args.ckpt, "step": state["step"], **options, "vocoder": vocoder_name}
+        made |= {"ckpt": args.ckpt, "step": state["step"], **options, "vocoder": args.vocoder}
         common.write_json(path.with_suffix(".json"), made)
         print(f"{path}  {len(wav) / audio.SAMPLE_RATE:5.2f} s  {made.get('text', '')}")
     print(f"{seconds:.1f} s of audio: tokens in {between - start:.1f} s, waveform in {end - between:.1f} s, ", end="")

@@ -255,7 +255,7 @@ def train(config: Config, machine: Machine) -> "Run":
                 run.writer.pending.result()
                 stop.asked |= evaluate_checkpoint(config, machine, ["evaluate.py"]) == common.INTERRUPTED
             if held_out_due or save_due or curve:
-                report.restart_clock()  # none of that is training time
+                report.clock(counts=False)  # none of that is training time
     finite.check()
     if report and run.step < config.max_steps:
         report.row(False)  # evaluate.py tells by the log how far a run has come

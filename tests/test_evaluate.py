@@ -41,12 +41,7 @@ def test_frechet_distance_equals_the_textbook(rng, dims, n, m):
     expected = textbook(a, b, lambda A, B: scipy.linalg.sqrtm(A @ B).real)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
     assert frechet_distance(b, a) == pytest.approx(frechet_distance(a, b), rel=1e-10)
-
-
-def test_more_samples_than_dimensions_take_the_same_value(rng):
-    """The reduced factors of large sets against the plain ones: one row less on one side is enough to take them."""
-    a, b = rng.normal(size=(30, 29)), rng.normal(1, 2, (40, 29))
-    wide = np.concatenate([a, np.zeros((30, 20))], 1), np.concatenate([b, np.zeros((40, 20))], 1)
+    wide = (np.pad(x, ((0, 0), (0, n + m))) for x in (a, b))  # not by the reduced factors of large sets
     assert frechet_distance(*wide) == pytest.approx(frechet_distance(a, b), rel=1e-9)
 
 
@@ -78,12 +73,6 @@ def test_frechet_distance_of_equal_sets_is_zero_and_never_negative(rng, n, dims)
     a = rng.normal(100, 1, (n, dims))
     assert 0 <= frechet_distance(a, a) < 1e-8
     assert 0 <= frechet_distance(a, a[::-1].astype(np.float32)) < 1e-4
-
-
-def test_frechet_distance_of_nothing_to_compare_is_not_a_perfect_zero(rng):
-    a = rng.normal(size=(10, 4))
-    broken = np.where(np.arange(40).reshape(10, 4) == 14, np.nan, a)
-    assert all(math.isnan(frechet_distance(*pair)) for pair in ((a, a[:1]), (a[:1], a), (a, broken)))
 
 
 def clips_of(rng, clips: int, alike: float = 0.0, shift: float = 0.0) -> list[np.ndarray]:
@@ -120,15 +109,18 @@ def test_kad_equals_a_double_loop(rng, monkeypatch):
 @pytest.mark.parametrize("alike", [0.0, 0.8])
 def test_kad_of_two_draws_averages_to_zero(rng, alike):
     """Also where the patches of a clip are alike; the pairs within clips would add several units."""
-    found = [
-        evaluate.kernel_distances({"s": clips_of(rng, 12, alike)}, clips_of(rng, 15, alike))["s"][0] for _ in range(150)
-    ]
+    draws = ((clips_of(rng, 12, alike), clips_of(rng, 15, alike)) for _ in range(150))
+    found = [evaluate.kernel_distances({"s": x}, y)["s"][0] for x, y in draws]
     assert abs(np.mean(found)) < 3 * np.std(found) / np.sqrt(150) and min(found) < 0 < max(found)
     assert np.std(found) / np.sqrt(150) < 0.3
 
 
-def test_kad_of_nothing_to_compare_is_not_a_perfect_zero(rng):
+def test_distances_of_nothing_to_compare_are_not_a_perfect_zero(rng):
+    a = rng.normal(size=(10, 4))
+    broken = np.where(np.arange(40).reshape(10, 4) == 14, np.nan, a)
+    assert all(math.isnan(frechet_distance(*pair)) for pair in ((a, a[:1]), (a[:1], a), (a, broken)))
     assert math.isnan(evaluate.kernel_distances({"s": clips_of(rng, 1)}, clips_of(rng, 5))["s"][0])
+    assert np.isnan(evaluate.frechet_interval([a], a)).all()
 
 
 def test_interval_of_kad_covers_another_draw_and_large_differences_exclude_zero(rng):
@@ -217,7 +209,6 @@ def test_interval_of_fad_against_naive_draws(rng, monkeypatch):
         naive = np.array([frechet_distance(x, reference) for x in picked])
         expected = frechet_distance(np.concatenate(clips), reference) + np.percentile(naive, [2.5, 97.5]) - naive.mean()
         assert evaluate.frechet_interval(clips, reference) == pytest.approx(expected, rel=1e-6)
-    assert np.isnan(evaluate.frechet_interval(clips[:1], reference)).all()
 
 
 def test_interval_of_fad_is_as_wide_as_other_draws_differ(rng):
@@ -227,10 +218,6 @@ def test_interval_of_fad_is_as_wide_as_other_draws_differ(rng):
     assert 0.5 < (high - low) / np.subtract(*np.percentile(others, [97.5, 2.5])) < 2
 
 
-def test_british_spelling_is_no_error():
-    assert evaluate.word_errors(["My favourite colour is grey"], ["my favorite color is gray"])[0] == 0
-
-
 def heard_of(texts: dict) -> dict:
     """The originals alone."""
     return {"original": {i: [take(np.zeros(100), text=text)] for i, text in texts.items()}}
@@ -238,21 +225,19 @@ def heard_of(texts: dict) -> dict:
 
 def test_words_count_after_normalising():
     """Stage directions and fillers are no words: four words said, or none, of five on paper."""
-    texts = {
-        1: "(3 seconds of silence)",
-        2: "[door slams] hm yes uh",
-        3: "Please press the pound key",
-        4: "mm one two three",
-    }
+    texts = {1: "(3 seconds of silence)", 2: "[door slams] hm yes uh", 3: "Please press the pound key"}
+    texts[4] = "mm one two three"
     found = evaluate.score_wer(heard_of(texts), Listener())
     assert found["clips"] == 1 and found["words"] == 5 and found["original"] == 1
     assert found["utterances"]["original"][0]["id"] == 3 and found["interval"]["original"] == [1, 1]
 
 
+SAID = {k: "please press the key " + "again and again " * k for k in range(4)}
+
+
 def test_interval_of_wer_is_that_of_resampled_clips(monkeypatch):
-    said = {k: "please press the key " + "again and again " * k for k in range(4)}
-    monkeypatch.setattr(Listener, "transcribe", lambda *_: [said[0], "", said[2], ""])
-    found = evaluate.score_wer(heard_of(said), Listener())
+    monkeypatch.setattr(Listener, "transcribe", lambda *_: [SAID[0], "", SAID[2], ""])
+    found = evaluate.score_wer(heard_of(SAID), Listener())
     words, wrong = np.array([4, 7, 10, 13]), np.array([0, 1, 0, 1])
     draws = evaluate.common.resampled(4, evaluate.DRAWS)
     naive = [sum(n * w * e for n, w, e in zip(row, words, wrong, strict=True)) / sum(row * words) for row in draws]
@@ -262,11 +247,9 @@ def test_interval_of_wer_is_that_of_resampled_clips(monkeypatch):
 
 def test_interval_of_wer_draws_the_takes_of_a_clip_together(monkeypatch):
     """Two takes of each clip, one heard and one not: no draw of clips differs from another."""
-    said = {k: "please press the key " + "again and again " * k for k in range(4)}
-    takes = heard_of(said) | {"generated": {k: clip * 2 for k, clip in heard_of(said)["original"].items()}}
-    monkeypatch.setattr(
-        Listener, "transcribe", lambda self, wavs, _: [said[k // 2] * (k % 2) for k in range(len(wavs))]
-    )
+    takes = heard_of(SAID) | {"generated": {k: clip * 2 for k, clip in heard_of(SAID)["original"].items()}}
+    heard = [text * taken for text in SAID.values() for taken in (0, 1)]
+    monkeypatch.setattr(Listener, "transcribe", lambda self, wavs, _: heard[: len(wavs)])
     found = evaluate.score_wer(takes, Listener())
     assert found["generated"] == 0.5 and found["interval"]["generated"] == [0.5, 0.5]
     assert [u["id"] for u in found["utterances"]["generated"]] == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -285,11 +268,9 @@ def test_word_errors_by_hand():
     # nothing; "two" dropped and "messages" wrong: 2 of 5 words; one replaced, one too many: 2 of 1
     assert each == pytest.approx([0, 2 / 5, 2])
     assert corpus == pytest.approx(4 / 9)  # errors over words, not the mean of the utterances
-
-
-def test_word_errors_of_silence_and_of_nothing():
     assert evaluate.word_errors(["press one now please"], [""]) == (1.0, [1.0])
     assert str(evaluate.word_errors([], [])) == "(nan, [])"  # not a perfect zero
+    assert evaluate.word_errors(["My favourite colour is grey"], ["my favorite color is gray"])[0] == 0
     with pytest.raises(ValueError):
         evaluate.word_errors(["a b"], [])
 
@@ -376,7 +357,6 @@ class Listener:
 @pytest.fixture
 def evaluated(tiny_config, monkeypatch) -> Path:
     """A run of two steps whose last checkpoint is evaluated."""
-    monkeypatch.setattr(evaluate, "load_recogniser", lambda *_: Listener())
     monkeypatch.setattr(evaluate.demo, "load_teacher", lambda *_: Listener())
     monkeypatch.setattr(evaluate, "MIN_WORDS", 2)
     config = replace(tiny_config, max_steps=2, phase1_steps=1, vocoder="griffin_lim", nfe=2, eval_seeds=2)
@@ -390,7 +370,7 @@ def test_a_run_is_evaluated_then_its_phase_1(evaluated, capsys):
     assert result["step"] == 2 and result["wer"]["generated"] == 0.5 and result["wer"]["clips"] == 3
     assert result["seeds"] == 2 and len(result["wer"]["utterances"]["generated"]) == 6
     for name in ("speech", "audio"):
-        assert result["fad"][name] | {"clips": 3, "patches": 12} == result["fad"][name]
+        assert result["fad"][name]["clips"] == 3
         for system in ("original", "vocoded", "generated"):
             for key in ("interval", "kad_interval"):
                 low, high = result["fad"][name][key][system]
@@ -400,14 +380,17 @@ def test_a_run_is_evaluated_then_its_phase_1(evaluated, capsys):
             rows = [r for r in result["clips"][system] if r["domain"] == name]
             assert len(rows) == 3 and all(("wer" in r) == (name == "speech") for r in rows)
             assert all(r["mcd"] >= 0 and -1 <= r["cosine"] <= 1.001 for r in rows)
-        assert result["held_out_fm"][name] == pytest.approx(np.mean([r["fm"] for r in rows]))
+        assert all(r["fm"] > 0 for r in rows)
     names = {f"{d}_{i:04d}" for i, d in enumerate(("speech", "audio") * 3)}
     for kind in ("generated", "original"):
         assert {p.stem for p in (evaluated / "samples" / kind).glob("*.wav")} == names
     listed = (evaluated / "samples" / "list.txt").read_text().splitlines()
     assert {line.partition(" ")[0] for line in listed} == names and all(line.partition(" ")[2] for line in listed)
     files = [
-        p for p in (evaluated / "eval.json", evaluated / "index.html", *evaluated.rglob("samples/**/*")) if p.is_file()
+        evaluated / "eval.json",
+        evaluated / "index.html",
+        *evaluated.glob("samples/*/*"),
+        *evaluated.glob("samples/*.*"),
     ]
     kept = {p: p.read_bytes() for p in files}
     evaluate.main(EvalArgs(ckpt=str(evaluated / "phase1.pt"), device="cpu"))

@@ -34,9 +34,8 @@ def test_command_is_accepted(line):
     """Every script in the README starts and takes the options that are shown; the added one is all it refuses."""
     words = shlex.split(line)
     script = next(i for i, w in enumerate(words) if w == "-m" or w.endswith(".py"))
-    done = subprocess.run(
-        [sys.executable, *words[script:], "--no_such_key=1"], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, *words[script:], "--no_such_key=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "unknown key 'no_such_key'" in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 

@@ -571,7 +571,7 @@ def test_what_cannot_be_sampled_or_written_is_refused_before_stage_1(tiny_config
     train.train(replace(tiny_config, max_steps=2, phase1_steps=1), MACHINE)
     args = sample.SampleArgs(ckpt=f"{tiny_config.out_dir}/ckpt.pt", vocoder="griffin_lim", device="cpu", text="hello")
     monkeypatch.setattr(sample, "load_model", lambda *_, **__: pytest.fail("work was begun"))
-    monkeypatch.setattr(evaluate, "load_recogniser", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(demo, "load_teacher", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(ValueError, match="epss has no schedule of 9 steps"):
         sample.main(replace(args, epss=True, nfe=9, lm="none.pt"))
     with pytest.raises(ValueError, match="epss has no schedule of 9 steps"):

@@ -11,6 +11,7 @@ import pytest
 from configurator import configure
 from train import Config
 
+SLOW = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 PYTHON = """#!/usr/bin/env bash
 [ "$1" = - ] && exec {python} "$@"
@@ -39,9 +40,7 @@ def play(script: str, folder: Path, evaluates: bool, *args: str) -> tuple[int, l
 @pytest.mark.parametrize(
     "script, args, runs, layers",  # the paper's layers of 24, scaled to 8
     [
-        pytest.param(
-            "table2.sh", ("config/demo.py", "2"), 30, {(), (1,), (3,), (4,), (1, 3, 4), (7,)}, marks=pytest.mark.slow
-        ),
+        pytest.param("table2.sh", ("config/demo.py", "2"), 30, {(), (1,), (3,), (4,), (1, 3, 4), (7,)}, marks=SLOW),
         ("table2.sh", ("config/mini.py", "1"), 15, {(), (4,), (8,), (12,), (4, 8, 12), (20, 21, 22), (1, 2, 3)}),
         ("ablations.sh", ("config/mini.py", "1"), 28, {(), (4, 8, 12), (16,)}),
         ("table5.sh", ("config/f5tts_demo.py", "f5tts matcha", "1"), 10, {(), (1, 2, 3)}),

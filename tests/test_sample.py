@@ -54,7 +54,7 @@ def test_synthesis_does_not_depend_on_the_order_of_requests(tiny_config, monkeyp
     codes = np.zeros((9, 1), np.int64)
     requests = [Request(codes, SPEECH, n) for n in (70, 30, 50, 31)]
     requests.append(Request(codes, SPEECH, 45, np.ones((15, 100), np.float16)))
-    waves = sample.synthesise(net, requests, lambda m: m[:, 0].numpy(), {}, batch_frames=100)
+    waves = sample.synthesise(net, requests, lambda m: m[:, 0].numpy(), {}, most=100)
     assert [len(w) for w in waves] == [70, 30, 50, 31, 30] and seen == [2, 2, 1]
     assert [w[0] for w in waves] == [70, 30, 50, 31, 45]
 
@@ -146,10 +146,10 @@ def test_each_line_takes_the_reference_and_the_limit_of_its_own_domain(trained, 
 
     monkeypatch.setattr(preparation, "encode_file", encode_file)
     monkeypatch.setattr(sample, "generate", generate)
-    state, _ = common.load(trained["ckpt"])
     (tmp_path / "b.txt").write_text(f"[dog] barks\nhello you?\n{'x' * 1000}\n")
     args = SampleArgs(**trained, batch=str(tmp_path / "b.txt"), reference="r.wav")
-    requests, _ = sample.make_requests(args, sample.load_model(state), state, "cpu")
+    state, _, args, _ = sample.open_run(args)
+    requests, _ = sample.make_requests(args, sample.load_model(state), state)
     assert [r.domain for r in requests] == [AUDIO, SPEECH, SPEECH]
     for r in requests:
         assert len(r.prompt) == 60 and (r.prompt == -3.0 - r.domain).all() and r.codes[0] == r.domain
