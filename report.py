@@ -38,13 +38,7 @@ CLIP_SCORES = {  # of a clip in eval.json: heading and scale; others stand under
     "f0": ("log-F0 error, cents", 1),
     "cosine": ("cosine to the original", 1),
 }
-IN_PAIRS_ALONE = (
-    "means",
-    "covariances",
-    "dB",
-    "cents",
-    "original",
-)  # ends of headings that are no columns of --compare
+IN_PAIRS_ALONE = tuple("means covariances dB cents original".split())  # such headings' ends: no columns of --compare
 DECIMALS = {"seeds": 0, "steps": 0, "seconds": 0, "cents": 0, "%": 1, "cosine": 3}  # by a word of the heading, else 2
 
 
@@ -173,7 +167,8 @@ def differences(groups: dict[str, dict]) -> dict[str, dict]:
             words = {c["id"]: c.get("words") if heading == "speech WER %" else 1 for c in shared[0][0]}
             if len(ids) > 1:
                 d = np.array([[run[heading][i] - none[heading][i] for i in ids] for run, none in pairs])
-                result.setdefault(name, {})[heading] = paired_interval(d, np.array([words[i] for i in ids]))
+                found = paired_interval(d, np.array([words[i] for i in ids]))
+                result.setdefault(name, {})[heading] = np.round(found, 9).tolist()  # nothing is 0, not 1e-15
     return result
 
 
