@@ -1,6 +1,6 @@
 """Frozen encoders: waveforms -> features at a steady rate, and one pooled embedding per clip.
 
-    teacher = pretrained("openai/whisper-large-v3", "cuda")    # or HuBERT, ...; BEATs.load(PATH), VGGish(PATH)
+    teacher = pretrained("openai/whisper-large-v3", "cuda")    # or HuBERT, ...; BEATs(PATH), VGGish(PATH)
     teacher.encode(wavs)                           # list of (N_i, D) float32, `rate` per second
     teacher.embed(wavs)                            # (B, D) float32, pooled over valid frames only
     teacher.transcribe(wavs)                       # Whisper only: list of str
@@ -55,15 +55,11 @@ def style_vectors(features: np.ndarray, segments: int = 16) -> np.ndarray:
     return np.stack([features[int(a) : math.ceil(b)].mean(0) for a, b in itertools.pairwise(edges)])
 
 
-def checked(wavs: list[np.ndarray], limit: int | None = None) -> list[np.ndarray]:
+def checked(wavs: list[np.ndarray], limit: float = math.inf) -> list[np.ndarray]:
     """The clips as contiguous float32; ValueError for one that is not 1-D, is empty, not finite or over `limit`."""
     for i, wav in enumerate(wavs):
-        if wav.ndim != 1 or len(wav) == 0 or wav.dtype.kind != "f":
-            raise ValueError(f"clip {i} is {wav.dtype} of shape {wav.shape}: pass a mono float waveform, not empty")
-        if not np.isfinite(wav).all():
-            raise ValueError(f"clip {i} contains NaN or infinity: read it again or drop it")
-        if limit and len(wav) > limit:
-            raise ValueError(f"clip {i} has {len(wav)} samples, the limit is {limit}: cut it into shorter clips")
+        if wav.ndim != 1 or wav.dtype.kind != "f" or not 0 < len(wav) <= limit or not np.isfinite(wav).all():
+            raise ValueError(f"clip {i} is {wav.dtype} of shape {wav.shape}: pass 1 to {limit} finite mono floats")
     return [np.ascontiguousarray(wav, np.float32) for wav in wavs]
 
 
@@ -240,113 +236,28 @@ def pretrained(source: str | Path, device: str | torch.device = "cpu", recognise
     raise ValueError(f"'{source}' is {found} ({reason}): pass the folder or hub name of {wanted}, or demo")
 
 
-class BEATsAttention(nn.Module):
-    """Self-attention whose bias of relative position the query gates."""
-
-    def __init__(self, cfg: dict):
-        super().__init__()
-        D, H = cfg["encoder_embed_dim"], cfg["encoder_attention_heads"]
-        self.heads = H
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
-        self.relative_attention_bias = nn.Embedding(cfg["num_buckets"], H)
-        self.grep_linear, self.grep_a = nn.Linear(D // H, 8), nn.Parameter(torch.ones(1, H, 1, 1))
-
-    def forward(self, x: torch.Tensor, bias: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) -> (B, N, D); bias (1, H, N, N), keys (B, 1, 1, N) bool."""
-        B, N, D = x.shape
-        q, k, v = (p(x).view(B, N, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        a, b = self.grep_linear(q).unflatten(-1, (2, 4)).sum(-1).sigmoid().chunk(2, dim=-1)  # (B, H, N, 1) each
-        mask = ((a * (b * self.grep_a - 1) + 2) * bias).masked_fill(~keys, -torch.inf)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, N, D / H)
-        return self.out_proj(y.transpose(1, 2).reshape(B, N, D))
-
-
-class BEATsLayer(nn.Module):
-    """A post-norm transformer layer, its residual scaled as in DeepNet."""
-
-    def __init__(self, cfg: dict):
-        super().__init__()
-        D, hidden = cfg["encoder_embed_dim"], cfg["encoder_ffn_embed_dim"]
-        self.alpha = (2 * cfg["encoder_layers"]) ** 0.25 if cfg.get("deep_norm") else 1.0
-        self.self_attn, self.self_attn_layer_norm = BEATsAttention(cfg), nn.LayerNorm(D)
-        self.fc1, self.fc2, self.final_layer_norm = nn.Linear(D, hidden), nn.Linear(hidden, D), nn.LayerNorm(D)
-
-    def forward(self, x: torch.Tensor, bias: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        x = self.self_attn_layer_norm(self.alpha * x + self.self_attn(x, bias, keys))
-        return self.final_layer_norm(self.alpha * x + self.fc2(F.gelu(self.fc1(x))))
-
-
-class BEATsModel(nn.Module):
-    """Patches of a spectrogram -> features, and codes where there is a `codebook`. Modules have the official names."""
-
-    def __init__(self, cfg: dict, codebook: torch.Tensor | None):
-        super().__init__()
-        E, D, side, kernel = cfg["embed_dim"], cfg["encoder_embed_dim"], cfg["input_patch_size"], cfg["conv_pos"]
-        self.cfg, self.has_codes = cfg, codebook is not None
-        self.patch_embedding = nn.Conv2d(1, E, side, side, bias=cfg.get("conv_bias", False))
-        self.layer_norm = nn.LayerNorm(E)
-        self.post_extract_proj = nn.Identity() if E == D else nn.Linear(E, D)
-        position = nn.Conv1d(D, D, kernel, padding=kernel // 2, groups=cfg["conv_pos_groups"])
-        self.encoder = nn.ModuleDict({"pos_conv": nn.Sequential(weight_norm(position, dim=2))})
-        self.encoder["layers"] = nn.ModuleList(BEATsLayer(cfg) for _ in range(cfg["encoder_layers"]))
-        self.encoder["layer_norm"] = nn.LayerNorm(D)
-        if self.has_codes:
-            self.quantize_layer = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, codebook.shape[1]))
-            self.quantize = nn.ModuleDict({"embedding": nn.Embedding(*codebook.shape)})
-
-    def position_bias(self, N: int, device: torch.device) -> torch.Tensor:
-        """T5's bucketed relative positions, (1, H, N, N). All layers hold the same table."""
-        buckets, furthest = self.cfg["num_buckets"] // 2, self.cfg["max_distance"]
-        at = torch.arange(N, device=device)
-        offset = at - at[:, None]
-        exact, size = buckets // 2, offset.abs()
-        far = (size.clamp(min=1).float() / exact).log() / math.log(furthest / exact) * (buckets - exact)
-        bucket = torch.where(size < exact, size, (exact + far.long()).clamp(max=buckets - 1)) + (offset > 0) * buckets
-        return self.encoder["layers"][0].self_attn.relative_attention_bias(bucket).permute(2, 0, 1)[None]
-
-    def forward(self, fbank: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) of fbanks (B, T, 128), of which the first `counts` (B,) patches are valid; N = 8 (T // 16)."""
-        x = self.patch_embedding(fbank[:, None]).flatten(2).transpose(1, 2)  # (B, 512, T / 16, 8) -> (B, N, 512)
-        x = self.post_extract_proj(self.layer_norm(x))
-        valid = torch.arange(x.shape[1], device=x.device) < counts[:, None]  # (B, N)
-        x = x * valid[..., None]
-        position = self.encoder["pos_conv"](x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
-        x = self.encoder["layer_norm"](x + F.gelu(position))
-        bias, keys = self.position_bias(x.shape[1], x.device), valid[:, None, None]
-        for layer in self.encoder["layers"]:
-            x = layer(x, bias, keys)
-        return x
-
-    def codes(self, x: torch.Tensor) -> torch.Tensor:
-        """The code (B, N) nearest to each feature (B, N, D) in direction."""
-        z, book = F.normalize(self.quantize_layer(x), dim=-1), self.quantize["embedding"].weight
-        return (book.square().sum(1) - 2 * z @ book.T).argmin(-1)
-
-
 class BEATs(Teacher):
     """BEATs (Chen et al. 2023, arXiv:2212.09058): audio teacher, and with a tokenizer's checkpoint the second stream of
     config B. 16 kHz, 768-d, one feature per 160 ms and each of 8 frequency bands, time-major: 50 per second."""
 
     name, sample_rate, rate = "beats", 16000, 50.0
 
-    def __init__(self, cfg: dict, weights: dict[str, torch.Tensor], device: str | torch.device = "cpu"):
-        super().__init__(device)
-        unused = re.compile(r"predictor|quantize\.(?!embedding\.weight)")  # a classifier, the codebook's running sums
-        with torch.device("meta"):  # no random weights that the next line would replace
-            model = BEATsModel(cfg, weights.get("quantize.embedding.weight"))
-        model.load_state_dict({k: v.float() for k, v in weights.items() if not unused.match(k)}, assign=True)
-        self.model, self.dim = model.eval().requires_grad_(False).to(self.device), cfg["encoder_embed_dim"]
-
-    @classmethod
-    def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "BEATs":
+    def __init__(self, source: str | Path, device: str | torch.device = "cpu"):
         """From an official .pt file, of the encoder or of a tokenizer. Raises ValueError for another file, or none."""
+        super().__init__(device)
         try:
             stored = torch.load(source, map_location="cpu", weights_only=True)
-            cfg = dict(stored["cfg"])
+            self.cfg, self.dim = dict(stored["cfg"]), stored["cfg"]["encoder_embed_dim"]
             wanted = {"layer_norm_first": False, "activation_fn": "gelu", "input_patch_size": 16}
-            if any(cfg.get(k, v) != v for k, v in wanted.items()):
+            if any(self.cfg.get(k, v) != v for k, v in wanted.items()):
                 raise ValueError(f"{source}: only post-norm BEATs with gelu and 16 x 16 patches are read here")
-            return cls(cfg, stored["model"], device)
+            self.weights = {k: v.float().to(self.device) for k, v in stored["model"].items()}
+            kernel, groups = self.cfg["conv_pos"], self.cfg["conv_pos_groups"]
+            position = weight_norm(nn.Conv1d(self.dim, self.dim, kernel, padding=kernel // 2, groups=groups), dim=2)
+            names = ("weight_g", "weight_v", "bias")
+            position.load_state_dict({k: self.weights[f"encoder.pos_conv.0.{k}"] for k in names})
+            self.position = position.requires_grad_(False).to(self.device)
+            self.encode([np.zeros(1, np.float32)])  # whether the weights fit
         except UNREADABLE as error:
             fix = "pass the path of BEATs_iter3_plus_AS2M.pt, or for tokens of Tokenizer_iter3_plus_AS2M.pt, from"
             what = f"no BEATs checkpoint in {source} ({type(error).__name__})"
@@ -362,17 +273,66 @@ class BEATs(Teacher):
         x = kaldi.fbank(x, num_mel_bins=128, sample_frequency=16000, frame_length=25, frame_shift=10)
         return (x - 15.41663) / (2 * 6.55582)
 
+    def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+
+    def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+
+    def _position_bias(self, N: int) -> torch.Tensor:
+        """T5's bucketed relative positions, (1, H, N, N). All layers hold the same table."""
+        buckets, furthest = self.cfg["num_buckets"] // 2, self.cfg["max_distance"]
+        at = torch.arange(N, device=self.device)
+        offset = at - at[:, None]
+        exact, size = buckets // 2, offset.abs()
+        far = (size.clamp(min=1).float() / exact).log() / math.log(furthest / exact) * (buckets - exact)
+        bucket = torch.where(size < exact, size, (exact + far.long()).clamp(max=buckets - 1)) + (offset > 0) * buckets
+        table = self.weights["encoder.layers.0.self_attn.relative_attention_bias.weight"]
+        return F.embedding(bucket, table).permute(2, 0, 1)[None]
+
+    def _attend(self, name: str, x: torch.Tensor, bias: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Self-attention (B, N, D) whose bias (1, H, N, N) of position the query gates; keys (B, 1, 1, N) bool."""
+        heads = (*x.shape[:2], self.cfg["encoder_attention_heads"], -1)
+        q, k, v = (self._linear(f"{name}.{p}_proj", x).view(heads).transpose(1, 2) for p in "qkv")
+        gates = self._linear(f"{name}.grep_linear", q).unflatten(-1, (2, 4)).sum(-1).sigmoid()
+        a, b = gates.chunk(2, dim=-1)  # (B, H, N, 1) each
+        mask = ((a * (b * self.weights[f"{name}.grep_a"] - 1) + 2) * bias).masked_fill(~keys, -torch.inf)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, N, D / H)
+        return self._linear(f"{name}.out_proj", y.transpose(1, 2).reshape(x.shape))
+
+    def _states(self, fbank: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) of fbanks (B, T, 128), of which the first `counts` (B,) patches are valid; N = 8 (T // 16)."""
+        w, cfg = self.weights, self.cfg
+        x = F.conv2d(fbank[:, None], w["patch_embedding.weight"], w.get("patch_embedding.bias"), stride=16)
+        x = self._norm("layer_norm", x.flatten(2).transpose(1, 2))  # (B, 512, T / 16, 8) -> (B, N, 512)
+        x = self._linear("post_extract_proj", x) if "post_extract_proj.weight" in w else x
+        valid = torch.arange(x.shape[1], device=x.device) < counts[:, None]  # (B, N)
+        x = x * valid[..., None]
+        position = self.position(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+        x = self._norm("encoder.layer_norm", x + F.gelu(position))
+        bias, keys = self._position_bias(x.shape[1]), valid[:, None, None]
+        alpha = (2 * cfg["encoder_layers"]) ** 0.25 if cfg.get("deep_norm") else 1.0  # DeepNet's, of the residuals
+        for name in (f"encoder.layers.{l}." for l in range(cfg["encoder_layers"])):
+            y = self._attend(f"{name}self_attn", x, bias, keys)
+            x = self._norm(f"{name}self_attn_layer_norm", alpha * x + y)
+            y = self._linear(f"{name}fc2", F.gelu(self._linear(f"{name}fc1", x)))
+            x = self._norm(f"{name}final_layer_norm", alpha * x + y)
+        return x
+
     @torch.inference_mode()
     def encode(self, wavs: list[np.ndarray], codes: bool = False) -> list[np.ndarray]:
         """Features of every clip, (N_i, 768), N_i = 8 per whole 160 ms, at least 8; or its tokenizer's codes (N_i,)."""
-        if codes and not self.model.has_codes:
+        book = self.weights.get("quantize.embedding.weight")
+        if codes and book is None:
             raise ValueError("this BEATs has no codebook: load Tokenizer_iter3_plus_AS2M.pt for tokens")
         fbanks = [self.fbank(w) for w in checked(wavs)]
         counts, out = [len(f) // 16 * 8 for f in fbanks], [np.empty(0)] * len(wavs)
         for batch in batches([len(f) for f in fbanks], self.budget):
             x = pad_sequence([fbanks[i] for i in batch], batch_first=True)
-            x = self.model(x, torch.tensor([counts[i] for i in batch], device=self.device))
-            x = self.model.codes(x) if codes else x
+            x = self._states(x, torch.tensor([counts[i] for i in batch], device=self.device))
+            if codes:  # the nearest in direction
+                z = self._linear("quantize_layer.2", self._linear("quantize_layer.0", x).tanh())
+                x = (book.square().sum(1) - 2 * F.normalize(z, dim=-1) @ book.T).argmin(-1)
             for i, rows in zip(batch, x.cpu().numpy(), strict=True):
                 out[i] = rows[: counts[i]].copy()
         return out
@@ -415,23 +375,20 @@ class VGGish(PatchNetwork):
     def __init__(self, source: str | Path = "", device: str | torch.device = "cpu"):
         """From a .pth file of torchvggish, or its published one when `source` is empty; ValueError if there is none."""
         super().__init__(device)
-        convs, inputs = [], 1
-        for width, last in ((64, True), (128, True), (256, False), (256, True), (512, False), (512, True)):
-            convs += [nn.Conv2d(inputs, width, 3, padding=1, device="meta"), nn.ReLU(), *[nn.MaxPool2d(2)] * last]
-            inputs = width
-        sizes = (512 * 6 * 4, 4096, 4096, 128)
-        linears = [l for size in itertools.pairwise(sizes) for l in (nn.Linear(*size, device="meta"), nn.ReLU())]
-        self.model = nn.ModuleDict({"features": nn.Sequential(*convs), "embeddings": nn.Sequential(*linears[:-1])})
         where, read = (source, torch.load) if source else (VGGISH_WEIGHTS, torch.hub.load_state_dict_from_url)
         try:
             weights = read(where, map_location="cpu", weights_only=True)
-            used = {k: v.float() for k, v in weights.items() if not k.startswith("pproc.")}  # its PCA is not used here
-            self.model.load_state_dict(used, assign=True)
+            self.weights = {k: v.float().to(self.device) for k, v in weights.items()}
+            self.features(torch.zeros(1, 1, 96, 64, device=self.device))  # whether they fit
         except UNREADABLE as error:
-            fix = "pass --fad_weights=PATH of torchvggish's vggish-10086976.pth"
-            raise ValueError(f"no VGGish weights ({where}: {type(error).__name__}): {fix}") from error
-        self.model.requires_grad_(False).to(self.device)
+            raise ValueError(f"no VGGish weights ({where}: {type(error).__name__}): pass --fad_weights=PATH") from error
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.model["features"](x).permute(0, 2, 3, 1)  # (patches, 6, 4, 512), channels last as in TensorFlow
-        return self.model["embeddings"](x.flatten(1))
+        w = self.weights
+        for layer, last in ((0, True), (3, True), (6, False), (8, True), (11, False), (13, True)):
+            x = F.conv2d(x, w[f"features.{layer}.weight"], w[f"features.{layer}.bias"], padding=1).relu()
+            x = F.max_pool2d(x, 2) if last else x
+        x = x.permute(0, 2, 3, 1).flatten(1)  # (patches, 6 * 4 * 512), channels last as in TensorFlow
+        for layer in (0, 2, 4):
+            x = F.linear(x.relu(), w[f"embeddings.{layer}.weight"], w[f"embeddings.{layer}.bias"])
+        return x

