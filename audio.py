@@ -56,7 +56,7 @@ def decode(source: str | Path | bytes, name="", start=0.0, end=None, longest=mat
     its own sample rate: libsndfile wav, flac, ogg, opus and mp3, PyAV G.722 and what AudioSet is stored in. Raises
     AudioError for anything undecodable, empty, silent or absurd, and for what lasts over `longest` seconds or costs
     over MAX_SAMPLES, before it is decoded where the header tells."""
-    suffix = Path(name or (source if not isinstance(source, bytes) else "")).suffix.lower()
+    suffix = Path(name if isinstance(source, bytes) else source).suffix.lower()
     reader = _read_av if suffix in PYAV_SUFFIXES else _read_soundfile
     try:
         if not isinstance(source, bytes) and not Path(source).is_file():  # opening a FIFO would wait for ever

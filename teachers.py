@@ -248,9 +248,6 @@ class BEATs(Teacher):
         try:
             stored = torch.load(source, map_location="cpu", weights_only=True)
             self.cfg, self.dim = dict(stored["cfg"]), stored["cfg"]["encoder_embed_dim"]
-            wanted = {"layer_norm_first": False, "activation_fn": "gelu", "input_patch_size": 16}
-            if any(self.cfg.get(k, v) != v for k, v in wanted.items()):
-                raise ValueError(f"{source}: only post-norm BEATs with gelu and 16 x 16 patches are read here")
             self.weights = {k: v.float().to(self.device) for k, v in stored["model"].items()}
             kernel, groups = self.cfg["conv_pos"], self.cfg["conv_pos_groups"]
             position = weight_norm(nn.Conv1d(self.dim, self.dim, kernel, padding=kernel // 2, groups=groups), dim=2)
@@ -302,17 +299,15 @@ class BEATs(Teacher):
 
     def _states(self, fbank: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """(B, N, D) of fbanks (B, T, 128), of which the first `counts` (B,) patches are valid; N = 8 (T // 16)."""
-        w, cfg = self.weights, self.cfg
-        x = F.conv2d(fbank[:, None], w["patch_embedding.weight"], w.get("patch_embedding.bias"), stride=16)
+        x = F.conv2d(fbank[:, None], self.weights["patch_embedding.weight"], stride=16)
         x = self._norm("layer_norm", x.flatten(2).transpose(1, 2))  # (B, 512, T / 16, 8) -> (B, N, 512)
-        x = self._linear("post_extract_proj", x) if "post_extract_proj.weight" in w else x
         valid = torch.arange(x.shape[1], device=x.device) < counts[:, None]  # (B, N)
-        x = x * valid[..., None]
+        x = self._linear("post_extract_proj", x) * valid[..., None]
         position = self.position(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
         x = self._norm("encoder.layer_norm", x + F.gelu(position))
         bias, keys = self._position_bias(x.shape[1]), valid[:, None, None]
-        alpha = (2 * cfg["encoder_layers"]) ** 0.25 if cfg.get("deep_norm") else 1.0  # DeepNet's, of the residuals
-        for name in (f"encoder.layers.{l}." for l in range(cfg["encoder_layers"])):
+        alpha = (2 * self.cfg["encoder_layers"]) ** 0.25  # DeepNet's, of the residuals
+        for name in (f"encoder.layers.{l}." for l in range(self.cfg["encoder_layers"])):
             y = self._attend(f"{name}self_attn", x, bias, keys)
             x = self._norm(f"{name}self_attn_layer_norm", alpha * x + y)
             y = self._linear(f"{name}fc2", F.gelu(self._linear(f"{name}fc1", x)))

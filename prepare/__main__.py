@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import entropy
 from tqdm import tqdm
 
 import audio
@@ -53,7 +54,6 @@ LOST_LIMIT = 0.05  # preparation fails when a larger share of the clips cannot b
 ADVICE = {"no text": "give each recording its words (in a folder: a same-named .txt)"}
 ADVICE |= {"too short": "lower --min_seconds", "too long": "raise --max_seconds"}
 POSITIONS = 64  # columns of Whisper's position table that are taken out of its features
-ENCODER = "demo, BEATs_iter3_plus_AS2M.pt, or a transformers folder or hub name, perhaps with @LAYER"
 
 
 @dataclass
@@ -78,18 +78,18 @@ class Prepared:
     style: np.ndarray | None = None  # (16, E of the audio teacher)
 
 
-def weights(config: Config, domains: Collection[int]) -> dict[str, tuple[str, str]]:
-    """The options that name weights which the config reads for these domains; each's file or folder, and what it is."""
+def weights(config: Config, domains: Collection[int]) -> dict[str, str]:
+    """The options that name weights which the config reads for these domains; each's file, folder or hub name."""
     wanted = {
-        "speech_teacher": SPEECH in domains and ENCODER,
-        "speech_tokenizer_from": SPEECH in domains and config.speech_tokenizer == "whisper_vq" and ENCODER,
-        "audio_teacher": AUDIO in domains and ENCODER,
-        "audio_tokenizer_from": AUDIO in domains and ENCODER,
-        "beats_tokenizer": config.beats_tokens and "Tokenizer_iter3_plus_AS2M.pt",
-        "audio_tokenizer": AUDIO in domains and "the audio_tokenizer.pt of a prepared folder",
+        "speech_teacher": SPEECH in domains,
+        "speech_tokenizer_from": SPEECH in domains and config.speech_tokenizer == "whisper_vq",
+        "audio_teacher": AUDIO in domains,
+        "audio_tokenizer_from": AUDIO in domains,
+        "beats_tokenizer": config.beats_tokens,
+        "audio_tokenizer": AUDIO in domains,
     }
-    given = {key: teachers.split_layer(getattr(config, key))[0] for key, what in wanted.items() if what}
-    return {key: (name, wanted[key]) for key, name in given.items() if name not in ("", "demo")}
+    given = {key: teachers.split_layer(getattr(config, key))[0] for key in wanted if wanted[key]}
+    return {key: name for key, name in given.items() if name not in ("", "demo")}
 
 
 def missing(config: Config) -> list[str]:
@@ -99,9 +99,9 @@ def missing(config: Config) -> list[str]:
         given = [path for path in (getattr(config, f"{name}_dir"), getattr(config, public)) if path]
         if not (given or config.manifest) or not all(path == "demo" or Path(path).is_dir() for path in given):
             lines.append(f"--{public}=FOLDER, or --{name}_dir=FOLDER of any; now {', '.join(given) or 'none'}")
-    for key, (name, what) in weights(config, domains).items():
+    for key, name in weights(config, domains).items():
         if common.is_absent(name) or (name.endswith(".pt") and not Path(name).is_file()):
-            lines.append(f"--{key}=NAME  {what}; now {getattr(config, key)!r}")
+            lines.append(f"--{key}=FILE, or a folder or hub name; now {getattr(config, key)!r}")
     if SPEECH in domains and config.speech_tokenizer == "s3" and not importlib.util.find_spec("s3tokenizer"):
         lines.append("pip install s3tokenizer  for S3 tokens")
     return lines
@@ -194,8 +194,7 @@ def decode(clip: Clip, config: Config) -> Prepared:
     """The clip's mel and waveform. Raises AudioError for a clip that cannot be used."""
     if clip.domain == SPEECH and not corpora.normal(clip.text).strip():
         raise AudioError("no text")
-    suffix = clip.name if isinstance(clip.source, bytes) else ""
-    wav, rate = audio.decode(clip.source, suffix, clip.start, clip.end, config.max_seconds)
+    wav, rate = audio.decode(clip.source, clip.name, clip.start, clip.end, config.max_seconds)
     if len(wav) / rate < config.min_seconds:
         raise AudioError("too short", f"{len(wav) / rate:.2f} s")
     mel = audio.log_mel(torch.from_numpy(audio.resample(wav, rate, audio.SAMPLE_RATE)))
@@ -287,7 +286,7 @@ def begin(out_dir: Path, clips: list[Clip], config: Config) -> None:
     """Writes plan.json, which all who prepare one folder must agree on. Raises DataError for another plan or folder."""
     settings, file = settings_of(config), out_dir / "plan.json"
     plan = settings["prepared_with"] | settings["corpus"]
-    for key, (name, _) in weights(config, {c.domain for c in clips}).items():
+    for key, name in weights(config, {c.domain for c in clips}).items():
         files = (f for f in (Path(name), *Path(name).glob("*")) if f.is_file())
         plan |= {f"sha256 of {key}, {f.name}": sha256(f) for f in files}
     lines = "".join(f"{c.domain} {c.name}\n{c.group}\n{c.text}\n{c.start} {c.end}\n" for c in clips)
@@ -327,8 +326,8 @@ def fit_tokenizer(d: int, path: Path, networks: Networks, shards: dict[str, list
     shape = tokenizer.TokenizerConfig(*sizes, positions=POSITIONS if teacher.name == "whisper" else 0)
     how = (config.tokenizer_steps, config.tokenizer_batch, config.tokenizer_lr, config.data_seed, networks.device)
     model = tokenizer.fit(features, shape, *how, path.with_name(f".{path.name}.state"), f"{name} tokenizer")
-    used, perplexity = tokenizer.usage(model.encode(features), shape.codes)
-    print(f"{name} tokens: codes used {used:.3g}, perplexity {perplexity:.3g}")
+    counts = np.bincount(np.concatenate(model.encode(features)), minlength=shape.codes)
+    print(f"{name} tokens: codes used {(counts > 0).mean():.3g}, perplexity {np.exp(entropy(counts)):.3g}")
     tokenizer.save(model, path)
     for file in path.parent.glob(f".{path.name}.*"):  # what the fit would have gone on from
         file.unlink()

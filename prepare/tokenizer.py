@@ -214,12 +214,6 @@ def windows(model: Tokenizer, features: Sequence[np.ndarray], count: int, rng: n
     return out.to(device), mask.to(device)
 
 
-def usage(codes: list[np.ndarray], size: int) -> tuple[float, float]:
-    """Share of the codebook that is used, and its perplexity, over a corpus of codes."""
-    p = np.bincount(np.concatenate(codes), minlength=size) / sum(map(len, codes))
-    return float((p > 0).mean()), float(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()))
-
-
 def at_token_times(rows: np.ndarray, n: int, rate: float, own_rate: float) -> np.ndarray:
     """The row of a sequence at `own_rate` per second that covers the middle of each of n tokens at `rate` per second:
     how a stream of codes follows another in time, whatever their lengths. Past its end the last row is repeated."""
@@ -249,8 +243,8 @@ class S3:
 
             self.package, self.model = s3tokenizer, s3tokenizer.load_model(source).to(device).eval()
         except Exception as error:  # it raises many types, for no network and for no such file
-            what = f"s3={source!r} is not there or out of reach ({type(error).__name__})"
-            raise ValueError(f"{what}; pip install s3tokenizer, and --s3=speech_tokenizer_v1") from error
+            fix = "pip install s3tokenizer, and --s3=speech_tokenizer_v1"
+            raise ValueError(f"s3={source!r} is not there or out of reach ({type(error).__name__}); {fix}") from error
 
     @torch.inference_mode()
     def encode(self, wavs: list[np.ndarray]) -> list[np.ndarray]:

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import BEATS_CFG
 
 import audio
 import teachers
@@ -324,10 +323,8 @@ def test_other_files_are_not_beats(beats_file, tmp_path):
     (tmp_path / "text.pt").write_text("no zip")
     (tmp_path / "empty.pt").touch()
     torch.save({"model": {}}, tmp_path / "no_cfg.pt")
-    torch.save({"cfg": BEATS_CFG | {"layer_norm_first": True}, "model": {}}, tmp_path / "pre_norm.pt")
-    matches = dict.fromkeys(("none", "text", "empty", "incomplete"), "pass the path")
-    for name, match in (matches | {"no_cfg": "KeyError", "pre_norm": "post-norm"}).items():
-        with pytest.raises(ValueError, match=match) as error:
+    for name in ("none", "text", "empty", "incomplete", "no_cfg"):
+        with pytest.raises(ValueError, match="pass the path") as error:
             demo.load_teacher("beats", tmp_path / f"{name}.pt")
         assert "\n" not in str(error.value)
 

@@ -133,8 +133,6 @@ def test_fit_recovers_clusters():
         features.append((centres[label] + 0.1 * rng.normal(size=(96, 12))).astype(np.float32))
     model = fit(features, 16, 150, width=48, batch=8, lr=3e-3)
     codes = model.encode(features)
-    used, perplexity = tokenizer.usage(codes, 16)
-    assert 6 < perplexity <= 16 and used > 0.4
     table = np.zeros((16, 8))
     np.add.at(table, (np.concatenate(codes), np.concatenate(labels)), 1)
     purity = table.max(1).sum() / table.sum()  # of knowing the centre from the code
@@ -238,13 +236,6 @@ def test_save_and_load(rng, tmp_path):
     common.save(tmp_path / "model.pt", {"config": {"n_layer": 4, "audio_codes": 16}, "model": {}})
     with pytest.raises(common.CheckpointError, match="model.pt is another kind of checkpoint"):
         tokenizer.load(tmp_path / "model.pt")
-
-
-def test_usage_by_hand():
-    used, perplexity = tokenizer.usage([np.array([0, 0, 1]), np.array([1, 5, 5])], 8)
-    assert used == 3 / 8 and perplexity == pytest.approx(3)
-    used, perplexity = tokenizer.usage([np.array([2, 2, 2, 3])], 4)
-    assert used == 0.5 and perplexity == pytest.approx((3 / 4) ** -(3 / 4) * (1 / 4) ** -(1 / 4))
 
 
 def test_s3_by_its_package(monkeypatch):
