@@ -53,9 +53,8 @@ def resample(wav: np.ndarray, rate: int, to: int) -> np.ndarray:
 
 def decode(source: str | Path | bytes, name="", start=0.0, end=None, longest=math.inf) -> tuple[np.ndarray, int]:
     """Decodes the seconds `start` to `end` of a file (or its bytes, `name` giving the suffix) to mono float32 (L,) and
-    its own sample rate: libsndfile wav, flac, ogg, opus and mp3, PyAV G.722 and what AudioSet is stored in. Raises
-    AudioError for anything undecodable, empty, silent or absurd, and for what lasts over `longest` seconds or costs
-    over MAX_SAMPLES, before it is decoded where the header tells."""
+    its own sample rate. Raises AudioError for anything undecodable, empty, silent or absurd, and for what lasts over
+    `longest` seconds or costs over MAX_SAMPLES, before it is decoded where the header tells."""
     suffix = Path(name if isinstance(source, bytes) else source).suffix.lower()
     reader = _read_av if suffix in PYAV_SUFFIXES else _read_soundfile
     try:

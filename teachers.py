@@ -45,7 +45,7 @@ class Teacher:
 
     def embed(self, wavs: list[np.ndarray]) -> np.ndarray:
         """One vector per clip, (B, D) float32: the mean of its features over valid frames."""
-        return np.stack([f.mean(0) for f in self.encode(wavs)]) if wavs else np.zeros((0, self.dim), np.float32)
+        return np.stack([f.mean(0) for f in self.encode(wavs)])
 
 
 def style_vectors(features: np.ndarray, segments: int = 16) -> np.ndarray:
@@ -130,8 +130,7 @@ class Whisper(Teacher):
 
     @torch.inference_mode()
     def encode(self, wavs: list[np.ndarray], layer: int | None = None) -> list[np.ndarray]:
-        """Encoder states of every clip at its own length, (N_i, D), 50 per second: those after `layer`, None for its
-        own, -1 for the final, normalised ones. Raises ValueError for a clip over 30 s."""
+        """Encoder states (N_i, D) of every clip of at most 30 s: after `layer`, None for its own, -1 for the output."""
         wavs, layer = checked(wavs, self.window), self.layer if layer is None else layer
         frames = [max(1, len(w) // 160) for w in wavs]  # two make a state
         out = [np.empty(0)] * len(wavs)

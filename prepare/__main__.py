@@ -154,8 +154,7 @@ class Networks:
         # S3's recipe quantises in the middle of the recogniser's encoder, where sound is not yet all turned into text
         layer = {"layer": teacher.depth // 2 - 1} if d == SPEECH and teacher.layer < 0 < teacher.depth else {}
         known, new = dict(self.features), [p for p in clips if p.clip.key not in self.features]
-        states = teacher.encode(heard(new, teacher), **layer) if new else []
-        for p, x in zip(new, states, strict=True):
+        for p, x in zip(new, teacher.encode(heard(new, teacher), **layer), strict=True):
             known[p.clip.key] = tokenizer.token_features(teacher, x, token_count(len(p.mel), rate), rate)
         return [known[p.clip.key] for p in clips]
 
@@ -224,8 +223,7 @@ def encode_file(path: str, domain: int, config: Config) -> Prepared:
 
 
 def prepare(config: Config) -> None:
-    """Completes config.data_dir, alone or with other processes. Raises DataError when inputs are missing, the folder
-    belongs to other settings or another corpus, or too many clips are unusable."""
+    """Completes config.data_dir, alone or with other processes. Raises DataError when it cannot."""
     if lines := missing(config):
         raise DataError("this config needs what is not here:\n  " + "\n  ".join(lines))
     (clips, notes), lost, out_dir = corpora.read(config), {}, Path(config.data_dir)
@@ -505,8 +503,8 @@ def add_teacher(args: PrepareArgs) -> None:
             vectors = networks.encoder(d).embed(heard(found, networks.encoder(d))) if found else []
             np.save(part / f"teacher_{d}.npy", np.array(vectors, np.float32).reshape(-1, meta["teachers"][d][1]))
         seal(part, out_dir / name, about)
-    for file in (f for f in root.iterdir() if f.name.endswith(("_codebook.npy", "_tokenizer.pt", "styles.json"))):
-        if not (out_dir / file.name).exists():
+    for file in root.iterdir():
+        if file.name.endswith(("_codebook.npy", "_tokenizer.pt", "styles.json")) and not (out_dir / file.name).exists():
             os.link(file, out_dir / file.name)
     join(out_dir, shards, meta | settings_of(config))
     print(f"made {out_dir}; train it with", *(f"--{k}={v}" for k, v in changes.items()))

@@ -156,8 +156,8 @@ def fit(
     features: Sequence[np.ndarray], config: TokenizerConfig, steps, batch, lr, seed, device, resume: Path, label=""
 ) -> Tokenizer:
     """A Tokenizer trained on random windows of features (N, E): MSE + 10 * commitment (eq. 14). A step follows from
-    (seed, step) alone. Every SAVE_EVERY steps the state is saved at `resume`, and a fit that finds one goes on from it;
-    the caller deletes it, and keeps other fits from it. `label` names the progress bar."""
+    (seed, step) alone. Every SAVE_EVERY steps the state is saved at `resume`, from which the same fit goes on; the
+    caller deletes it. `label` names the progress bar."""
     model = start(features, config, batch, seed, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.5, 0.9))
     cycle = {"pct_start": 0.1, "cycle_momentum": False}  # OneCycleLR divides by zero at 1 / pct_start steps

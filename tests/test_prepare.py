@@ -101,13 +101,11 @@ def test_decode_gives_both_rates_and_says_what_is_wrong(speech_dir):
     wav = audio.resample(p.wav, p.rate, 24000)
     assert len(p.wav) == 9600 and abs(len(wav) - 14400) <= 1 and p.mel.shape == (len(wav) // 256 + 1, 100)
     preparation.decode(replace(clip, text="", domain=AUDIO), config)  # sounds need no words
-    with pytest.raises(AudioError, match="^no text$"):
-        preparation.decode(replace(clip, text=" ... "), config)
-    with pytest.raises(AudioError, match="^cannot be decoded: "):
-        preparation.decode(replace(clip, source=b"not sound"), config)
-    for limits, reason in (({"min_seconds": 0.7}, "too short"), ({"max_seconds": 0.59}, "too long")):
-        with pytest.raises(AudioError, match=f"^{reason}: 0.60 s"):
-            preparation.decode(clip, replace(config, **limits))
+    wrong = [({"text": " ... "}, {}, "no text$"), ({"source": b"not sound"}, {}, "cannot be decoded: ")]
+    wrong += [({}, {"min_seconds": 0.7}, "too short: 0.60 s"), ({}, {"max_seconds": 0.59}, "too long: 0.60 s")]
+    for change, limits, reason in wrong:
+        with pytest.raises(AudioError, match=f"^{reason}"):
+            preparation.decode(replace(clip, **change), replace(config, **limits))
 
 
 def test_a_part_is_cut_out_keeps_its_format_and_may_not_be_silent(tmp_path, speech_dir, rng):
@@ -446,15 +444,9 @@ def test_another_teacher_or_layer_is_another_preparation_and_leaves_the_tokens(c
     assert len(set(names.values())) == 4
     vectors, tokens = zip(*(embeddings_and_tokens(one.data_dir) for one in found.values()), strict=True)
     assert tokens[0] == tokens[1] == tokens[2] != tokens[3] and vectors[1] != vectors[2] == vectors[3]
-    teacher = demo.load_encoder(f"{hubert}@2", SPEECH)
-    train = data.Dataset(found[2].data_dir, "train")
-    i = int(np.flatnonzero(train.index["domain"] == SPEECH)[0])
-    [expected] = teacher.embed([audio.read(Path(config.speech_dir, train.name_and_text(i)[0]), 16000)])
-    np.testing.assert_allclose(train.vector(i), expected, atol=1e-5)
-    assert train.meta["teachers"] == [["hubert", 32], ["level", 3]]
+    assert data.read_meta(found[2].data_dir)["teachers"] == [["hubert", 32], ["level", 3]]
     plan = json.loads(Path(found[2].data_dir, "plan.json").read_text())
-    weights = Path(hubert, "model.safetensors")
-    assert plan["sha256 of speech_teacher, model.safetensors"] == common.sha256(weights)
+    assert plan["sha256 of speech_teacher, model.safetensors"] == common.sha256(Path(hubert, "model.safetensors"))
     with pytest.raises(DataError, match="speech_teacher: .*@1' -> .*@2'"):
         data.check_prepared(replace(found[2], data_dir=found[1].data_dir))
 
@@ -503,12 +495,11 @@ def test_one_domain_needs_nothing_of_the_other(config, level, monkeypatch, capsy
     meta = data.read_meta(config.data_dir)
     assert meta["train"]["clips"][1 - domain] == 0 and meta["teachers"][1 - domain] == ["none", 1]
     assert run(Config(), styles=config.data_dir) == run(Config(), features=config.data_dir) == 0
-    for dataset in (data.Dataset(config.data_dir, split) for split in preparation.SPLITS):
-        assert set(dataset.index["domain"].tolist()) == {domain}
-        source = Path((config.speech_dir, config.audio_dir)[domain], dataset.name_and_text(0)[0])
-        p = preparation.encode_file(str(source), domain, config)
-        np.testing.assert_array_equal(p.tokens, dataset.tokens(0))
-        np.testing.assert_array_equal(p.style.astype(np.float16), dataset.style(0))
+    dataset = data.Dataset(config.data_dir, "held_out")
+    source = Path((config.speech_dir, config.audio_dir)[domain], dataset.name_and_text(0)[0])
+    p = preparation.encode_file(str(source), domain, config)
+    np.testing.assert_array_equal(p.tokens, dataset.tokens(0))
+    np.testing.assert_array_equal(p.style.astype(np.float16), dataset.style(0))
     small = {k: v for k, v in TINY.items() if not k.endswith(("_dir", "_teacher", "_codes", "_tokenizer"))}
     small |= {"align_target": "frames", "refresh_epochs": 2.0, "max_steps": 4, "phase1_steps": 2, "probe_every": 2}
     out_dir = Path(f"{config.data_dir}_run")
