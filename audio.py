@@ -7,10 +7,10 @@
 L samples, T mel frames (one each HOP samples), M = 100 mel bins.
 """
 
-import contextlib
 import importlib
 import io
 import math
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -29,6 +29,8 @@ FRAME_RATE = SAMPLE_RATE / HOP  # mel frames per second
 MAX_SAMPLES = 2**26  # of all channels: the most that one clip may cost to decode, 256 MiB
 LOUDEST = 1e6  # a float file may hold anything: beyond this a power spectrum comes near what float32 holds
 PYAV_SUFFIXES = {".g722", ".m4a", ".mp4", ".webm", ".aac"}  # what libsndfile cannot read
+# what a config.yaml may name: Vocos imports any class that it is told to, and the file may be a stranger's
+VOCOS_CLASS = r"vocos\.(feature_extractors\.MelSpectrogramFeatures|models\.Vocos(ResNet)?Backbone|heads\.\w+Head)"
 
 
 class AudioError(ValueError):
@@ -51,10 +53,9 @@ def resample(wav: np.ndarray, rate: int, to: int) -> np.ndarray:
 
 def decode(source: str | Path | bytes, name="", start=0.0, end=None, longest=math.inf) -> tuple[np.ndarray, int]:
     """Decodes the seconds `start` to `end` of a file (or its bytes, `name` giving the suffix) to mono float32 (L,) and
-    its own sample rate: libsndfile wav, flac, ogg, opus and mp3, PyAV G.722 and what AudioSet is stored in. Raises
-    AudioError for anything undecodable, empty, silent or absurd, and for what lasts over `longest` seconds or costs
-    over MAX_SAMPLES, before it is decoded where the header tells."""
-    suffix = Path(name or (source if not isinstance(source, bytes) else "")).suffix.lower()
+    its own sample rate. Raises AudioError for anything undecodable, empty, silent or absurd, and for what lasts over
+    `longest` seconds or costs over MAX_SAMPLES, before it is decoded where the header tells."""
+    suffix = Path(name if isinstance(source, bytes) else source).suffix.lower()
     reader = _read_av if suffix in PYAV_SUFFIXES else _read_soundfile
     try:
         if not isinstance(source, bytes) and not Path(source).is_file():  # opening a FIFO would wait for ever
@@ -120,14 +121,11 @@ def _read_av(file: BinaryIO, suffix: str, start: float, end: float, longest: flo
     return np.concatenate(chunks, axis=1).T if chunks else np.zeros((0, 1), np.float32), rate
 
 
-def write(target: str | Path | BinaryIO, wav: np.ndarray, sample_rate: int = SAMPLE_RATE, kind: str = "WAV") -> None:
-    """Writes (L,) float samples as 16-bit WAV or FLAC; a peak above 1 is scaled down rather than clipped."""
-    wav = np.asarray(wav, np.float32)
-    content = io.BytesIO()  # a disk that is full tells libsndfile in ten lines
-    wav = wav / max(1.0, float(np.abs(wav).max(initial=0)))
-    soundfile.write(content, wav, sample_rate, subtype="PCM_16", format=kind)
-    with open(target, "wb") if isinstance(target, (str, Path)) else contextlib.nullcontext(target) as file:
-        file.write(content.getbuffer())
+def write(path: str | Path, wav: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
+    """Writes (L,) float samples as 16-bit WAV; a peak above 1 is scaled down rather than clipped."""
+    file, wav = io.BytesIO(), np.asarray(wav, np.float32)  # a disk that is full tells libsndfile in ten lines
+    soundfile.write(file, wav / max(1.0, float(np.abs(wav).max(initial=0))), sample_rate, "PCM_16", format="WAV")
+    Path(path).write_bytes(file.getvalue())
 
 
 @cache
@@ -174,25 +172,18 @@ def mel_to_magnitude(mel: torch.Tensor, iterations: int = 50) -> torch.Tensor:
     return magnitude.T
 
 
-def griffin_lim(mel: torch.Tensor, iterations: int = 60) -> np.ndarray:
+def griffin_lim(mel: torch.Tensor) -> np.ndarray:
     """Log-mel (T, 100) -> waveform ((T - 1) * HOP,): the vocoder without weights (fast Griffin-Lim)."""
     frames = mel.shape[0]
     mel = torch.cat([mel, mel[-1:].expand(max(0, 4 - frames), -1)])  # 4 frames are the least that its STFT can mirror
-    magnitude = mel_to_magnitude(mel)
     sizes = (torch.hann_window(N_FFT, device=mel.device), N_FFT, HOP, N_FFT)
-    wav = torchaudio().functional.griffinlim(magnitude, *sizes, 1.0, iterations, 0.99, None, rand_init=False)
+    wav = torchaudio().functional.griffinlim(mel_to_magnitude(mel), *sizes, 1.0, 60, 0.99, None, rand_init=False)
     return wav[: (frames - 1) * HOP].cpu().numpy()
-
-
-# what a config.yaml may name: Vocos imports any class that it is told to, and the file may be a stranger's
-VOCOS_CLASSES = {"vocos.feature_extractors.MelSpectrogramFeatures", "vocos.models.VocosBackbone"}
-VOCOS_CLASSES |= {"vocos.models.VocosResNetBackbone", "vocos.heads.ISTFTHead"}
-VOCOS_CLASSES |= {"vocos.heads.IMDCTSymExpHead", "vocos.heads.IMDCTCosHead"}
 
 
 def load_vocoder(name: str, device: str = "cpu") -> Callable[[torch.Tensor], np.ndarray]:
     """Returns mel (T, 100) -> waveform (L,). `name`: griffin_lim, a Vocos hub name or a folder with its two files.
-    Raises ValueError when Vocos' weights cannot be found, or its config.yaml asks for other code."""
+    Raises ValueError when they cannot be read, or config.yaml asks for other code."""
     if name == "griffin_lim":
         return griffin_lim
     torchaudio()
@@ -204,16 +195,15 @@ def load_vocoder(name: str, device: str = "cpu") -> Callable[[torch.Tensor], np.
         files = ("config.yaml", "pytorch_model.bin")
         config, weights = (Path(name) / f if Path(name).is_dir() else hf_hub_download(name, f) for f in files)
         parts = yaml.safe_load(Path(config).read_text())
-        foreign = {parts[p]["class_path"] for p in ("feature_extractor", "backbone", "head")} - VOCOS_CLASSES
-        if not foreign:
-            vocos = Vocos.from_hparams(str(config))
-            vocos.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        for path in (parts[p]["class_path"] for p in ("feature_extractor", "backbone", "head")):
+            if not re.fullmatch(VOCOS_CLASS, path):
+                raise ValueError(f"its config.yaml names {path}; only Vocos' own classes are run")
+        vocos = Vocos.from_hparams(str(config)).to(device).eval()
+        vocos.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
     except Exception as error:
-        what = f"neither a folder with config.yaml and pytorch_model.bin nor a hub name ({type(error).__name__})"
-        raise ValueError(f"vocoder {name!r}: {what}; --vocoder=griffin_lim needs no weights") from error
-    if foreign:
-        raise ValueError(f"vocoder {name!r}: its config.yaml names {foreign.pop()}; only Vocos' own classes are run")
-    vocos = vocos.to(device).eval()
+        what = f"vocoder {name!r} cannot be read ({type(error).__name__} {' '.join(str(error).split())[:160]})"
+        fix = "pass a folder with config.yaml and pytorch_model.bin or a hub name"
+        raise ValueError(f"{what}: {fix}; --vocoder=griffin_lim needs no weights") from error
 
     @torch.inference_mode()
     def vocode(mel: torch.Tensor) -> np.ndarray:

@@ -26,7 +26,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -35,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import entropy
 from tqdm import tqdm
 
 import audio
@@ -114,8 +114,7 @@ def source(config: Config, d: int, reads: bool = False) -> str:
 
 
 class Networks:
-    """The frozen networks of a config for the domains that have clips, loaded when first needed, and what was encoded
-    already. Lists are by domain."""
+    """The frozen networks of a config, for the domains that have clips, loaded when needed. Lists are by domain."""
 
     def __init__(self, config: Config, counts: Sequence[int]):
         self.config, self.domains = config, [d for d, count in enumerate(counts) if count]
@@ -133,6 +132,16 @@ class Networks:
         """The network that source() names."""
         return self.load(source(self.config, d, reads), d)
 
+    def load_all(self) -> None:
+        """Loads what is read of weights, each named by its setting, so that what is no such file is refused."""
+        for d in self.domains:
+            self.encoder(d)
+            self.encoder(d, reads=True)
+            if not self.files[d] or self.files[d].exists():  # else it is fitted here
+                self.tokenizer(d)
+        if self.config.beats_tokens:
+            self.load(self.config.beats_tokenizer, AUDIO)
+
     def named_widths(self) -> list[list]:
         """[name, E] of each domain's teacher, no two names alike; a domain that is not there has one of width 1."""
         found = [[self.encoder(d).name, self.encoder(d).dim] if d in self.domains else ["none", 1] for d in range(2)]
@@ -143,11 +152,11 @@ class Networks:
         """The tokenizer of domain d. Raises DataError for one of another size, as an AST may be that is given."""
         if not (path := self.files[d]):
             return tokenizer.S3(self.config.s3, self.device)
-        model, codes = tokenizer.load(path).to(self.device), f"{DOMAINS[d]}_codes"
+        model = tokenizer.load(path).to(self.device)
         sizes = (model.config.codes, model.config.rate, model.config.dim)
-        if sizes != (wanted := (getattr(self.config, codes), self.rates[d], self.encoder(d, reads=True).dim)):
-            what = f"codes, tokens per second and feature width are {sizes}, this config wants {wanted}"
-            raise DataError(f"{path}: {what}; pass --{codes} or another file")
+        wanted = (getattr(self.config, f"{DOMAINS[d]}_codes"), self.rates[d], self.encoder(d, reads=True).dim)
+        if sizes != wanted:
+            raise DataError(f"{path}: codes, tokens a second and feature width are {sizes}, this config wants {wanted}")
         return model
 
     def encode(self, d: int, clips: list[Prepared]) -> list[np.ndarray]:
@@ -156,8 +165,7 @@ class Networks:
         # S3's recipe quantises in the middle of the recogniser's encoder, where sound is not yet all turned into text
         layer = {"layer": teacher.depth // 2 - 1} if d == SPEECH and teacher.layer < 0 < teacher.depth else {}
         known, new = dict(self.features), [p for p in clips if p.clip.key not in self.features]
-        states = teacher.encode(heard(new, teacher), **layer) if new else []
-        for p, x in zip(new, states, strict=True):
+        for p, x in zip(new, teacher.encode(heard(new, teacher), **layer), strict=True):
             known[p.clip.key] = tokenizer.token_features(teacher, x, token_count(len(p.mel), rate), rate)
         return [known[p.clip.key] for p in clips]
 
@@ -196,8 +204,7 @@ def decode(clip: Clip, config: Config) -> Prepared:
     """The clip's mel and waveform. Raises AudioError for a clip that cannot be used."""
     if clip.domain == SPEECH and not corpora.normal(clip.text).strip():
         raise AudioError("no text")
-    suffix = clip.name if isinstance(clip.source, bytes) else ""
-    wav, rate = audio.decode(clip.source, suffix, clip.start, clip.end, config.max_seconds)
+    wav, rate = audio.decode(clip.source, clip.name, clip.start, clip.end, config.max_seconds)
     if len(wav) / rate < config.min_seconds:
         raise AudioError("too short", f"{len(wav) / rate:.2f} s")
     mel = audio.log_mel(torch.from_numpy(audio.resample(wav, rate, audio.SAMPLE_RATE)))
@@ -227,17 +234,13 @@ def encode_file(path: str, domain: int, config: Config) -> Prepared:
 
 
 def prepare(config: Config) -> None:
-    """Completes config.data_dir, alone or with other processes. Raises DataError when inputs are missing, the folder
-    belongs to other settings or another corpus, or too many clips are unusable."""
+    """Completes config.data_dir, alone or with other processes. Raises DataError when it cannot."""
     if lines := missing(config):
         raise DataError("this config needs what is not here:\n  " + "\n  ".join(lines))
-    start, lead = time.monotonic(), os.environ.get("RANK", "0") == "0"
-    clips, notes = corpora.read(config)
-    shards, networks, lost = plan_shards(clips, config), Networks(config, np.bincount([c.domain for c in clips])), {}
-    out_dir = Path(config.data_dir)
-    locks = out_dir.with_name(f".{out_dir.name}.locks")
-    networks.named_widths()  # loads the teachers now: a plan is written when it can be carried out
-    networks.encoder(networks.domains[0], reads=True)
+    (clips, notes), lost, out_dir = corpora.read(config), {}, Path(config.data_dir)
+    shards, networks = plan_shards(clips, config), Networks(config, np.bincount([c.domain for c in clips]))
+    locks, lead = out_dir.with_name(f".{out_dir.name}.locks"), os.environ.get("RANK", "0") == "0"
+    networks.load_all()  # now: a plan is written when it can be carried out
     with locked(locks / "plan"):
         begin(out_dir, clips, config)
     with locked(locks / "tokenizers"):
@@ -265,8 +268,7 @@ def prepare(config: Config) -> None:
             finish(out_dir, list(shards), networks, lost)
     shutil.rmtree(locks, ignore_errors=True)
     if lead:
-        seconds = time.monotonic() - start
-        print(*notes, f"prepared {out_dir} in {seconds:.0f} s ({len(clips) / seconds:.1f} clips/s)", sep="\n")
+        print(*notes, f"prepared {out_dir}", sep="\n")
 
 
 def plan_shards(clips: list[Clip], config: Config) -> dict[str, list[Clip]]:
@@ -290,25 +292,24 @@ def refuse_empty(split: str, lacks: set[int], config: Config) -> None:
 
 def begin(out_dir: Path, clips: list[Clip], config: Config) -> None:
     """Writes plan.json, which all who prepare one folder must agree on. Raises DataError for another plan or folder."""
-    lines = "".join(f"{c.domain} {c.name}\n{c.group}\n{c.text}\n{c.start} {c.end}\n" for c in clips)
     settings, file = settings_of(config), out_dir / "plan.json"
     plan = settings["prepared_with"] | settings["corpus"]
     for key, (name, _) in weights(config, {c.domain for c in clips}).items():
         files = (f for f in (Path(name), *Path(name).glob("*")) if f.is_file())
         plan |= {f"sha256 of {key}, {f.name}": sha256(f) for f in files}
+    lines = "".join(f"{c.domain} {c.name}\n{c.group}\n{c.text}\n{c.start} {c.end}\n" for c in clips)
     plan |= {"clips": len(clips), "names and texts": hashlib.sha256(lines.encode()).hexdigest()}
     if not file.exists():
-        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise DataError(f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER")
         out_dir.mkdir(parents=True, exist_ok=True)
+        if any(out_dir.iterdir()):
+            raise DataError(f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER")
         write_json(file, plan)
     try:
         changed = common.changed_settings(plan, json.loads(file.read_text()), config)
     except (ValueError, TypeError):
         changed = "its plan.json is damaged"
     if changed:
-        what = f"{out_dir} was begun with other settings or another corpus ({changed})"
-        raise DataError(f"{what}; pass --data_dir=ANOTHER_FOLDER or delete it")
+        raise DataError(f"{out_dir} was begun with other settings or another corpus ({changed}); pass another data_dir")
 
 
 def training_clips(shards: dict[str, list[Clip]], d: int, seed: int) -> list[Clip]:
@@ -320,24 +321,21 @@ def training_clips(shards: dict[str, list[Clip]], d: int, seed: int) -> list[Cli
 def fit_tokenizer(d: int, path: Path, networks: Networks, shards: dict[str, list[Clip]]) -> None:
     """Fits domain d's tokenizer on training clips, and says how it uses its codes; it appears at `path`."""
     config, name, lost = networks.config, DOMAINS[d], {}
-    chosen, features = training_clips(shards, d, config.data_seed)[: config.tokenizer_clips], []
+    chosen = training_clips(shards, d, config.data_seed)[: config.tokenizer_clips]
     for k in range(0, len(chosen), FIT_CHUNK):
         prepared = decode_all(chosen[k : k + FIT_CHUNK], config, lost)
         if not prepared:
             refuse_losses(lost, sum(map(len, lost.values())), path.parent, f"{name} ")
         refuse_losses(lost, sum(map(len, shards.values())), path.parent)
-        new = networks.encode(d, prepared)
-        networks.features |= {p.clip.key: x for p, x in zip(prepared, new, strict=True)}
-        features += new
+        networks.features |= {p.clip.key: x for p, x in zip(prepared, networks.encode(d, prepared), strict=True)}
+    features = [x for (domain, _), x in networks.features.items() if domain == d]
     teacher = networks.encoder(d, reads=True)
     sizes = (teacher.dim, getattr(config, f"{name}_codes"), networks.rates[d], config.tokenizer_width)
     shape = tokenizer.TokenizerConfig(*sizes, positions=POSITIONS if teacher.name == "whisper" else 0)
     how = (config.tokenizer_steps, config.tokenizer_batch, config.tokenizer_lr, config.data_seed, networks.device)
-    state = path.with_name(f".{path.name}.state")
-    with tqdm(total=config.tokenizer_steps, desc=f"{name} tokenizer", mininterval=1) as bar:
-        model = tokenizer.fit(features, shape, *how, resume=state, progress=lambda *_: bar.update())
-    used, perplexity = tokenizer.usage(model.encode(features), shape.codes)
-    print(f"{name} tokens: codes used {used:.3g}, perplexity {perplexity:.3g}")
+    model = tokenizer.fit(features, shape, *how, path.with_name(f".{path.name}.state"), f"{name} tokenizer")
+    counts = np.bincount(np.concatenate(model.encode(features)), minlength=shape.codes)
+    print(f"{name} tokens: codes used {(counts > 0).mean():.3g}, perplexity {np.exp(entropy(counts)):.3g}")
     tokenizer.save(model, path)
     for file in path.parent.glob(f".{path.name}.*"):  # what the fit would have gone on from
         file.unlink()
@@ -515,8 +513,8 @@ def add_teacher(args: PrepareArgs) -> None:
             vectors = networks.encoder(d).embed(heard(found, networks.encoder(d))) if found else []
             np.save(part / f"teacher_{d}.npy", np.array(vectors, np.float32).reshape(-1, meta["teachers"][d][1]))
         seal(part, out_dir / name, about)
-    for file in (f for f in root.iterdir() if f.name.endswith(("_codebook.npy", "_tokenizer.pt", "styles.json"))):
-        if not (out_dir / file.name).exists():
+    for file in root.iterdir():
+        if file.name.endswith(("_codebook.npy", "_tokenizer.pt", "styles.json")) and not (out_dir / file.name).exists():
             os.link(file, out_dir / file.name)
     join(out_dir, shards, meta | settings_of(config))
     print(f"made {out_dir}; train it with", *(f"--{k}={v}" for k, v in changes.items()))

