@@ -262,9 +262,7 @@ class CosyVoice(Matcha):
 
 
 FORWARD = "forward(x_t, t, cond): it returns the velocity (B, T, M) of x_t (B, T, M) at t (B,), cond (B, T, D)"
-LAYERS = (
-    "layers(): it returns a residual block for each of L layers, or the list of branches; or pass --backbone_layers"
-)
+LAYERS = "layers(): it returns a residual block for each of L layers, or the list of its branches; or --backbone_layers"
 STATES = "states(): it returns the L + 1 modules whose first input is h_0 .. h_L, which branches do not show"
 
 
@@ -347,7 +345,8 @@ def package(name: str, module: str) -> types.ModuleType:
 
 def find(name: str, layers: str = "") -> Callable[[DiTConfig], FlowModel]:
     """What builds the model called `name`: of BACKBONES, or FILE.py:Class or package.module:Class, with `layers`, where
-    given, the path of its blocks. Raises ValueError where there is none."""
+    given, the path of its blocks. Raises ValueError where there is none; building raises DataError where its package
+    is not installed, ValueError for what it lacks."""
     where, _, wanted = name.rpartition(":")
     if name in BACKBONES and not layers:
         return BACKBONES[name]
@@ -361,11 +360,6 @@ def find(name: str, layers: str = "") -> Callable[[DiTConfig], FlowModel]:
     if not isinstance(kind := found.get(wanted), type) or not issubclass(kind, nn.Module):
         raise ValueError(f"backbone={name}: {where} has no torch.nn.Module called {wanted!r}")
     return partial(Yours, name=name, kind=kind, path=layers)
-
-
-def build(name: str, config: DiTConfig, layers: str = "") -> FlowModel:
-    """find(name, layers), built. Raises DataError where its package is not installed, ValueError for what it lacks."""
-    return find(name, layers)(config)
 
 
 @torch.no_grad()
@@ -440,7 +434,7 @@ def init_from(model: FlowModel, path: str, others_stay: bool = False) -> str:
 def load_model(state: dict, ema: bool = True, device: str = "cpu") -> FlowModel:
     """The model of a checkpoint's state, in eval mode; averaged weights unless ema=False. CheckpointError: no fit."""
     config, size, weights = state["config"], DiTConfig(**state["model_config"]), state["ema" if ema else "model"]
-    make = partial(build, config["backbone"], size, config.get("backbone_layers", ""))
+    make = partial(find(config["backbone"], config.get("backbone_layers", "")), size)
     check_weights(make, size.n_layer, weights, f"the checkpoint of step {state.get('step')}")
     loaded = make()
     loaded.load_state_dict(weights)

@@ -61,7 +61,7 @@ from backbones import load_model
 from common import AUDIO, DOMAINS, SPEECH, command, pick_device, precision
 from data import Batch, Dataset, crop_unit, first_of_each_domain
 from lm import generate, load_lm
-from model import FlowModel, sample, step_times
+from model import FlowModel, sample, time_grid
 from prepare import __main__ as preparation
 from prepare import corpora
 from train import Config
@@ -82,7 +82,7 @@ class Request(NamedTuple):
 def settings(args, run: dict) -> dict:
     """The sampler's settings: the command's where given, else those of the run that trained the model."""
     chosen = {k: run[k] if getattr(args, k) is None else getattr(args, k) for k in ("nfe", "cfg_scale", "sway")}
-    step_times(chosen["nfe"], args.method, chosen["sway"], args.epss)  # refuses before anything else is loaded
+    time_grid(chosen["nfe"], chosen["sway"], args.epss, args.method)  # refuses before anything else is loaded
     return chosen | {"sigma": run["sigma"], "method": args.method, "epss": args.epss, "seed": args.seed}
 
 

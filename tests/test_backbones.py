@@ -23,7 +23,7 @@ import data
 import probe
 import sample as sample_py
 import train
-from model import DiTConfig, FlowModel, Objective, flow_matching_loss, sample
+from model import DiTConfig, FlowModel, Objective, sample
 
 EXAMPLE = f"{Path(backbones.__file__).parent}/examples/my_model.py:MyModel"
 NEEDS = {"f5tts": "f5_tts", "f5tts_text": "f5_tts", "voicebox": "voicebox_pytorch", "cosyvoice": "cosyvoice"}
@@ -47,7 +47,7 @@ def batch(tiny_config) -> data.Batch:
 @pytest.fixture(params=INSTALLED)
 def scene(request, batch):
     """A backbone's name, the model with fresh weights, and the input of its velocity."""
-    net = backbones.build(request.param, CONFIG)
+    net = backbones.find(request.param)(CONFIG)
     net.reset_parameters()
     x_t, t = torch.randn(batch.mel.shape), torch.linspace(0.2, 0.8, len(batch.frames))
     return request.param, net.eval(), x_t, t, net.embed_condition(batch)
@@ -125,8 +125,7 @@ def test_hidden_states_are_the_networks_own(scene, batch):
             assert not torch.equal(states[l + 1], closed[l + 1])
             if net.chained:
                 torch.testing.assert_close(closed[l + 1], closed[l], atol=0, rtol=0)
-    losses = flow_matching_loss(net.train(), batch, 0.5, 0.1)
-    (losses["fm"] + losses["bitc"]).backward()
+    Objective(net.train(), train.Config())(batch)["loss"].backward()
     assert net.tokens.weight.grad.abs().sum() > 0
     assert all(sum(float(p.grad.abs().sum()) for p in b.parameters() if p.grad is not None) > 0 for b in net.blocks)
 
@@ -163,7 +162,7 @@ def test_probe_then_intervene(name, tiny_config, batch, tmp_path):
 @pytest.mark.parametrize("name", INSTALLED)
 def test_bfloat16_ddp_and_torch_compile(name, batch, tmp_path):
     """Gates, hidden states and gradients of each backbone under autocast and in DDP; compiled ones are refused."""
-    net = probe.random_control(backbones.build(name, CONFIG))
+    net = probe.random_control(backbones.find(name)(CONFIG))
     exact = probe.at_times(probe.foga_of_clips, net, batch, 2)[..., 1:].mean((0, 1))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -171,8 +170,7 @@ def test_bfloat16_ddp_and_torch_compile(name, batch, tmp_path):
         with torch.autocast("cpu", torch.bfloat16):
             rounded = probe.at_times(probe.foga_of_clips, net, batch, 2)[..., 1:].mean((0, 1))
             for _ in range(2):  # the second raises where DDP misses a parameter in the first
-                losses = objective(batch)
-                (losses["fm"] + losses["bitc"]).backward()
+                objective(batch)["loss"].backward()
     finally:
         del objective
         dist.destroy_process_group()
@@ -220,7 +218,7 @@ def mine(tmp_path, monkeypatch):
         (tmp_path / "my_own.py").write_text(SOURCE.replace(a, b) if a else SOURCE)
         importlib.invalidate_caches()
         sys.modules.pop("my_own", None)
-        return probe.random_control(backbones.build(f"{where}:Mine", CONFIG, layers)).eval()
+        return probe.random_control(backbones.find(f"{where}:Mine", layers)(CONFIG)).eval()
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -302,7 +300,7 @@ def test_check_says_which_layer_does_not_close(mine, a, b, what):
 
 
 def test_layers_by_path_and_models_by_name(mine):
-    by_method, by_path = (backbones.build(EXAMPLE, CONFIG, path) for path in ("", "blocks"))
+    by_method, by_path = (backbones.find(EXAMPLE, path)(CONFIG) for path in ("", "blocks"))
     kinds = [[(str(g.module), g.closed) for layer in net.layers for g in layer] for net in (by_method, by_path)]
     assert kinds[0] == kinds[1] == [(str(by_path.net.blocks[0]), "input")] * L
     with pytest.raises(ValueError, match="has no net.blocks"):
@@ -310,9 +308,9 @@ def test_layers_by_path_and_models_by_name(mine):
     with pytest.raises(
         ValueError, match="backbone='f5'.*f5tts, f5tts_text, voicebox, cosyvoice, matcha, or FILE.py:Class"
     ):
-        backbones.build("f5", CONFIG)
+        backbones.find("f5")
     with pytest.raises(ValueError, match="No such file"):
-        backbones.build("none.py:Mine", CONFIG)
+        backbones.find("none.py:Mine")
 
 
 @pytest.fixture
@@ -341,7 +339,7 @@ def test_published_weights_are_the_published_network(published_f5, batch):
     vocabulary = importlib.resources.files("f5_tts") / "infer/examples/vocab.txt"
     place = {line.removesuffix("\n"): i for i, line in enumerate(vocabulary.open(encoding="utf-8"))}
     for file in ("f5.safetensors", "f5.pt"):
-        model = backbones.build("f5tts_text", CONFIG).eval()
+        model = backbones.find("f5tts_text")(CONFIG).eval()
         backbones.init_from(model, str(folder / file))
         cond = model.embed_condition(batch)
         x_t, t = torch.randn(batch.mel.shape), torch.linspace(0.1, 0.9, len(texts))
@@ -375,7 +373,7 @@ def test_training_and_probing_start_from_published_weights(published_f5, tiny_co
     given = probe.ProbeArgs(**sizes, backbone="f5tts_text", random_init=True, init_from=file, clips=2, times=2)
     probe.main(replace(given, out_dir=str(tmp_path / "probe")))
     assert "f5.safetensors: " in capsys.readouterr().out and (tmp_path / "probe" / "probe.png").exists()
-    coded = backbones.build("f5tts", CONFIG)
+    coded = backbones.find("f5tts")(CONFIG)
     before = copy.deepcopy(coded.state_dict())
     with pytest.raises(
         ValueError, match=r"net.text_embed.text_embed.weight \[2546, 16\], here \[33, 32\].* and 2. more"
@@ -424,4 +422,4 @@ def test_what_is_missing_is_named(monkeypatch):
     with pytest.raises(common.DataError, match="backbone=f5tts needs f5-tts .*--no-deps -r requirements-backbones.txt"):
         backbones.package("f5tts", "f5_tts_that_is_not_there.dit")
     with pytest.raises(ValueError, match="reads one token stream: pass --beats_tokens=false"):
-        backbones.build("f5tts", replace(CONFIG, second_codes=4))
+        backbones.find("f5tts")(replace(CONFIG, second_codes=4))

@@ -77,7 +77,7 @@ def first_gradients(run: train.Run, batches: list) -> dict[str, torch.Tensor]:
     total = {k: torch.zeros_like(p) for k, p in run.objective.named_parameters()}
     for k, batch in enumerate(batches):
         torch.manual_seed(hash((run.config.seed, 0, k)) % 2**63)
-        sum(run.objective(batch).values()).backward()
+        run.objective(batch)["loss"].backward()
         for name, p in run.objective.named_parameters():
             total[name] += p.grad / len(batches)
             p.grad = None
@@ -330,8 +330,7 @@ def test_wide_compiled_blocks_train_under_ddp(tiny_config, tmp_path, monkeypatch
         train.trade(run.objective.model, config)
         objective = DistributedDataParallel(run.objective)
         for step, (clips, frames) in enumerate(((1, 60), (2, 70))):
-            losses = objective(data.fixed_batch(batches.dataset, clips, 0, frames))
-            (losses["fm"] + losses["bitc"]).backward()
+            objective(data.fixed_batch(batches.dataset, clips, 0, frames))["loss"].backward()
             assert math.isfinite(common.clip_and_step(run.objective, run.optimizer, step, config)["grad_norm"])
         assert run.objective.model.blocks[0]._compiled_call_impl
     finally:
@@ -344,7 +343,14 @@ def test_wide_compiled_blocks_train_under_ddp(tiny_config, tmp_path, monkeypatch
         ({"align": "fixed"}, "align_layers=\\(\\): name layers from 1 to 4"),
         ({"align": "fixed", "align_layers": (5,)}, "name layers from 1 to 4"),
         ({"align": "lasp", "timestep_adaptive": True}, "timestep_adaptive needs align=foga"),
+        ({"align": "fixed", "align_layers": (4,), "align_teacher": "self"}, "name layers from 1 to 3"),
+        ({"align": "deepst"}, "align='deepst' is no rule"),
+        ({"align_head": "none"}, "align_head=none needs"),
+        ({"align_head": "conv2d", "align_target": "frames"}, "align_head=conv2d pools"),
         ({"align_teacher": "self", "align_norm": "zscore"}, "not align_teacher=self"),
+        ({"align_teacher": "self", "align_target": "crop"}, "not align_teacher=self"),
+        ({"align_teacher": "ema", "align_target": "shuffled"}, "not align_teacher=self or ema"),
+        ({"dispersive": 1.0, "refresh_epochs": 10.0}, "refresh_epochs=0"),
         ({"n_head": 3}, "n_head=3: a head needs a whole, even width"),
         ({"phase1_steps": 12}, "max_steps=12 ends within phase I"),
         ({"vocoder": "out/my/vocos", "evaluate": True}, "vocoder=out/my/vocos: no such folder"),
@@ -352,9 +358,10 @@ def test_wide_compiled_blocks_train_under_ddp(tiny_config, tmp_path, monkeypatch
     ],
 )
 def test_what_would_fail_later_is_refused_at_once(tiny_config, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         train.main(replace(tiny_config, **changes))
-    assert not Path(tiny_config.out_dir).exists()
+    assert "\n" not in str(error.value) and not Path(tiny_config.out_dir).exists()
+    train.check(train.Config(align_head="none", align_teacher="ema", align_target="frames", dispersive=0.1))
 
 
 def test_evaluating_and_saving_are_not_training_time(tiny_config, monkeypatch):
@@ -383,7 +390,7 @@ def test_a_branchs_clock_starts_with_the_whole_of_phase_one(tiny_config, monkeyp
     """Every step takes 0.1 s more and no row is written before phase1.pt; what is done after it is no step's time."""
     honest = train.clip_and_step
     monkeypatch.setattr(train, "clip_and_step", lambda *args: (time.sleep(0.1), honest(*args))[1])
-    monkeypatch.setattr(train, "report_phase1", lambda *args: time.sleep(3))
+    monkeypatch.setattr(train.probe, "report", lambda *args: time.sleep(3))
     start = time.time()
     run = train.train(replace(tiny_config, log_every=100, eval_every=100, save_every=100), MACHINE)
     phase1, _ = common.load(Path(tiny_config.out_dir) / "phase1.pt")
