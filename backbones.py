@@ -92,8 +92,6 @@ class Backbone(FlowModel):
 
     def velocity(self, x_t: Tensor, t: Tensor, cond: Condition, gates: Sequence[float] | None = None, hidden=False):
         """As DiT.velocity; a gate is 0 or 1."""
-        if any(g not in (0, 1) for g in gates or ()):
-            raise ValueError("the gates of a published model are open (1) or closed (0)")
         states, gates = [], gates or [1] * self.config.n_layer
         handles = [h for layer, gate in zip(self.layers, gates, strict=True) if not gate for h in close(layer)]
         handles += self.readers(states, x_t.shape[1]) if hidden else []  # after: they read what a closed layer gives
@@ -123,7 +121,7 @@ class F5TTS(Backbone):
     """f5_tts.model.backbones.dit.DiT. Its text table holds our codes (row 0 is its filler); their embedding, stretched
     to the mel's rate, takes the place of its text embedding. A dropped condition is zeros."""
 
-    name, pip, fillers, one_sweep = "f5tts", "f5-tts", 1, True
+    name, pip, fillers = "f5tts", "f5-tts", 1
     unused = ("f5_tts.model.trainer", "librosa", "librosa.filters")
     text_dim, text_layers, characters = 0, 0, 0  # of its text embedding; 0: D, none, a row for each code
     tokens = property(lambda self: self.net.text_embed.text_embed)
@@ -267,8 +265,7 @@ STATES = "states(): it returns the L + 1 modules whose first input is h_0 .. h_L
 
 
 class Yours(Backbone):
-    """A class of one's own, see examples/my_model.py; its `cond` is our token table's embedding plus a linear map of
-    the prompt. `path` stands for layers()."""
+    """A class of one's own; its `cond` is our tokens' embedding plus the prompt's, `path` stands for layers()."""
 
     def __init__(self, config: DiTConfig, name: str, kind: type[nn.Module], path: str = ""):
         self.name, self.kind, self.path = name, kind, path
@@ -344,9 +341,8 @@ def package(name: str, module: str) -> types.ModuleType:
 
 
 def find(name: str, layers: str = "") -> Callable[[DiTConfig], FlowModel]:
-    """What builds the model called `name`: of BACKBONES, or FILE.py:Class or package.module:Class, with `layers`, where
-    given, the path of its blocks. Raises ValueError where there is none; building raises DataError where its package
-    is not installed, ValueError for what it lacks."""
+    """What builds the model called `name`: of BACKBONES, or FILE.py:Class or package.module:Class, maybe with the path
+    of its `layers`. Raises ValueError where there is none; building raises DataError where its package is missing."""
     where, _, wanted = name.rpartition(":")
     if name in BACKBONES and not layers:
         return BACKBONES[name]

@@ -59,11 +59,10 @@ class Bench:
 
     def __init__(self, args: BenchArgs):
         self.args = replace(args, compile=bool(args.compile), align_layers=(), code_init=False)  # what rows change
-        self.device = common.pick_device(args.device)
+        self.machine = common.join_group(args)
+        self.device = self.machine.device
         cpu = f"{torch.get_num_threads()} cores of {torch.cpu.get_capabilities().get('cpu_name', 'a CPU')}"
         self.device_name = torch.cuda.get_device_name() if self.device.startswith("cuda") else cpu
-        self.machine = common.Machine(0, 1, self.device, args.dtype)
-        torch.backends.cuda.matmul.allow_tf32 = True  # as in training
         self.B, self.T = max(1, args.frames // args.clip_frames), args.clip_frames  # of a training step
         demo = args.audio_teacher == "demo"
         self.teachers = [("whisper", 384), ("aisfx", 512)] if demo else [("whisper", 1280), ("beats", 768)]
@@ -81,6 +80,7 @@ class Bench:
         config = replace(self.args, **changes)
         run = train.new_run(config, {"teachers": self.teachers, "mel_mean": -5.9, "mel_std": 2.3}, self.machine)
         train.trade(run.objective.model, config)
+        run.objective.expected = (self.B / 2, self.B / 2)
         if config.align_layers:
             train.intervene(run, [{l: [0.5] for l in config.align_layers} for _ in common.DOMAINS])
         return run

@@ -155,7 +155,7 @@ class FlowModel(nn.Module):
     """What training, probes and sampling ask of a model: ours or backbones.py's. A subclass has `tokens`, the table of
     codes, `blocks`, each layer's modules, `velocity` as DiT's, and `reset_parameters`, which draws all weights anew."""
 
-    one_sweep = False  # whether ablated() grows one batch
+    one_sweep = property(lambda self: type(self).ablated is not FlowModel.ablated)  # whether ablated() grows one batch
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -212,8 +212,6 @@ class FlowModel(nn.Module):
 
 class DiT(FlowModel):
     """The velocity field v(x_t, t, c), with a gate on each of its L blocks."""
-
-    one_sweep = True
 
     def __init__(self, config: DiTConfig):
         super().__init__(config)
@@ -383,18 +381,14 @@ def masked_mse(v: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return ((v - target).square().mean(-1) * mask).sum() / mask.sum()
 
 
-def clip_count(chosen: Tensor, expected: Sequence[float] | None, d: int) -> Tensor | float:
-    """Domain d's clips: as many as are expected in a batch, so that a clip weighs the same beside any, or `chosen`."""
-    return chosen.sum().clamp_min(1) if expected is None else expected[d] or 1.0
-
-
-def bitc_loss(model: FlowModel, batch, cond: Condition, expected: Sequence[float] | None = None) -> Tensor:
-    """L_BiTC, eq. 5: w_d (1 - s_T(0)) over the clips of each domain whose condition was kept, by clip_count()."""
+def bitc_loss(model: FlowModel, batch, cond: Condition, expected: Sequence[float]) -> Tensor:
+    """L_BiTC, eq. 5: w_d (1 - s_T(0)) summed over the clips whose condition was kept, and divided by as many of their
+    domain as are `expected` in a batch, so that a clip weighs the same beside any."""
     z0, loss = descriptor(cond.tokens, cond), cond.tokens.new_zeros((), dtype=torch.float32)
     for d, ((name, _), weight) in enumerate(zip(model.config.teachers, (0.5, 1.0), strict=True)):
         chosen = (batch.domain == d) & cond.kept
         score = cosine(model.projections[name](z0), batch.teacher[name])
-        loss = loss + weight * ((1 - score) * chosen).sum() / clip_count(chosen, expected, d)
+        loss = loss + weight * ((1 - score) * chosen).sum() / (expected[d] or 1.0)
     return loss
 
 
@@ -417,11 +411,11 @@ def ctc_loss(logits: Tensor, batch, cond: Condition) -> Tensor:
 
 
 def alignment_loss(
-    model: FlowModel, heads: AlignHeads, batch, cond: Condition, states, t, selection, expected=None, deeper=None
+    model: FlowModel, heads: AlignHeads, batch, cond: Condition, states, t, selection, expected, deeper=None
 ) -> Tensor:
     """Last term of eq. 12: over each domain d and its selected layers, lambda_l (1 - cos(H_l(h_l), e_d)), of frames the
-    mean, over the domain's clips whose condition was kept, by clip_count(). `states`, and `deeper` that a model learns
-    from itself, are [h_0..h_L]; e_d is heads.target(). t_weight=taro is arXiv:2504.05684's, doubled: its mean is 1."""
+    mean, over the domain's clips as in bitc_loss(). `states`, and `deeper` that a model learns from itself, are
+    [h_0..h_L]; e_d is heads.target(). t_weight=taro is arXiv:2504.05684's, doubled: its mean is 1."""
     loss, how, L = states[0].new_zeros((), dtype=torch.float32), heads.how, len(states) - 1
     for d, layers in enumerate(selection):
         chosen, name = (batch.domain == d) & cond.kept, model.config.teachers[d][0]
@@ -434,7 +428,7 @@ def alignment_loss(
                 score = masked_mean(score[..., None], cond)[:, 0] if heads.frames else score
                 weight = w * (chosen & (part == g)).to(t.dtype)
                 weight = 2 * t * weight if how.t_weight == "taro" else weight  # t is sigmoid(log(t / (1 - t)))
-                loss = loss + (weight * (1 - score)).sum() / clip_count(chosen, expected, d)
+                loss = loss + (weight * (1 - score)).sum() / (expected[d] or 1.0)
             if how.dispersive:
                 loss = loss + how.dispersive / len(layers) * dispersive_loss(masked_mean(states[l], cond), chosen)
     if how.ctc_weight:  # as A-DMA (arXiv:2505.19595), at half the depth
@@ -451,7 +445,7 @@ class Objective(nn.Module):
         self.heads: AlignHeads | None = None
         self.selection: Selection = [{} for _ in DOMAINS]
         self.aligned = True  # False: the heads stay in the graph, for DDP, but the term counts nothing
-        self.expected: Sequence[float] | None = None  # clips of each domain in a batch; None: count those of each
+        self.expected: Sequence[float] = (1.0, 1.0)  # clips of each domain in a mean batch
         self.ema = ema if config.align_teacher == "ema" else None  # the averaged model
 
     def select(self, selection: Selection) -> None:
@@ -471,7 +465,7 @@ class Objective(nn.Module):
     def forward(self, batch) -> dict[str, Tensor]:
         """The losses of one batch: fm (eq. 23), bitc (eq. 5), with heads align (eq. 12), and their weighted sum."""
         c, model = self.config, self.model
-        kept = self.expected and [n * (1 - c.token_drop) for n in self.expected]
+        kept = [n * (1 - c.token_drop) for n in self.expected]
         cond = model.embed_condition(batch, c.token_drop)
         t = torch.rand(len(batch.frames), device=batch.mel.device)
         x_t, target = make_xt(model, batch.mel, t, c.sigma)

@@ -108,8 +108,7 @@ def at_times(score: Callable, model: FlowModel, batch: Batch, times: int, sigma=
 
 
 def foga_of_clips(model, batch: Batch, cond: Condition, t: Tensor, x_t: Tensor, target, ablation="zero") -> Tensor:
-    """What foga_scores says of every layer, (B, 1 + L), some clips at a time; what takes the place of a layer's update
-    comes from all of them."""
+    """foga_scores of every layer, (B, 1 + L), some clips at a time; what replaces an update comes from all clips."""
     (B, T), L, given = cond.mask.shape, len(model.blocks), ()
     if ablation != "zero":
         states = model.velocity(x_t, t, cond, hidden=True)[1]
@@ -120,9 +119,8 @@ def foga_of_clips(model, batch: Batch, cond: Condition, t: Tensor, x_t: Tensor, 
 
 
 def other_updates(states: Sequence[Tensor], mask: Tensor, domain: Tensor, ablation: str) -> Tensor:
-    """What takes the place of each update h_l - h_{l-1}, (L, B, T, D). mean: its mean over the valid frames of all the
-    domain's clips; resample: the update of the domain's next clip (after the last the first) at the same frame numbers,
-    zeros past that clip's end."""
+    """What takes the place of each update h_l - h_{l-1}, (L, B, T, D). mean: its mean over the valid frames of the
+    domain's clips; resample: that of the domain's next clip (after the last the first) at the same frames, or zero."""
     updates = torch.stack([after - before for before, after in pairwise(states)]) * mask[..., None]
     for d in domain.unique():
         of_d = updates[:, domain == d]
@@ -132,8 +130,7 @@ def other_updates(states: Sequence[Tensor], mask: Tensor, domain: Tensor, ablati
 
 
 def foga_scores(velocities: Tensor, mask: Tensor) -> Tensor:
-    """||v||_2 over valid frames, then eq. 9 of each layer, ||v - v^(-l)||_2 / (||v||_2 + eps): (L + 1, B, T, M), (B, T)
-    -> (B, 1 + L)."""
+    """||v|| over valid frames, then eq. 9, ||v - v^(-l)|| / (||v|| + eps): (L + 1, B, T, M) to (B, L + 1)."""
     v = velocities.to(torch.promote_types(velocities.dtype, torch.float32)) * mask[..., None]
     norm = v[0].flatten(1).norm(dim=1)  # (B,)
     change = (v[1:] - v[0]).flatten(2).norm(dim=2)  # (L, B)
@@ -374,12 +371,12 @@ def select(config, result: dict, n_layer: int) -> list[dict[int, list[float]]]:
     return selection
 
 
-def table(result: dict, selection: Selection = ()) -> str:
+def table(result: dict, selection: Selection) -> str:
     """The probes side by side, a row a layer, [95 % interval]; * marks the layers selected for alignment."""
     text, k = [], result["k"]
     for name in domains_in(result):
         d, s = DOMAINS.index(name), result[name]
-        aligned = {l for l, weights in selection[d].items() if any(weights)} if selection else ()
+        aligned = {l for l, weights in selection[d].items() if any(weights)}
         columns = {"layer": [f"  {l:3d}{'*' if l in aligned else ' '}" for l in range(1, 1 + len(s["foga"]))]}
         columns |= {"LASP": with_intervals(s, "lasp", "6.3f"), "stores R2": with_intervals(s, "stores", "5.2f")}
         columns[f"FoG-A {result['ablation']}".removesuffix(" zero")] = with_intervals(s, "foga", "6.4f")
@@ -424,9 +421,8 @@ def stability(results: dict[str, dict], k: int) -> str:
     return common.table(rows)
 
 
-def report(out_dir: str | Path, result: dict, selection: Selection = ()) -> None:
-    """Prints the table, writes probe.json and probe.png, for each domain maps of LASP and FoG-A over t and layers, and
-    the means beside random weights."""
+def report(out_dir: str | Path, result: dict, selection: Selection) -> None:
+    """Prints the table; writes probe.json and probe.png, maps of LASP and FoG-A over t and layers and their means."""
     from matplotlib.figure import Figure  # slow to import, and opens no window, unlike pyplot
 
     print(table(result, selection))

@@ -147,7 +147,6 @@ class Config:
 if __name__ == "__main__":
     ARGS = configure(Config, __doc__)  # a typo is answered before torch is imported
 
-import collections
 import contextlib
 import copy
 import gc
@@ -204,7 +203,7 @@ def train(config: Config, machine: Machine) -> "Run":
         # the mean gradient of this rank's batches; with the last of them DDP takes the mean over ranks
         parts = [batches(run.step * config.accumulate + micro) for micro in range(config.accumulate)]
         run.objective.aligned = not config.align_stop or run.step < config.align_stop
-        means = collections.defaultdict(float)
+        means = {}
         for micro, batch in enumerate(parts):
             torch.manual_seed(step_seed(config.seed, run.step, micro * machine.world + machine.rank))
             waits = machine.world > 1 and micro < config.accumulate - 1
@@ -213,7 +212,7 @@ def train(config: Config, machine: Machine) -> "Run":
                     losses = objective(batch.to(machine.device))
                 (losses["loss"] / config.accumulate).backward()
             for name, value in losses.items():
-                means[name] += value.detach() / config.accumulate
+                means[name] = means.get(name, 0) + value.detach() / config.accumulate
 
         # one step of the optimizer and of the average
         moved = clip_and_step(run.objective, run.optimizer, run.step, config)
@@ -360,9 +359,8 @@ def trade(model: FlowModel, config: Config) -> None:
 
 
 def probe_now(run: Run, dataset: Dataset, machine: Machine, control: bool, decides: bool) -> None:
-    """Probes the raw weights on rank 0, on clips and noise drawn by (seed, step); all ranks keep the result. `control`:
-    random weights, too. A probe that fails is left out, with a warning, unless it `decides` the selection: ValueError.
-    """
+    """Probes the raw weights, with `control` random ones too, on rank 0, on clips and noise drawn by (seed, step). What
+    fails is left out on all ranks, with a warning, unless it `decides` the selection: ValueError."""
     c, seed = run.config, step_seed(run.config.seed, run.step)
 
     def probed() -> dict:
@@ -508,8 +506,7 @@ def check(config: Config) -> None:
 
 
 def main(config: Config) -> int:
-    """Prepares what is missing, trains, then probes and evaluates; returns the exit code, INTERRUPTED (75) where the
-    same command continues."""
+    """Prepares what is missing, trains, probes, evaluates; the exit code is INTERRUPTED where the command continues."""
     check(config)
     with common.alone_in(config.out_dir):
         if not data.is_prepared(config.data_dir) and (code := common.run_script("prepare", *to_words(config))):

@@ -160,8 +160,8 @@ def test_probe_then_intervene(name, tiny_config, batch, tmp_path):
 
 
 @pytest.mark.parametrize("name", INSTALLED)
-def test_bfloat16_ddp_and_torch_compile(name, batch, tmp_path):
-    """Gates, hidden states and gradients of each backbone under autocast and in DDP; compiled ones are refused."""
+def test_bfloat16_and_ddp(name, batch, tmp_path):
+    """Gates, hidden states and gradients of each backbone under autocast and in DDP."""
     net = probe.random_control(backbones.find(name)(CONFIG))
     exact = probe.at_times(probe.foga_of_clips, net, batch, 2)[..., 1:].mean((0, 1))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -176,12 +176,6 @@ def test_bfloat16_ddp_and_torch_compile(name, batch, tmp_path):
         dist.destroy_process_group()
     torch.testing.assert_close(rounded, exact, atol=2e-3, rtol=0.2)
     assert all(p.grad.isfinite().all() for block in net.blocks for p in block.parameters() if p.grad is not None)
-    with pytest.raises(ValueError, match="compile and checkpoint_activations are for our own model"):
-        train.check(
-            replace(
-                train.Config(), backbone=name, compile=True, trim=0.0, sigma=1.0, mel_stats=(0.0, 1.0), evaluate=False
-            )
-        )
 
 
 SOURCE = """
@@ -207,6 +201,7 @@ class Mine(nn.Module):
             h = h + mlp(norm(h))
         return self.head(self.norms[-1](h))
 """
+LISTED = "[[mlp] for mlp in self.mlps]"
 
 
 @pytest.fixture
@@ -232,11 +227,8 @@ def test_branches_of_a_model_of_ones_own(mine, batch, where):
     net = mine(where=where)
     assert backbones.check(net) == []
     x_t, t, cond = torch.randn(batch.mel.shape), torch.rand(len(batch.frames)), net.embed_condition(batch)
-    given, v, expected = (
-        (cond.tokens + net.prompt_in(cond.prompt)) * cond.mask[..., None],
-        net.ablated(x_t, t, cond),
-        [],
-    )
+    given, expected = (cond.tokens + net.prompt_in(cond.prompt)) * cond.mask[..., None], []
+    v = net.ablated(x_t, t, cond)
     for l in range(L):
         other = copy.deepcopy(net)
         nn.init.zeros_(other.net.mlps[l].weight)
@@ -253,16 +245,12 @@ def test_branches_of_a_model_of_ones_own(mine, batch, where):
 @pytest.mark.parametrize(
     ("a", "b", "what"),
     [
-        (
-            "def layers",
-            "def others",
-            r"has no layers\(\): it returns a residual block for each of L layers, or the list",
-        ),
+        ("def layers", "def others", r"has no layers\(\): it returns a residual block for each of L layers"),
         ("def states", "def others", r"has no states\(\): it returns the L \+ 1 modules"),
         ("def forward", "def others", r"has no forward\(x_t, t, cond\): it returns the velocity \(B, T, M\)"),
         ("def __init__(self, n_mels,", "def __init__(self, bins,", "built with {'n_mels': 100.*'n_mels'"),
         ("return self.head", "return 1, self.head", r"needs forward.*the velocity.*not <class 'tuple'>"),
-        ("[[mlp] for mlp in self.mlps]", "[[self.stem]]", "n_layer=8: .*of this kind has 1 layers"),
+        (LISTED, "[[self.stem]]", "n_layer=8: .*of this kind has 1 layers"),
         ("class Mine(nn.Module)", "class Mine(dict)", "has no torch.nn.Module called 'Mine'"),
         ("import torch\n", "import not_there\n", "No module named 'not_there'"),
     ],
@@ -275,28 +263,16 @@ def test_what_a_model_of_ones_own_lacks_is_named(mine, a, b, what):
 @pytest.mark.parametrize(
     ("a", "b", "what"),
     [
-        (
-            "[[mlp] for mlp in self.mlps]",
-            "self.mlps",
-            "layer 1 does not close: what comes after it is not what entered",
-        ),
+        (LISTED, "self.mlps", "layer 1 does not close: what comes after it is not what entered"),
         ("mlp(norm(h))", "(norm(h) if mlp is self.mlps[0] else mlp(norm(h)))", "layer 1 does not close: the velocity"),
-        (
-            "    def forward",
-            '    @torch.compile(backend="eager")\n    def forward',
-            "layer 1 does not close: the velocity",
-        ),
+        ("    def forward", '    @torch.compile(backend="eager")\n    def forward', "layer 1 does not close: the vel"),
         ("return self.norms\n", "return self.mlps\n", "its hidden states are"),
-        (
-            "[[mlp] for mlp in self.mlps]",
-            "[self.stem, *self.mlps[1:]]",
-            "layer 1 does not close: Linear is no residual block",
-        ),
+        (LISTED, "[self.stem, *self.mlps[1:]]", "layer 1 does not close: Linear is no residual block"),
         ("return self.head", "return torch.rand(()) * self.head", "random in eval mode"),
     ],
 )
 def test_check_says_which_layer_does_not_close(mine, a, b, what):
-    assert backbones.check(mine(a, b))[0].startswith(what) or what in backbones.check(mine(a, b))[-1]
+    assert what in str(backbones.check(mine(a, b)))
 
 
 def test_layers_by_path_and_models_by_name(mine):
@@ -305,9 +281,8 @@ def test_layers_by_path_and_models_by_name(mine):
     assert kinds[0] == kinds[1] == [(str(by_path.net.blocks[0]), "input")] * L
     with pytest.raises(ValueError, match="has no net.blocks"):
         mine(layers="net.blocks")
-    with pytest.raises(
-        ValueError, match="backbone='f5'.*f5tts, f5tts_text, voicebox, cosyvoice, matcha, or FILE.py:Class"
-    ):
+    known = "f5tts, f5tts_text, voicebox, cosyvoice, matcha, or FILE.py:Class"
+    with pytest.raises(ValueError, match=f"backbone='f5'.*{known}"):
         backbones.find("f5")
     with pytest.raises(ValueError, match="No such file"):
         backbones.find("none.py:Mine")
@@ -362,9 +337,8 @@ def test_training_and_probing_start_from_published_weights(published_f5, tiny_co
         torch.testing.assert_close(run.objective.model.net.state_dict()[key], weight, atol=1e-4, rtol=0)
     held_out = data.Dataset(config.data_dir, "held_out")
     requests = sample_py.from_dataset(held_out, np.arange(3))
-    given, wanted = (
-        run.ema.embed_condition(batch).tokens for batch in (sample_py.to_batch(requests), held_out.batch(np.arange(3)))
-    )
+    both = sample_py.to_batch(requests), held_out.batch(np.arange(3))
+    given, wanted = (run.ema.embed_condition(batch).tokens for batch in both)
     assert torch.equal(given, wanted) and not torch.equal(given[0, 0], given[1, 0])
     (folder / "f5.safetensors").rename(folder / "gone")
     train.train(config, MACHINE)  # a continued run does not read it again
@@ -375,13 +349,10 @@ def test_training_and_probing_start_from_published_weights(published_f5, tiny_co
     assert "f5.safetensors: " in capsys.readouterr().out and (tmp_path / "probe" / "probe.png").exists()
     coded = backbones.find("f5tts")(CONFIG)
     before = copy.deepcopy(coded.state_dict())
-    with pytest.raises(
-        ValueError, match=r"net.text_embed.text_embed.weight \[2546, 16\], here \[33, 32\].* and 2. more"
-    ):
+    with pytest.raises(ValueError, match=r"text_embed.weight \[2546, 16\], here \[33, 32\].* and 2. more"):
         backbones.init_from(coded, file)
-    assert "f5.safetensors: 126 of the model's 133 tensors; not net" in backbones.init_from(
-        coded, file, others_stay=True
-    )
+    told = backbones.init_from(coded, file, others_stay=True)
+    assert "f5.safetensors: 126 of the model's 133 tensors; not net" in told
     after, key = coded.state_dict(), "net.transformer_blocks.0.attn.to_q.weight"
     assert torch.equal(after["net.text_embed.text_embed.weight"], before["net.text_embed.text_embed.weight"])
     assert torch.equal(after[key], net.state_dict()[key.removeprefix("net.")])
@@ -412,7 +383,7 @@ def test_training_starts_from_our_own_weights(tiny_config, tmp_path):
 def test_the_gates_are_checked_without_a_prepared_folder(monkeypatch, capsys, mine):
     given = probe.ProbeArgs(n_layer=3, n_head=2, n_embd=32, random_init=True, check=True, device="cpu")
     assert probe.main(given) == 0 and "3 layers close" in capsys.readouterr().out
-    mine("[[mlp] for mlp in self.mlps]", "self.mlps")
+    mine(LISTED, "self.mlps")
     assert probe.main(replace(given, backbone="my_own.py:Mine")) == 1
     assert "layer 3 does not close" in capsys.readouterr().out
 
