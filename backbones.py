@@ -1,8 +1,6 @@
 """Other people's velocity models behind the methods of our own: F5-TTS, Voicebox, CosyVoice, Matcha (tables 4 and 5),
 and yours (examples/my_model.py).
 
-    pip install --no-deps -r requirements-backbones.txt
-    python probe.py --backbone f5tts --random_init
     python probe.py --backbone f5tts_text --random_init --init_from F5TTS_v1_Base/model_1250000.safetensors
     python train.py config/f5tts_demo.py
     python probe.py --backbone=my_model.py:MyModel --random_init --check       # or package.module:Class

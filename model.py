@@ -347,16 +347,16 @@ class AlignHeads(nn.Module):
             "conv2d": lambda E: ConvHead(D, width, E, bands=math.gcd(16, D, width)),
             "none": lambda E: nn.Identity(),
         }[how.align_head]
-        self.heads = nn.ModuleDict({"text": nn.Linear(D, 257)} if how.ctc_weight else {})
+        self.heads, self.of = nn.ModuleDict({"text": nn.Linear(D, 257)} if how.ctc_weight else {}), {}
         for d, selected in enumerate(layers):
             for l, weights in selected.items():
                 for g in range(len(weights)):
-                    E = D if how.align_teacher != "external" else config.teachers[d][1]
-                    self.heads[f"{DOMAINS[d]}_{l}_{g}".removesuffix("_0")] = make(E)
+                    self.of[d, l, g] = make(D if how.align_teacher != "external" else config.teachers[d][1])
+                    self.heads[f"{DOMAINS[d]}_{l}_{g}".removesuffix("_0")] = self.of[d, l, g]
 
     def forward(self, domain: int, layer: int, h: Tensor, cond: Condition, g: int = 0) -> Tensor:
         """Hidden states (B, T, D) by the head of part g of t in the teacher's space, (B, E), or of frames (B, T, E)."""
-        head = self.heads[f"{DOMAINS[domain]}_{layer}_{g}".removesuffix("_0")]
+        head = self.of[domain, layer, g]
         if self.frames:
             return head(cond.masked(h).mT).mT if isinstance(head, nn.Conv1d) else head(h)
         return head(h, cond) if isinstance(head, ConvHead) else head(descriptor(h, cond))
@@ -410,32 +410,6 @@ def ctc_loss(logits: Tensor, batch, cond: Condition) -> Tensor:
     return (lost / sizes.clamp_min(1).to(lost.device) * chosen).sum() / chosen.sum().clamp_min(1)
 
 
-def alignment_loss(
-    model: FlowModel, heads: AlignHeads, batch, cond: Condition, states, t, selection, expected, deeper=None
-) -> Tensor:
-    """Last term of eq. 12: over each domain d and its selected layers, lambda_l (1 - cos(H_l(h_l), e_d)), of frames the
-    mean, over the domain's clips as in bitc_loss(). `states`, and `deeper` that a model learns from itself, are
-    [h_0..h_L]; e_d is heads.target(). t_weight=taro is arXiv:2504.05684's, doubled: its mean is 1."""
-    loss, how, L = states[0].new_zeros((), dtype=torch.float32), heads.how, len(states) - 1
-    for d, layers in enumerate(selection):
-        chosen, name = (batch.domain == d) & cond.kept, model.config.teachers[d][0]
-        for l, weights in layers.items():
-            further = min(L, l + max(1, L // 3))  # what teaches l in self-alignment: a third of the depth on
-            target = heads.target(batch, name, (deeper or states)[further], cond)
-            part = (t * len(weights)).long().clamp_max(len(weights) - 1)
-            for g, w in enumerate(weights):  # each on all clips, so that DDP meets every head in a step
-                score = cosine(heads(d, l, states[l], cond, g), target)  # (B,), or of frames (B, T)
-                score = masked_mean(score[..., None], cond)[:, 0] if heads.frames else score
-                weight = w * (chosen & (part == g)).to(t.dtype)
-                weight = 2 * t * weight if how.t_weight == "taro" else weight  # t is sigmoid(log(t / (1 - t)))
-                loss = loss + (weight * (1 - score)).sum() / (expected[d] or 1.0)
-            if how.dispersive:
-                loss = loss + how.dispersive / len(layers) * dispersive_loss(masked_mean(states[l], cond), chosen)
-    if how.ctc_weight:  # as A-DMA (arXiv:2505.19595), at half the depth
-        loss = loss + how.ctc_weight * ctc_loss(heads.heads["text"](states[len(states) // 2]), batch, cond)
-    return loss
-
-
 class Objective(nn.Module):
     """What is trained, as one module for DDP: the model and, in phase II, its heads. `config` is a train.Config."""
 
@@ -462,6 +436,30 @@ class Objective(nn.Module):
                 torch.manual_seed(c.seed)
                 self.heads = AlignHeads(self.model.config, selection, c).to(self.model.mel_std.device)
 
+    def alignment(self, batch, cond: Condition, states, deeper, t: Tensor, expected: Sequence[float]) -> Tensor:
+        """Last term of eq. 12: over each domain d and its selected layers, lambda_l (1 - cos(H_l(h_l), e_d)), of frames
+        the mean, over the domain's clips as in bitc_loss(). `states`, and `deeper` that a model learns from itself, are
+        [h_0..h_L]; e_d is AlignHeads.target(). t_weight=taro is arXiv:2504.05684's, doubled: its mean is 1."""
+        heads, how, L = self.heads, self.heads.how, len(states) - 1
+        loss = states[0].new_zeros((), dtype=torch.float32)
+        for d, layers in enumerate(self.selection):
+            chosen, name = (batch.domain == d) & cond.kept, self.model.config.teachers[d][0]
+            for l, weights in layers.items():
+                further = min(L, l + max(1, L // 3))  # what teaches l in self-alignment: a third of the depth on
+                target = heads.target(batch, name, deeper[further], cond)
+                part = (t * len(weights)).long().clamp_max(len(weights) - 1)
+                for g, w in enumerate(weights):  # each on all clips, so that DDP meets every head in a step
+                    score = cosine(heads(d, l, states[l], cond, g), target)  # (B,), or of frames (B, T)
+                    score = masked_mean(score[..., None], cond)[:, 0] if heads.frames else score
+                    weight = w * (chosen & (part == g)).to(t.dtype)
+                    weight = 2 * t * weight if how.t_weight == "taro" else weight  # t is sigmoid(log(t / (1 - t)))
+                    loss = loss + (weight * (1 - score)).sum() / (expected[d] or 1.0)
+                if how.dispersive:
+                    loss = loss + how.dispersive / len(layers) * dispersive_loss(masked_mean(states[l], cond), chosen)
+        if how.ctc_weight:  # as A-DMA (arXiv:2505.19595), at half the depth
+            loss = loss + how.ctc_weight * ctc_loss(heads.heads["text"](states[len(states) // 2]), batch, cond)
+        return loss
+
     def forward(self, batch) -> dict[str, Tensor]:
         """The losses of one batch: fm (eq. 23), bitc (eq. 5), with heads align (eq. 12), and their weighted sum."""
         c, model = self.config, self.model
@@ -478,8 +476,7 @@ class Objective(nn.Module):
                 later = (t + 0.2 * torch.rand_like(t)).clamp_max(1)
                 x_later = x_t + (later - t)[:, None, None].to(x_t.dtype) * target
                 deeper = self.ema.velocity(x_later, later, self.ema.embed_condition(batch), hidden=True)[1]
-            rest = cond, states, t, self.selection, kept, deeper
-            losses["align"] = alignment_loss(model, self.heads, batch, *rest)
+            losses["align"] = self.alignment(batch, cond, states, deeper, t, kept)
             loss = loss + self.aligned * losses["align"]
         return losses | {"loss": loss}
 

@@ -1,7 +1,6 @@
 """What each layer stores (BiT-C, LASP) and what it contributes (FoG-A, gradient norm), and the layers to align.
 
     python probe.py --ckpt out/demo/ckpt.pt                # table, probe.json and probe.png beside the checkpoint
-    python probe.py --ckpt out/demo/ckpt.pt --clips=32 --control=false
     python probe.py --ckpt out/demo/phase1.pt out/demo/ckpt.pt      # does the ranking last? (the paper's table 7)
     python probe.py --backbone f5tts --random_init         # another's published model, see backbones.py
     python probe.py --backbone=my_model.py:MyModel --random_init --check    # do its layers close?

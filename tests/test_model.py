@@ -91,11 +91,18 @@ def forward(model: DiT, batch: Batch, **kwargs):
     return model.velocity(x_t, t, cond, **kwargs), x_t, t, cond, target
 
 
-def losses_of(model: DiT, batch: Batch, heads=None, selection=(), expected=ONE, **how) -> dict[str, torch.Tensor]:
-    """What an Objective of these parts says of a batch."""
+def objective_of(model: DiT, heads, selection, expected=ONE, **how) -> m.Objective:
     objective = m.Objective(model, Config(**{"token_drop": 0.0} | how))
     objective.heads, objective.selection, objective.expected = heads, selection, expected
-    return objective(batch)
+    return objective
+
+
+def losses_of(model: DiT, batch: Batch, heads=None, selection=(), expected=ONE, **how) -> dict[str, torch.Tensor]:
+    return objective_of(model, heads, selection, expected, **how)(batch)
+
+
+def aligned(model: DiT, heads, batch: Batch, cond: Condition, states, t, selection, expected=ONE) -> torch.Tensor:
+    return objective_of(model, heads, selection).alignment(batch, cond, states, states, t, expected)
 
 
 def descriptors(cond: Condition, states) -> list[torch.Tensor]:
@@ -157,10 +164,10 @@ def test_a_clip_is_the_same_alone_and_padded(rng, second, interleave, how):
             close(padded[b], alone[0])
         fm += n * m.masked_mse(v_alone, velocity[at, :n], c.mask)
         bitc += m.bitc_loss(model, clip, c, ONE)
-        align += m.alignment_loss(model, heads, clip, c, h_alone, t[at], selection, ONE)
+        align += aligned(model, heads, clip, c, h_alone, t[at], selection)
     close(m.masked_mse(v, velocity, cond.mask), fm / sum(FRAMES))
     close(m.bitc_loss(model, batch, cond, ONE), bitc)
-    close(m.alignment_loss(model, heads, batch, cond, states, t, selection, ONE), align)
+    close(aligned(model, heads, batch, cond, states, t, selection), align)
 
 
 def test_stretch_is_linear_interpolation_of_each_clip(rng):
@@ -295,7 +302,7 @@ def test_the_loss_is_its_parts(rng, model, batch):
     error = [((v - x1 + x0)[b, :n] ** 2).mean(1) for b, n in enumerate(FRAMES)]
     close(losses["fm"], torch.cat(error).mean(), 1e-9)
     close(losses["bitc"], m.bitc_loss(model, batch, cond, (1.2, 0.0)))
-    close(losses["align"], m.alignment_loss(model, heads, batch, cond, states, t, selection, (1.2, 0.0)))
+    close(losses["align"], aligned(model, heads, batch, cond, states, t, selection, (1.2, 0.0)))
     assert set(losses_of(model, batch)) == {"fm", "bitc", "loss"}
 
 
@@ -318,7 +325,7 @@ def test_a_clip_weighs_the_same_whoever_shares_its_batch(model, batch):
     for ids in ([0], [2], [1, 4], [0, 1, 3, 4], [*CLIPS]):
         some, c, of = batch.map(lambda x, ids=ids: x[ids]), cond.clips(ids), [h[ids] for h in states]
         close(m.bitc_loss(model, some, c, expected), sum(alone[b][0] for b in ids), 1e-6)
-        align = m.alignment_loss(model, heads, some, c, of, t[ids], selection, expected)
+        align = aligned(model, heads, some, c, of, t[ids], selection, expected)
         close(align, sum(alone[b][1] for b in ids), 1e-6)
 
 
@@ -353,7 +360,7 @@ def test_alignment_is_a_loop_over_clips(model, batch):
             first, _, last = heads.heads[f"{('speech', 'audio')[d]}_{l}" + (f"_{g}" if g else "")]
             x, e = linear(last, gelu(linear(first, z[l][b]))), batch.teacher[CONFIG.teachers[d][0]][b]
             expected += weights[g] * (1 - (x @ e) / (x.norm() * e.norm()))
-    close(m.alignment_loss(model, heads, batch, cond, states, t, selection, ONE), expected)
+    close(aligned(model, heads, batch, cond, states, t, selection), expected)
 
 
 def test_alignment_learns_the_batchs_target_and_bitc_its_teacher(model, batch):
@@ -361,7 +368,7 @@ def test_alignment_learns_the_batchs_target_and_bitc_its_teacher(model, batch):
     (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
     other = {name: torch.randn_like(x) for name, x in batch.teacher.items()}
     targeted, taught = replace(batch, target=other), replace(batch, teacher=other)
-    close(*(m.alignment_loss(model, heads, b, cond, states, t, selection, ONE) for b in (targeted, taught)))
+    close(*(aligned(model, heads, b, cond, states, t, selection) for b in (targeted, taught)))
     close(m.bitc_loss(model, targeted, cond, ONE), m.bitc_loss(model, batch, cond, ONE))
 
 
@@ -384,14 +391,14 @@ def test_alignment_of_frames_is_a_loop_over_clips_and_frames(rng, model, batch, 
                 x = layers.bias + sum(layers.weight[:, :, k] @ h[j + k - 1] for k in range(3) if 0 <= j + k - 1 < T)
             total += 1 - (x @ e) / (x.norm() * e.norm())
         expected += selection[d][l][0] * (2 * t[b] if t_weight == "taro" else 1) * total / T
-    close(m.alignment_loss(model, heads, batch, cond, states, t, selection, ONE), expected, 1e-6)
+    close(aligned(model, heads, batch, cond, states, t, selection), expected, 1e-6)
 
 
 def test_layersync_compares_tokens_with_a_deeper_layer_that_stays(model, batch):
     heads = make_heads([(1,), (2,)], align_head="none", align_teacher="self", align_target="frames")
     assert not list(heads.parameters())
     (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
-    loss, expected = m.alignment_loss(model, heads, batch, cond, states, t, [{1: [1.0]}, {2: [1.0]}], ONE), 0.0
+    loss, expected = aligned(model, heads, batch, cond, states, t, [{1: [1.0]}, {2: [1.0]}]), 0.0
     for b, T in enumerate(FRAMES):
         l = (1, 2)[batch.domain[b]]
         x, y = states[l][b, :T], states[l + 1][b, :T]
@@ -403,7 +410,7 @@ def test_layersync_compares_tokens_with_a_deeper_layer_that_stays(model, batch):
     for l, teaches in ((1, 5), (6, 10), (10, 12), (11, 12)):  # a third of twelve layers on, at most the last
         heads, h = make_heads([(l,), (l,)], align_head="none", align_teacher="self"), list(torch.randn(13, 5, 31, 32))
         h[teaches] = h[l]
-        close(m.alignment_loss(model, heads, batch, cond, h, t, [{l: [1.0]}, {l: [1.0]}], ONE), 0.0, 1e-6)
+        close(aligned(model, heads, batch, cond, h, t, [{l: [1.0]}, {l: [1.0]}]), 0.0, 1e-6)
 
 
 @pytest.mark.parametrize("target", ["clip", "frames"])
@@ -447,7 +454,7 @@ def test_dispersion_is_a_loop_over_pairs_and_needs_no_teacher(model, batch):
             z = [states[l][b, : FRAMES[b]].mean(0) for b in clips]
             near = [math.exp(-2 * (x - y).square().mean().item()) for x in z for y in z]
             expected += 0.25 * math.log(np.mean(near)) / len(layers)
-    loss = m.alignment_loss(model, heads, batch, cond, states, t, selection, ONE)
+    loss = aligned(model, heads, batch, cond, states, t, selection)
     close(loss, expected)
     loss.backward()
     assert model.blocks[0].qkv.weight.grad.any() and all(p.grad.isfinite().all() for p in model.blocks[2].parameters())
@@ -467,7 +474,7 @@ def test_ctc_is_a_sum_over_paths_and_its_head_learns(model, batch):
     close(m.ctc_loss(logits, clips, cond).double(), -total.log() / 2, 1e-6)  # one clip has a text and its condition
     heads, whole = make_heads([(1,), ()], ctc_weight=0.5), replace(batch, texts=("ab",) * len(FRAMES))
     (_, states), _, t, cond, _ = forward(model, whole, hidden=True)
-    loss = m.alignment_loss(model, heads, whole, cond, states, t, [{1: [0.0]}, {}], ONE)
+    loss = aligned(model, heads, whole, cond, states, t, [{1: [0.0]}, {}])
     close(loss.float(), 0.5 * m.ctc_loss(heads.heads["text"](states[L // 2]), whole, cond))
     loss.backward()
     assert model.blocks[L // 2 - 1].qkv.weight.grad.any() and model.blocks[L // 2].qkv.weight.grad is None
@@ -500,7 +507,7 @@ def test_a_missing_domain_adds_zero_but_its_heads_get_gradients(rng, model, pres
 
     there, away = ([s if (d == present) == kept else {} for d, s in enumerate(selection)] for kept in (True, False))
     sets = selection, there, away
-    loss, same, zero = (m.alignment_loss(model, heads, batch, cond, states, t, s, ONE) for s in sets)
+    loss, same, zero = (aligned(model, heads, batch, cond, states, t, s) for s in sets)
     assert loss == same and zero == 0
     loss.backward()
     for name, p in heads.named_parameters():  # DDP waits for every parameter
