@@ -1,8 +1,6 @@
 """Other people's velocity models behind the methods of our own: F5-TTS, Voicebox, CosyVoice, Matcha (tables 4 and 5),
 and yours (examples/my_model.py).
 
-    pip install --no-deps -r requirements-backbones.txt
-    python probe.py --backbone f5tts --random_init
     python probe.py --backbone f5tts_text --random_init --init_from F5TTS_v1_Base/model_1250000.safetensors
     python train.py config/f5tts_demo.py
     python probe.py --backbone=my_model.py:MyModel --random_init --check       # or package.module:Class
@@ -123,7 +121,7 @@ class F5TTS(Backbone):
     """f5_tts.model.backbones.dit.DiT. Its text table holds our codes (row 0 is its filler); their embedding, stretched
     to the mel's rate, takes the place of its text embedding. A dropped condition is zeros."""
 
-    name, pip, fillers, one_sweep = "f5tts", "f5-tts", 1, True
+    name, pip, fillers = "f5tts", "f5-tts", 1
     unused = ("f5_tts.model.trainer", "librosa", "librosa.filters")
     text_dim, text_layers, characters = 0, 0, 0  # of its text embedding; 0: D, none, a row for each code
     tokens = property(lambda self: self.net.text_embed.text_embed)
@@ -262,15 +260,12 @@ class CosyVoice(Matcha):
 
 
 FORWARD = "forward(x_t, t, cond): it returns the velocity (B, T, M) of x_t (B, T, M) at t (B,), cond (B, T, D)"
-LAYERS = (
-    "layers(): it returns a residual block for each of L layers, or the list of branches; or pass --backbone_layers"
-)
+LAYERS = "layers(): it returns a residual block for each of L layers, or the list of its branches; or --backbone_layers"
 STATES = "states(): it returns the L + 1 modules whose first input is h_0 .. h_L, which branches do not show"
 
 
 class Yours(Backbone):
-    """A class of one's own, see examples/my_model.py; its `cond` is our token table's embedding plus a linear map of
-    the prompt. `path` stands for layers()."""
+    """A class of one's own; its `cond` is our tokens' embedding plus the prompt's, `path` stands for layers()."""
 
     def __init__(self, config: DiTConfig, name: str, kind: type[nn.Module], path: str = ""):
         self.name, self.kind, self.path = name, kind, path
@@ -346,8 +341,8 @@ def package(name: str, module: str) -> types.ModuleType:
 
 
 def find(name: str, layers: str = "") -> Callable[[DiTConfig], FlowModel]:
-    """What builds the model called `name`: of BACKBONES, or FILE.py:Class or package.module:Class, with `layers`, where
-    given, the path of its blocks. Raises ValueError where there is none."""
+    """What builds the model called `name`: of BACKBONES, or FILE.py:Class or package.module:Class, maybe with the path
+    of its `layers`. Raises ValueError where there is none; building raises DataError where its package is missing."""
     where, _, wanted = name.rpartition(":")
     if name in BACKBONES and not layers:
         return BACKBONES[name]
@@ -361,11 +356,6 @@ def find(name: str, layers: str = "") -> Callable[[DiTConfig], FlowModel]:
     if not isinstance(kind := found.get(wanted), type) or not issubclass(kind, nn.Module):
         raise ValueError(f"backbone={name}: {where} has no torch.nn.Module called {wanted!r}")
     return partial(Yours, name=name, kind=kind, path=layers)
-
-
-def build(name: str, config: DiTConfig, layers: str = "") -> FlowModel:
-    """find(name, layers), built. Raises DataError where its package is not installed, ValueError for what it lacks."""
-    return find(name, layers)(config)
 
 
 @torch.no_grad()
@@ -440,7 +430,7 @@ def init_from(model: FlowModel, path: str, others_stay: bool = False) -> str:
 def load_model(state: dict, ema: bool = True, device: str = "cpu") -> FlowModel:
     """The model of a checkpoint's state, in eval mode; averaged weights unless ema=False. CheckpointError: no fit."""
     config, size, weights = state["config"], DiTConfig(**state["model_config"]), state["ema" if ema else "model"]
-    make = partial(build, config["backbone"], size, config.get("backbone_layers", ""))
+    make = partial(find(config["backbone"], config.get("backbone_layers", "")), size)
     check_weights(make, size.n_layer, weights, f"the checkpoint of step {state.get('step')}")
     loaded = make()
     loaded.load_state_dict(weights)

@@ -44,9 +44,6 @@ class BenchArgs(Config):
     out: str = "out/bench.md"  # where the table goes
 
 
-# dense bfloat16 peak in FLOP/s, by a part of the GPU's name (the makers' data sheets)
-PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
-PEAK |= {"L40S": 362e12, "L40": 181e12, "4090": 165e12}
 COMPARED = {  # a setting of the training step: what, without, with it
     "compile": ("compiled / not", False, True),
     "optimizer": ("Muon for the blocks' matrices / AdamW", "adamw", "muon"),
@@ -62,11 +59,10 @@ class Bench:
 
     def __init__(self, args: BenchArgs):
         self.args = replace(args, compile=bool(args.compile), align_layers=(), code_init=False)  # what rows change
-        self.device = common.pick_device(args.device)
+        self.machine = common.join_group(args)
+        self.device = self.machine.device
         cpu = f"{torch.get_num_threads()} cores of {torch.cpu.get_capabilities().get('cpu_name', 'a CPU')}"
         self.device_name = torch.cuda.get_device_name() if self.device.startswith("cuda") else cpu
-        self.machine = common.Machine(0, 1, self.device, args.dtype)
-        torch.backends.cuda.matmul.allow_tf32 = True  # as in training
         self.B, self.T = max(1, args.frames // args.clip_frames), args.clip_frames  # of a training step
         demo = args.audio_teacher == "demo"
         self.teachers = [("whisper", 384), ("aisfx", 512)] if demo else [("whisper", 1280), ("beats", 768)]
@@ -84,6 +80,7 @@ class Bench:
         config = replace(self.args, **changes)
         run = train.new_run(config, {"teachers": self.teachers, "mel_mean": -5.9, "mel_std": 2.3}, self.machine)
         train.trade(run.objective.model, config)
+        run.objective.expected = (self.B / 2, self.B / 2)
         if config.align_layers:
             train.intervene(run, [{l: [0.5] for l in config.align_layers} for _ in common.DOMAINS])
         return run
@@ -91,8 +88,8 @@ class Bench:
     def step(self, run: train.Run, batch: Batch) -> None:
         """One step of train.train on one batch."""
         with common.precision(self.device, run.config.dtype):
-            losses = run.objective(batch)
-        (losses["fm"] + run.config.bitc_weight * losses["bitc"] + losses.get("align", 0.0)).backward()
+            loss = run.objective(batch)["loss"]
+        loss.backward()
         common.clip_and_step(run.objective, run.optimizer, run.step, run.config)
         train.update_ema(run.ema, run.objective.model, run.config.ema_decay)
 
@@ -114,24 +111,14 @@ class Bench:
         """Time of `other` over time of `one`."""
         return self.seconds(other) / self.seconds(one)
 
-    def peak(self, run: train.Run) -> float:
-        """GiB of a GPU at the fullest moment of a step."""
-        torch.cuda.reset_peak_memory_stats()
-        self.step(run, self.batch(self.B, self.T))
-        return torch.cuda.max_memory_allocated() / 2**30
-
 
 def step_row(b: Bench) -> Iterator[Measure]:
-    """A step of this config, and its MFU on a GPU that PEAK knows."""
+    """A step of this config."""
     run, frames = b.run(), b.B * b.T
     work, flops = partial(b.step, run, b.batch(b.B, b.T)), frames * flops_per_frame(run.objective.model, b.T)
     size = f"{common.count_parameters(run.objective) / 1e6:.0f} M parameters, {b.B} x {b.T} frames"
     yield f"training step, {size}", lambda: frames / b.seconds(work), "frames/s"
     yield "model FLOPs of that", lambda: flops / b.seconds(work) / 1e12, "TFLOP/s"
-    peak = next((p for name, p in PEAK.items() if name in b.device_name), None)
-    if peak and common.takes_bfloat16(b.device, b.args.dtype):
-        what = f"MFU at {b.T} frames a clip (bfloat16 peak of the data sheet)"
-        yield what, lambda: 100 * flops / b.seconds(work) / peak, "%"
 
 
 def against(b: Bench, key: str) -> Iterator[Measure]:
@@ -142,7 +129,7 @@ def against(b: Bench, key: str) -> Iterator[Measure]:
 
 
 def memory_row(b: Bench) -> Iterator[Measure]:
-    """Activations kept for backward, per frame: by 4 clips more, which weights do not grow with. A GPU's peak."""
+    """Activations kept for backward, per frame: by 4 clips more, which weights do not grow with."""
 
     def kept(run: train.Run) -> float:
         totals = []
@@ -154,10 +141,7 @@ def memory_row(b: Bench) -> Iterator[Measure]:
         return (totals[1] - totals[0]) / (4 * b.T) / 1024
 
     for again, note in ((False, ""), (True, ", checkpoint_activations")):
-        run = b.run(checkpoint_activations=again)
-        yield f"kept for backward, per frame{note}", partial(kept, run), "KiB"
-        if b.device.startswith("cuda"):
-            yield f"peak of a step of {b.B * b.T} frames{note}", partial(b.peak, run), "GiB"
+        yield f"kept for backward, per frame{note}", partial(kept, b.run(checkpoint_activations=again)), "KiB"
 
 
 def foga_row(b: Bench) -> Iterator[Measure]:

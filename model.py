@@ -1,7 +1,7 @@
 """The gated DiT: tokens and a reference mel in, the velocity of the flow out.
 
     model = DiT(DiTConfig(n_layer=24, n_head=16, n_embd=1024, codes=(4096, 4096)))
-    loss = flow_matching_loss(model, batch)["fm"]
+    loss = Objective(model, config)(batch)["loss"]  # config: a train.Config
     mel = sample(model, model.embed_condition(batch), nfe=32, cfg_scale=2.0)  # normalised; see model.denormalise
 
 B clips, T mel frames, N tokens, M = 100 mel bins, D model width, L layers, H heads, E teacher width. `frames` (B,)
@@ -155,7 +155,7 @@ class FlowModel(nn.Module):
     """What training, probes and sampling ask of a model: ours or backbones.py's. A subclass has `tokens`, the table of
     codes, `blocks`, each layer's modules, `velocity` as DiT's, and `reset_parameters`, which draws all weights anew."""
 
-    one_sweep = False  # whether ablated() grows one batch
+    one_sweep = property(lambda self: type(self).ablated is not FlowModel.ablated)  # whether ablated() grows one batch
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -189,8 +189,7 @@ class FlowModel(nn.Module):
 
     def tokens_at_frames(self, batch) -> Tensor:
         """The embedding of tokens (B, N) or (B, N, 2), stretched to the mel's rate: (B, T, D)."""
-        tokens = batch.tokens if batch.tokens.dim() == 3 else batch.tokens[..., None]
-        lengths = batch.token_len
+        tokens, lengths = batch.tokens if batch.tokens.dim() == 3 else batch.tokens[..., None], batch.token_len
         e = self.tokens(tokens[..., 0] + self.code_offset[batch.domain][:, None])
         if self.config.second_codes:
             second = self.second(tokens[..., 1])
@@ -214,8 +213,6 @@ class FlowModel(nn.Module):
 class DiT(FlowModel):
     """The velocity field v(x_t, t, c), with a gate on each of its L blocks."""
 
-    one_sweep = True
-
     def __init__(self, config: DiTConfig):
         super().__init__(config)
         self.checkpoint_activations = False  # True: keep a block's input alone and compute the rest again in backward
@@ -231,10 +228,10 @@ class DiT(FlowModel):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head_modulation = nn.Linear(D, 2 * D)
         self.head_out = nn.Linear(D, M)
-        self.init_weights()
+        self.reset_parameters(at_zero=True)
 
-    def init_weights(self) -> None:
-        """DiT's initialisation: xavier, small tables, and zeros at every adaLN layer and the output (eq. 22)."""
+    def reset_parameters(self, at_zero: bool = False) -> None:
+        """Xavier and small tables; `at_zero`, as DiT begins, zeros at every adaLN layer and the output (eq. 22)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -242,15 +239,11 @@ class DiT(FlowModel):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.5)
-        for linear in [*(b.modulation for b in self.blocks), self.head_modulation, self.head_out]:
-            nn.init.zeros_(linear.weight)
         self.init_projections()
-
-    def reset_parameters(self) -> None:
-        self.init_weights()
-        self.local.reset_parameters()  # keeps torch's own initialisation, so init_weights leaves it alone
+        if not at_zero:
+            self.local.reset_parameters()  # which keeps torch's own initialisation
         for linear in [*(b.modulation for b in self.blocks), self.head_modulation, self.head_out]:
-            nn.init.xavier_uniform_(linear.weight)
+            (nn.init.zeros_ if at_zero else nn.init.xavier_uniform_)(linear.weight)
 
     def stem(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Context]:
         """x_t (B, T, M), t (B,) -> h_0 (B, T, D) and what the blocks need."""
@@ -310,11 +303,6 @@ def descriptor(h: Tensor, cond: Condition) -> Tensor:
     return F.layer_norm(masked_mean(h, cond), h.shape[-1:])
 
 
-def descriptors(cond: Condition, states: Sequence[Tensor]) -> list[Tensor]:
-    """[z_0, ..., z_L], each (B, D); z_0 is the input interface, the token embedding itself."""
-    return [descriptor(h, cond) for h in (cond.tokens, *states[1:])]
-
-
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine over the last axis, outside autocast: a half-precision norm overflows late in training."""
     with torch.autocast(a.device.type, enabled=False):
@@ -359,16 +347,16 @@ class AlignHeads(nn.Module):
             "conv2d": lambda E: ConvHead(D, width, E, bands=math.gcd(16, D, width)),
             "none": lambda E: nn.Identity(),
         }[how.align_head]
-        self.heads = nn.ModuleDict({"text": nn.Linear(D, 257)} if how.ctc_weight else {})
+        self.heads, self.of = nn.ModuleDict({"text": nn.Linear(D, 257)} if how.ctc_weight else {}), {}
         for d, selected in enumerate(layers):
             for l, weights in selected.items():
                 for g in range(len(weights)):
-                    E = D if how.align_teacher != "external" else config.teachers[d][1]
-                    self.heads[f"{DOMAINS[d]}_{l}_{g}".removesuffix("_0")] = make(E)
+                    self.of[d, l, g] = make(D if how.align_teacher != "external" else config.teachers[d][1])
+                    self.heads[f"{DOMAINS[d]}_{l}_{g}".removesuffix("_0")] = self.of[d, l, g]
 
     def forward(self, domain: int, layer: int, h: Tensor, cond: Condition, g: int = 0) -> Tensor:
         """Hidden states (B, T, D) by the head of part g of t in the teacher's space, (B, E), or of frames (B, T, E)."""
-        head = self.heads[f"{DOMAINS[domain]}_{layer}_{g}".removesuffix("_0")]
+        head = self.of[domain, layer, g]
         if self.frames:
             return head(cond.masked(h).mT).mT if isinstance(head, nn.Conv1d) else head(h)
         return head(h, cond) if isinstance(head, ConvHead) else head(descriptor(h, cond))
@@ -379,11 +367,6 @@ class AlignHeads(nn.Module):
             return (deep if self.frames else descriptor(deep, cond)).detach()
         target = (batch.target or batch.teacher)[name]
         return stretch(target, batch.target_len, batch.frames, deep.shape[1]) if self.frames else target
-
-
-def deeper_layer(layer: int, n_layer: int) -> int:
-    """The layer that teaches `layer` in self-alignment: a third of the depth further on, at most the last."""
-    return min(n_layer, layer + max(1, n_layer // 3))
 
 
 def make_xt(model: FlowModel, mel: Tensor, t: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
@@ -398,18 +381,14 @@ def masked_mse(v: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return ((v - target).square().mean(-1) * mask).sum() / mask.sum()
 
 
-def clip_count(chosen: Tensor, expected: Sequence[float] | None, d: int) -> Tensor | float:
-    """Domain d's clips: as many as are expected in a batch, so that a clip weighs the same beside any, or `chosen`."""
-    return chosen.sum().clamp_min(1) if expected is None else expected[d] or 1.0
-
-
-def bitc_loss(model: FlowModel, batch, cond: Condition, weights=(0.5, 1.0), expected=None) -> Tensor:
-    """L_BiTC, eq. 5: w_d (1 - s_T(0)) over the clips of each domain whose condition was kept, by clip_count()."""
+def bitc_loss(model: FlowModel, batch, cond: Condition, expected: Sequence[float]) -> Tensor:
+    """L_BiTC, eq. 5: w_d (1 - s_T(0)) summed over the clips whose condition was kept, and divided by as many of their
+    domain as are `expected` in a batch, so that a clip weighs the same beside any."""
     z0, loss = descriptor(cond.tokens, cond), cond.tokens.new_zeros((), dtype=torch.float32)
-    for d, (name, _) in enumerate(model.config.teachers):
+    for d, ((name, _), weight) in enumerate(zip(model.config.teachers, (0.5, 1.0), strict=True)):
         chosen = (batch.domain == d) & cond.kept
         score = cosine(model.projections[name](z0), batch.teacher[name])
-        loss = loss + weights[d] * ((1 - score) * chosen).sum() / clip_count(chosen, expected, d)
+        loss = loss + weight * ((1 - score) * chosen).sum() / (expected[d] or 1.0)
     return loss
 
 
@@ -431,62 +410,17 @@ def ctc_loss(logits: Tensor, batch, cond: Condition) -> Tensor:
     return (lost / sizes.clamp_min(1).to(lost.device) * chosen).sum() / chosen.sum().clamp_min(1)
 
 
-def alignment_loss(
-    model: FlowModel, heads: AlignHeads, batch, cond: Condition, states, t, selection, expected=None, deeper=None
-) -> Tensor:
-    """Last term of eq. 12: over each domain d and its selected layers, lambda_l (1 - cos(H_l(h_l), e_d)), of frames the
-    mean, over the domain's clips whose condition was kept, by clip_count(). `states`, and `deeper` that a model learns
-    from itself, are [h_0..h_L]; e_d is heads.target(). t_weight=taro is arXiv:2504.05684's, doubled: its mean is 1."""
-    loss, how = states[0].new_zeros((), dtype=torch.float32), heads.how
-    for d, layers in enumerate(selection):
-        chosen, name = (batch.domain == d) & cond.kept, model.config.teachers[d][0]
-        for l, weights in layers.items():
-            target = heads.target(batch, name, (deeper or states)[deeper_layer(l, len(states) - 1)], cond)
-            part = (t * len(weights)).long().clamp_max(len(weights) - 1)
-            for g, w in enumerate(weights):  # each on all clips, so that DDP meets every head in a step
-                score = cosine(heads(d, l, states[l], cond, g), target)  # (B,), or of frames (B, T)
-                score = masked_mean(score[..., None], cond)[:, 0] if heads.frames else score
-                weight = w * (chosen & (part == g)).to(t.dtype)
-                weight = 2 * t * weight if how.t_weight == "taro" else weight  # t is sigmoid(log(t / (1 - t)))
-                loss = loss + (weight * (1 - score)).sum() / clip_count(chosen, expected, d)
-            if how.dispersive:
-                loss = loss + how.dispersive / len(layers) * dispersive_loss(masked_mean(states[l], cond), chosen)
-    if how.ctc_weight:  # as A-DMA (arXiv:2505.19595), at half the depth
-        loss = loss + how.ctc_weight * ctc_loss(heads.heads["text"](states[len(states) // 2]), batch, cond)
-    return loss
-
-
-def flow_matching_loss(
-    model: FlowModel, batch, sigma=0.5, token_drop=0.0, heads=None, selection=(), expected=None, ema=None
-) -> dict[str, Tensor]:
-    """The training losses of one batch, each a scalar: fm (eq. 23), bitc (eq. 5) and, with heads, align (eq. 12).
-    `expected`: clips of each domain in a mean batch, before any condition is dropped; `ema`: the averaged model."""
-    kept = None if expected is None else [n * (1 - token_drop) for n in expected]
-    cond = model.embed_condition(batch, token_drop)
-    t = torch.rand(len(batch.frames), device=batch.mel.device)
-    x_t, target = make_xt(model, batch.mel, t, sigma)
-    v, states = model.velocity(x_t, t, cond, hidden=True)
-    losses = {"fm": masked_mse(v, target, cond.mask), "bitc": bitc_loss(model, batch, cond, expected=kept)}
-    if heads is not None:
-        deeper = states
-        if heads.how.align_teacher == "ema":  # SRA's (arXiv:2505.02831): its average at less noise on the same line
-            later = (t + 0.2 * torch.rand_like(t)).clamp_max(1)
-            x_later = x_t + (later - t)[:, None, None].to(x_t.dtype) * target
-            deeper = ema.velocity(x_later, later, ema.embed_condition(batch), hidden=True)[1]
-        losses["align"] = alignment_loss(model, heads, batch, cond, states, t, selection, kept, deeper)
-    return losses
-
-
 class Objective(nn.Module):
     """What is trained, as one module for DDP: the model and, in phase II, its heads. `config` is a train.Config."""
 
-    def __init__(self, model: FlowModel, config):
+    def __init__(self, model: FlowModel, config, ema: FlowModel | None = None):
         super().__init__()
         self.model, self.config = model, config
         self.heads: AlignHeads | None = None
         self.selection: Selection = [{} for _ in DOMAINS]
-        self.expected: Sequence[float] | None = None  # clips of each domain in a batch; None: count those of each
-        self.ema: FlowModel | None = None  # the averaged model, for align_teacher=ema
+        self.aligned = True  # False: the heads stay in the graph, for DDP, but the term counts nothing
+        self.expected: Sequence[float] = (1.0, 1.0)  # clips of each domain in a mean batch
+        self.ema = ema if config.align_teacher == "ema" else None  # the averaged model
 
     def select(self, selection: Selection) -> None:
         """Aligns these layers from now on, each with a head of its own, drawn from config.seed so that branches start
@@ -502,9 +436,49 @@ class Objective(nn.Module):
                 torch.manual_seed(c.seed)
                 self.heads = AlignHeads(self.model.config, selection, c).to(self.model.mel_std.device)
 
+    def alignment(self, batch, cond: Condition, states, deeper, t: Tensor, expected: Sequence[float]) -> Tensor:
+        """Last term of eq. 12: over each domain d and its selected layers, lambda_l (1 - cos(H_l(h_l), e_d)), of frames
+        the mean, over the domain's clips as in bitc_loss(). `states`, and `deeper` that a model learns from itself, are
+        [h_0..h_L]; e_d is AlignHeads.target(). t_weight=taro is arXiv:2504.05684's, doubled: its mean is 1."""
+        heads, how, L = self.heads, self.heads.how, len(states) - 1
+        loss = states[0].new_zeros((), dtype=torch.float32)
+        for d, layers in enumerate(self.selection):
+            chosen, name = (batch.domain == d) & cond.kept, self.model.config.teachers[d][0]
+            for l, weights in layers.items():
+                further = min(L, l + max(1, L // 3))  # what teaches l in self-alignment: a third of the depth on
+                target = heads.target(batch, name, deeper[further], cond)
+                part = (t * len(weights)).long().clamp_max(len(weights) - 1)
+                for g, w in enumerate(weights):  # each on all clips, so that DDP meets every head in a step
+                    score = cosine(heads(d, l, states[l], cond, g), target)  # (B,), or of frames (B, T)
+                    score = masked_mean(score[..., None], cond)[:, 0] if heads.frames else score
+                    weight = w * (chosen & (part == g)).to(t.dtype)
+                    weight = 2 * t * weight if how.t_weight == "taro" else weight  # t is sigmoid(log(t / (1 - t)))
+                    loss = loss + (weight * (1 - score)).sum() / (expected[d] or 1.0)
+                if how.dispersive:
+                    loss = loss + how.dispersive / len(layers) * dispersive_loss(masked_mean(states[l], cond), chosen)
+        if how.ctc_weight:  # as A-DMA (arXiv:2505.19595), at half the depth
+            loss = loss + how.ctc_weight * ctc_loss(heads.heads["text"](states[len(states) // 2]), batch, cond)
+        return loss
+
     def forward(self, batch) -> dict[str, Tensor]:
-        c, phase2 = self.config, (self.heads, self.selection, self.expected, self.ema)
-        return flow_matching_loss(self.model, batch, c.sigma, c.token_drop, *phase2)
+        """The losses of one batch: fm (eq. 23), bitc (eq. 5), with heads align (eq. 12), and their weighted sum."""
+        c, model = self.config, self.model
+        kept = [n * (1 - c.token_drop) for n in self.expected]
+        cond = model.embed_condition(batch, c.token_drop)
+        t = torch.rand(len(batch.frames), device=batch.mel.device)
+        x_t, target = make_xt(model, batch.mel, t, c.sigma)
+        v, states = model.velocity(x_t, t, cond, hidden=True)
+        losses = {"fm": masked_mse(v, target, cond.mask), "bitc": bitc_loss(model, batch, cond, kept)}
+        loss = losses["fm"] + c.bitc_weight * losses["bitc"]
+        if self.heads is not None:
+            deeper = states
+            if self.ema is not None:  # SRA's (arXiv:2505.02831): the average at less noise on the same line
+                later = (t + 0.2 * torch.rand_like(t)).clamp_max(1)
+                x_later = x_t + (later - t)[:, None, None].to(x_t.dtype) * target
+                deeper = self.ema.velocity(x_later, later, self.ema.embed_condition(batch), hidden=True)[1]
+            losses["align"] = self.alignment(batch, cond, states, deeper, t, kept)
+            loss = loss + self.aligned * losses["align"]
+        return losses | {"loss": loss}
 
 
 EPSS = {  # F5-TTS's empirically pruned steps, in 32nds (arXiv:2505.19931)
@@ -517,20 +491,16 @@ EPSS = {  # F5-TTS's empirically pruned steps, in 32nds (arXiv:2505.19931)
 }
 
 
-def time_grid(steps: int, sway: float = -1.0, epss: bool = False) -> Tensor:
-    """steps + 1 times from 0 to 1, even or EPSS's, then sway-warped as in F5-TTS: u + s (cos(pi u / 2) - 1 + u). Raises
-    ValueError when EPSS has no schedule of that many steps."""
+def time_grid(nfe: int, sway: float = -1.0, epss: bool = False, method: str = "euler") -> Tensor:
+    """Times from 0 to 1 of the steps that `nfe` evaluations make, even or EPSS's, then sway-warped as in F5-TTS: u +
+    s (cos(pi u / 2) - 1 + u). Raises ValueError for what cannot be sampled."""
+    if method not in ("euler", "midpoint") or nfe < 1 or (method == "midpoint" and nfe % 2):
+        raise ValueError(f"sampler {method!r} with nfe={nfe}: use euler with nfe >= 1, or midpoint with an even nfe")
+    steps = nfe if method == "euler" else nfe // 2
     if epss and steps not in EPSS:
         raise ValueError(f"epss has no schedule of {steps} steps; it has {', '.join(map(str, EPSS))}")
     u = torch.tensor(EPSS[steps]).double() / 32 if epss else torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     return u + sway * (torch.cos(math.pi * u / 2) - 1 + u)
-
-
-def step_times(nfe: int, method: str, sway: float, epss: bool) -> Tensor:
-    """time_grid() of the steps that `nfe` evaluations make. Raises ValueError for what cannot be sampled."""
-    if method not in ("euler", "midpoint") or nfe < 1 or (method == "midpoint" and nfe % 2):
-        raise ValueError(f"sampler {method!r} with nfe={nfe}: use euler with nfe >= 1, or midpoint with an even nfe")
-    return time_grid(nfe if method == "euler" else nfe // 2, sway, epss)
 
 
 @torch.no_grad()
@@ -540,7 +510,7 @@ def sample(
     """Integrates dx = v dt from noise to a normalised mel (B, T, M), zeros on padding. `nfe` counts evaluations of v
     (`method` euler spends one a step, midpoint two); guidance, v_u + cfg_scale (v_c - v_u) in one batch of 2B, is off
     at cfg_scale = 1. A clip's noise depends on `seed` and its place in the batch, not on padding. Raises ValueError."""
-    times = step_times(nfe, method, sway, epss)
+    times = time_grid(nfe, sway, epss, method)
     (B, T), M = cond.mask.shape, model.config.n_mels
     x = torch.zeros(B, T, M)
     for b, n in enumerate(cond.mask.sum(1).tolist() if cond.padded else [T] * B):

@@ -1,7 +1,6 @@
 """What each layer stores (BiT-C, LASP) and what it contributes (FoG-A, gradient norm), and the layers to align.
 
     python probe.py --ckpt out/demo/ckpt.pt                # table, probe.json and probe.png beside the checkpoint
-    python probe.py --ckpt out/demo/ckpt.pt --clips=32 --control=false
     python probe.py --ckpt out/demo/phase1.pt out/demo/ckpt.pt      # does the ranking last? (the paper's table 7)
     python probe.py --backbone f5tts --random_init         # another's published model, see backbones.py
     python probe.py --backbone=my_model.py:MyModel --random_init --check    # do its layers close?
@@ -10,10 +9,8 @@ Store: s_T(l) = cos(P_T z_l, e_T), one frozen projection for all depths (eq. 4, 
 regression, fitted anew at each depth, predicts e_T from z_l of clips left out. Contribute: the relative change of the
 velocity when a layer's gate is set to 0 (eq. 8-9), or when --ablation=mean or resample puts the mean update or another
 clip's in the place of its update. Every attribution is shown beside a random-init control of the same architecture,
-because the first layers score high before any training; what exceeds it, training put there.
-Intervals are 95 % bootstrap intervals over clips.
-
-B clips, T frames, M mel bins, D width, E teacher width, L layers, G points of the t grid.
+because the first layers score high before any training; what exceeds it, training put there. Intervals are 95 %
+bootstrap intervals over clips. Letters are those of model.py, and G points of the t grid.
 """
 
 from dataclasses import dataclass
@@ -71,7 +68,7 @@ import backbones
 import common
 from common import DOMAINS, command, pick_device, precision
 from data import Batch, Dataset, fixed_batch, read_meta
-from model import Condition, DiTConfig, FlowModel, Selection, cosine, descriptors, make_xt, masked_mse
+from model import Condition, DiTConfig, FlowModel, Selection, cosine, descriptor, make_xt, masked_mse
 
 EPS = 1e-8  # of eq. 9
 SWEEP_FRAMES = 40_000  # clips x frames x (L + 1) of one growing batch, which bounds its memory
@@ -98,9 +95,8 @@ def time_points(n: int) -> list[float]:
 
 def at_times(score: Callable, model: FlowModel, batch: Batch, times: int, sigma=0.5, seed=0, **options) -> Tensor:
     """score(model, batch, cond, t, x_t, target) at each of `times` points of t, (G, ...): eval mode, the same noise."""
-    with probing(model, seed):
-        with torch.no_grad():
-            cond = model.embed_condition(batch)
+    with torch.no_grad(), probing(model, seed):
+        cond = model.embed_condition(batch)
         torch.clear_autocast_cache()  # weights cast without gradients are not to be used again with them
         scores = []
         for point in time_points(times):
@@ -110,10 +106,8 @@ def at_times(score: Callable, model: FlowModel, batch: Batch, times: int, sigma=
     return torch.stack(scores)
 
 
-@torch.no_grad()
 def foga_of_clips(model, batch: Batch, cond: Condition, t: Tensor, x_t: Tensor, target, ablation="zero") -> Tensor:
-    """What foga_scores says of every layer, (B, 1 + L), some clips at a time; what takes the place of a layer's update
-    comes from all of them."""
+    """foga_scores of every layer, (B, 1 + L), some clips at a time; what replaces an update comes from all clips."""
     (B, T), L, given = cond.mask.shape, len(model.blocks), ()
     if ablation != "zero":
         states = model.velocity(x_t, t, cond, hidden=True)[1]
@@ -124,9 +118,8 @@ def foga_of_clips(model, batch: Batch, cond: Condition, t: Tensor, x_t: Tensor, 
 
 
 def other_updates(states: Sequence[Tensor], mask: Tensor, domain: Tensor, ablation: str) -> Tensor:
-    """What takes the place of each update h_l - h_{l-1}, (L, B, T, D). mean: its mean over the valid frames of all the
-    domain's clips; resample: the update of the domain's next clip (after the last the first) at the same frame numbers,
-    zeros past that clip's end."""
+    """What takes the place of each update h_l - h_{l-1}, (L, B, T, D). mean: its mean over the valid frames of the
+    domain's clips; resample: that of the domain's next clip (after the last the first) at the same frames, or zero."""
     updates = torch.stack([after - before for before, after in pairwise(states)]) * mask[..., None]
     for d in domain.unique():
         of_d = updates[:, domain == d]
@@ -136,15 +129,13 @@ def other_updates(states: Sequence[Tensor], mask: Tensor, domain: Tensor, ablati
 
 
 def foga_scores(velocities: Tensor, mask: Tensor) -> Tensor:
-    """||v||_2 over valid frames, then eq. 9 of each layer, ||v - v^(-l)||_2 / (||v||_2 + eps): (L + 1, B, T, M), (B, T)
-    -> (B, 1 + L)."""
+    """||v|| over valid frames, then eq. 9, ||v - v^(-l)|| / (||v|| + eps): (L + 1, B, T, M) to (B, L + 1)."""
     v = velocities.to(torch.promote_types(velocities.dtype, torch.float32)) * mask[..., None]
     norm = v[0].flatten(1).norm(dim=1)  # (B,)
     change = (v[1:] - v[0]).flatten(2).norm(dim=2)  # (L, B)
     return torch.cat([norm[None], change / (norm + EPS)]).T
 
 
-@torch.no_grad()
 def loss_of_clips(model: FlowModel, batch: Batch, cond: Condition, t: Tensor, x_t: Tensor, target: Tensor) -> Tensor:
     """The flow-matching loss (eq. 23) of every clip, the mean over its valid frames and bins, (B,)."""
     error = (model.velocity(x_t, t, cond) - target).square().mean(-1)  # (B, T)
@@ -171,10 +162,10 @@ def foga(velocity: Callable[..., Tensor], layers: Iterable, batches: Iterable[tu
     return torch.stack(changes).mean(1)
 
 
-@torch.no_grad()
 def z_of_clips(model: FlowModel, batch: Batch, cond: Condition, t: Tensor, x_t: Tensor, target: Tensor) -> Tensor:
-    """The descriptors z_0 .. z_L of every clip, (B, L + 1, D)."""
-    return torch.stack(descriptors(cond, model.velocity(x_t, t, cond, hidden=True)[1]), 1)
+    """The descriptors z_0 .. z_L of every clip, (B, L + 1, D); z_0 is of the input interface, the token embedding."""
+    _, states = model.velocity(x_t, t, cond, hidden=True)
+    return torch.stack([descriptor(h, cond) for h in (cond.tokens, *states[1:])], 1)
 
 
 @torch.no_grad()
@@ -241,12 +232,6 @@ def random_control(model: FlowModel, seed: int = 0) -> FlowModel:
     return control
 
 
-def control_scores(model: FlowModel, batch: Batch, times: int, sigma: float, seed=0, ablation="zero") -> Tensor:
-    """FoG-A of every clip by the random-init control, the mean over t, (B, L)."""
-    found = at_times(foga_of_clips, random_control(model, seed), batch, times, sigma, seed, ablation=ablation)
-    return found[..., 1:].contiguous().mean(0)
-
-
 def interval(values: np.ndarray) -> list:
     """The 95 % percentile interval over the first axis: [low, high]."""
     return np.quantile(values, (0.025, 0.975), axis=0).tolist()
@@ -280,7 +265,7 @@ def probe(
     control_clips (B, L), FoG-A of random weights; with `beside` foga_resample (L) beside another ablation, where layers
     and clips allow it. Raises ValueError where `ablation` itself is not possible."""
     domain, frames = batch.domain.cpu().numpy(), batch.frames.cpu().numpy()
-    result = {"t": time_points(times), "k": k, "clips": [int((domain == d).sum()) for d in range(len(DOMAINS))]}
+    result = {"t": time_points(times), "k": k, "clips": np.bincount(domain, minlength=len(DOMAINS)).tolist()}
     if ablation == "resample" and 1 in result["clips"]:
         raise ValueError("ablation=resample takes another clip of the domain: probe at least two")
     start = time.monotonic()
@@ -293,7 +278,9 @@ def probe(
     products = at_times(gradients, *points).numpy()
     beside = beside and ablation != "resample" and model.one_sweep and 1 not in result["clips"]
     other = at_times(foga_of_clips, *points, ablation="resample").cpu().numpy() if beside else None
-    controls = control_scores(*points, ablation) if control else None
+    if control:
+        by_chance = at_times(foga_of_clips, random_control(model, seed), *points[1:], ablation=ablation)
+        controls = by_chance[..., 1:].contiguous().mean(0)  # (B, L)
     for d, name in enumerate(DOMAINS):
         of_d, n = domain == d, result["clips"][d]
         if not n:
@@ -352,37 +339,18 @@ RULES: dict[str, Callable[[dict], Sequence[float]]] = {
 }
 
 
-def check_strategy(config, n_layer: int) -> int:
-    """How many of the L layers can be aligned. Raises ValueError for others, for a rule that is none, and for sets by t
-    that are not FoG-A's."""
-    if config.align not in (known := ["none", "fixed", "random", *RULES]):
-        raise ValueError(f"align={config.align!r} is no rule: use one of {', '.join(known)}")
-    candidates = n_layer - (config.align_teacher != "external")  # the last layer has no deeper one to learn from
-    bad = [l for l in config.align_layers if not 1 <= l <= candidates]
-    if bad or (config.align == "fixed" and not config.align_layers):
-        raise ValueError(f"align_layers={config.align_layers}: name layers from 1 to {candidates}")
-    if config.timestep_adaptive and config.align not in ("foga", "none"):
-        raise ValueError(f"timestep_adaptive needs align=foga, not {config.align!r}")
-    return candidates
-
-
 def select(config, result: dict, n_layer: int) -> list[dict[int, list[float]]]:
     """S_d and lambda_l of eq. 10-11 by config.align and .weighting: for each domain {layer: weights over parts of t}.
     Weights come from FoG-A whatever selected the layers. With config.timestep_adaptive every point of the t grid
-    selects its own layers. Raises ValueError as check_strategy does, and when the probe cannot rank layers."""
-    if config.align == "none":
-        return [{} for _ in DOMAINS]
-    candidates, k = check_strategy(config, n_layer), config.top_k
-    rng, selection = np.random.default_rng(config.seed), []
-    for s in (result.get(name) for name in DOMAINS):
-        if s is None:
-            selection.append({})
-            continue
+    selects its own layers. train.check has passed `config`; raises ValueError when the probe cannot rank layers."""
+    candidates, k = n_layer - (config.align_teacher != "external"), config.top_k
+    rng, selection = np.random.default_rng(config.seed), [{} for _ in DOMAINS]
+    for name in domains_in(result) if config.align != "none" else ():
+        s, parts = result[name], []
         if not 1e-6 < s["velocity_norm"] < float("inf"):
             raise ValueError("the velocity is zero or not finite: FoG-A has no ranking; raise phase1_steps")
         if config.align == "stores" and np.allclose(s["stores"], 0, atol=1e-9):
             raise ValueError("align=stores leaves clips out: probe at least three of each domain")
-        parts = []
         for foga in s["foga_map"] if config.timestep_adaptive else [s["foga"]]:
             if config.align == "fixed":
                 layers = list(dict.fromkeys(config.align_layers))
@@ -394,33 +362,32 @@ def select(config, result: dict, n_layer: int) -> list[dict[int, list[float]]]:
                 except KeyError as missing:
                     raise ValueError(f"align={config.align} ranks by {missing}, which this probe lacks") from None
             shares = np.array([1.0 if config.weighting == "equal" else foga[l - 1] for l in layers])
-            # paper: lambda_l = align_weight * A_l
-            weights = shares if config.weighting == "paper" else shares / max(shares.sum(), EPS)
-            parts.append(dict(zip(layers, (config.align_weight * weights).tolist(), strict=True)))
+            if config.weighting != "paper":  # whose lambda_l is align_weight * A_l
+                shares /= max(shares.sum(), EPS)
+            parts.append(dict(zip(layers, (config.align_weight * shares).tolist(), strict=True)))
         union = dict.fromkeys(l for part in parts for l in part)
-        selection.append({l: [part.get(l, 0.0) for part in parts] for l in union})
+        selection[DOMAINS.index(name)] = {l: [part.get(l, 0.0) for part in parts] for l in union}
     return selection
 
 
-def table(result: dict, selection: Selection = ()) -> str:
+def table(result: dict, selection: Selection) -> str:
     """The probes side by side, a row a layer, [95 % interval]; * marks the layers selected for alignment."""
     text, k = [], result["k"]
     for name in domains_in(result):
         d, s = DOMAINS.index(name), result[name]
-        aligned = {l for l, weights in selection[d].items() if any(weights)} if selection else ()
+        aligned = {l for l, weights in selection[d].items() if any(weights)}
         columns = {"layer": [f"  {l:3d}{'*' if l in aligned else ' '}" for l in range(1, 1 + len(s["foga"]))]}
-        columns["LASP"] = with_intervals(s["lasp"], s["lasp_interval"], "6.3f")[1:]
-        columns["stores R2"] = with_intervals(s["stores"], s["stores_interval"], "5.2f")[1:]
-        named = f"FoG-A {result['ablation']}".removesuffix(" zero")
-        columns[named] = with_intervals(s["foga"], s["foga_interval"], "6.4f")
+        columns |= {"LASP": with_intervals(s, "lasp", "6.3f"), "stores R2": with_intervals(s, "stores", "5.2f")}
+        columns[f"FoG-A {result['ablation']}".removesuffix(" zero")] = with_intervals(s, "foga", "6.4f")
         if "foga_resample" in s:
-            columns["FoG-A resample"] = with_intervals(s["foga_resample"], s["foga_resample_interval"], "6.4f")
+            columns["FoG-A resample"] = with_intervals(s, "foga_resample", "6.4f")
         if "control" in s:
             excess = np.subtract(s["foga_clips"], s["control_clips"])  # paired: the same clips and noise
             bounds = interval(common.resampled(len(excess)) @ excess / len(excess))
+            s = s | {"excess": excess.mean(0), "excess_interval": bounds}
             columns["control"] = [f"{score:.4f}" for score in s["control"]]
-            columns["excess over it"] = with_intervals(excess.mean(0), bounds, "+7.4f")
-        columns["gradient norm"] = with_intervals(s["gradnorm"], s["gradnorm_interval"], "6.4f")
+            columns["excess over it"] = with_intervals(s, "excess", "+7.4f")
+        columns["gradient norm"] = with_intervals(s, "gradnorm", "6.4f")
         rank, shared = s["rank_correlation"], s["top_overlap"]
         text += [
             f"{name} ({result['clips'][d]} clips; at the interface BiT-C {s['bitc']:.3f}, R2 {s['stores'][0]:.2f})",
@@ -430,12 +397,14 @@ def table(result: dict, selection: Selection = ()) -> str:
             f"  LASP and FoG-A: rank correlation {rank[0]:+.2f} [{rank[1]:+.2f} {rank[2]:+.2f}], "
             f"top {k} share {shared[0]:.0f} [{shared[1]:.0f} {shared[2]:.0f}] of {k} layers",
         ]
-    legend = "stores R2: a ridge regression for each layer, held out; LASP's projection is trained at z_0 alone and"
-    return "\n".join([*text, f"{legend} means nothing at other depths"])
+    text.append("stores R2: ridge regressions, held out; LASP: by a projection trained at z_0, void at other depths")
+    return "\n".join(text)
 
 
-def with_intervals(values: Sequence[float], bounds: Sequence, form: str) -> list[str]:
-    return [f"{v:{form}} [{low:{form}} {high:{form}}]" for v, low, high in zip(values, *bounds, strict=True)]
+def with_intervals(s: dict, key: str, form: str) -> list[str]:
+    """The scores `key` of layers 1..L, without what some have of the interface, and their intervals."""
+    scores = zip(s[key], *s[f"{key}_interval"], strict=True)
+    return [f"{v:{form}} [{low:{form}} {high:{form}}]" for v, low, high in scores][-len(s["foga"]) :]
 
 
 def stability(results: dict[str, dict], k: int) -> str:
@@ -451,11 +420,12 @@ def stability(results: dict[str, dict], k: int) -> str:
     return common.table(rows)
 
 
-def report(out_dir: Path, result: dict, selection: Selection = ()) -> None:
-    """Writes probe.json and probe.png, for each domain layer x t maps of LASP and FoG-A, and FoG-A by its control."""
+def report(out_dir: str | Path, result: dict, selection: Selection) -> None:
+    """Prints the table; writes probe.json and probe.png, maps of LASP and FoG-A over t and layers and their means."""
     from matplotlib.figure import Figure  # slow to import, and opens no window, unlike pyplot
 
-    common.write_json(out_dir / "probe.json", result | {"selection": selection})
+    print(table(result, selection))
+    common.write_json(Path(out_dir) / "probe.json", result | {"selection": selection})
     names = domains_in(result)
     x = np.arange(1, 1 + len(result[names[0]]["foga"]))
     ticks = x[:: max(1, len(x) // 12)]
@@ -476,7 +446,7 @@ def report(out_dir: Path, result: dict, selection: Selection = ()) -> None:
         bars.set(title=f"mean over t ({name})", xlabel="layer", ylabel="score", xticks=ticks)
         bars.margins(y=0.3)  # room for the legend
         bars.legend(fontsize=7, ncols=3, loc="upper center", handlelength=1, columnspacing=1)
-    fig.savefig(out_dir / "probe.png", dpi=110)
+    fig.savefig(Path(out_dir) / "probe.png", dpi=110)
 
 
 def open_checkpoints(args: ProbeArgs) -> list[tuple[FlowModel, dict, Path]]:
@@ -491,16 +461,20 @@ def open_checkpoints(args: ProbeArgs) -> list[tuple[FlowModel, dict, Path]]:
     return [(backbones.load_model(state, ema="model" not in state), state, path) for state, path in states]
 
 
+def untrained(args: ProbeArgs, **size) -> FlowModel:
+    """The model that the arguments name, with random weights."""
+    size = DiTConfig(args.n_layer, args.n_head, args.n_embd, args.ff_mult, dropout=0.0, **size)
+    return random_control(backbones.find(args.backbone, args.backbone_layers)(size), args.seed)
+
+
 def without_checkpoint(args: ProbeArgs) -> tuple[FlowModel, dict, Path]:
     """A model with random or published weights for the prepared data, what a checkpoint would say of it, and where its
     ckpt.pt would be. Raises DataError when the data are not prepared."""
     as_published = args.backbone == "f5tts_text"  # noise of spread 1, mels without statistics
     config = {"data_dir": args.data_dir or "data/demo", "sigma": 1.0 if as_published else 0.5}
     meta, name = read_meta(config["data_dir"]), args.backbone.split(":")[-1] or "dit"
-    size = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "ff_mult": args.ff_mult}
-    size |= {"codes": tuple(meta["prepared_with"][f"{domain}_codes"] for domain in DOMAINS), "dropout": 0.0}
-    size |= {"teachers": meta["teachers"], "second_codes": 1024 if meta["streams"] > 1 else 0}
-    model = random_control(backbones.build(args.backbone, DiTConfig(**size), args.backbone_layers), args.seed)
+    codes = [meta["prepared_with"][f"{domain}_codes"] for domain in DOMAINS]
+    model = untrained(args, codes=codes, teachers=meta["teachers"], second_codes=1024 if meta["streams"] > 1 else 0)
     if not as_published:
         model.mel_mean.copy_(torch.tensor(meta["mel_mean"]))
         model.mel_std.copy_(torch.tensor(meta["mel_std"]))
@@ -515,9 +489,7 @@ def without_checkpoint(args: ProbeArgs) -> tuple[FlowModel, dict, Path]:
 def main(args: ProbeArgs) -> int | None:
     """Prints and writes the probes of one model, or how far the rankings of several checkpoints agree."""
     if args.check:
-        size = DiTConfig(args.n_layer, args.n_head, args.n_embd, args.ff_mult, dropout=0.0)
-        model = random_control(backbones.build(args.backbone, size, args.backbone_layers), args.seed)
-        wrong = backbones.check(model.eval())
+        wrong = backbones.check(untrained(args).eval())
         print("\n".join(wrong) or f"{args.n_layer} layers close exactly, and are as without hooks when they are open")
         return int(bool(wrong))
     device = pick_device(args.device)
@@ -536,20 +508,18 @@ def main(args: ProbeArgs) -> int | None:
     model, state, path = models[-1]
     out_dir = Path(args.out_dir or path.parent)
     out_dir.mkdir(parents=True, exist_ok=True)
-    if len(results) > 1:
+    if not single:
         common.write_json(out_dir / "stability.json", results)
         print(f"{stability(results, args.top_k)}\nwrote {out_dir / 'stability.json'}")
         return
     result, selection, L = results[str(path)], state["selection"], model.config.n_layer
-    report(out_dir, result, selection)
     weights = "raw" if "model" in state else "averaged"  # an export has no others
     what = state.get("what") or f"{path}, step {state['step']}, {weights} weights"
     print(f"{what}; t on {args.times} points; ablation {args.ablation}; * aligned in training; [95 % over clips]")
-    print(table(result, selection))
+    report(out_dir, result, selection)
     passes, spent = (L + 1) * args.times, sum(p["result"]["seconds"] for p in state["probes"])
     work = f"{passes / 2:.0f} forward passes instead of {passes}" if model.one_sweep else f"{passes} forward passes"
-    seconds, all_seconds = result["foga_seconds"], result["seconds"]
-    print(f"FoG-A of {L} layers: {seconds:.1f} s, the work of {work}; all probes {all_seconds:.1f} s")
+    print(f"FoG-A of {L} layers: {result['foga_seconds']:.1f} s, the work of {work}; probes {result['seconds']:.1f} s")
     print(f"in training: {len(state['probes'])} probes, {spent:.1f} s of {state['seconds']:.0f} s")
     print(f"wrote {out_dir / 'probe.json'} and {out_dir / 'probe.png'}")
 

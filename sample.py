@@ -61,7 +61,7 @@ from backbones import load_model
 from common import AUDIO, DOMAINS, SPEECH, command, pick_device, precision
 from data import Batch, Dataset, crop_unit, first_of_each_domain
 from lm import generate, load_lm
-from model import FlowModel, sample, step_times
+from model import FlowModel, sample, time_grid
 from prepare import __main__ as preparation
 from prepare import corpora
 from train import Config
@@ -86,7 +86,7 @@ def open_run(args) -> tuple[dict, Path, Any, dict]:
     run = state["config"] = asdict(Config()) | state["config"]  # an older one may lack a setting
     own = {k: v for k, v in run.items() if k != "out_dir" and getattr(args, k, "no option") in ("", None)}
     args = replace(args, device=pick_device(args.device), **own)
-    step_times(args.nfe, args.method, args.sway, args.epss)
+    time_grid(args.nfe, args.sway, args.epss, args.method)
     options = {k: getattr(args, k) for k in "nfe cfg_scale sway method epss seed".split()} | {"sigma": run["sigma"]}
     return state, file.parent, args, options
 

@@ -147,19 +147,18 @@ class Config:
 if __name__ == "__main__":
     ARGS = configure(Config, __doc__)  # a typo is answered before torch is imported
 
-import collections
 import contextlib
 import copy
 import gc
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -194,23 +193,26 @@ def train(config: Config, machine: Machine) -> "Run":
     run.objective.expected = sampler.expected_clips(dataset.index["domain"])
     batches = Prefetcher(sampler, config.loader_threads, pin=machine.device.startswith("cuda"))
     report = Report(run, machine, sampler, held_out) if machine.lead else None
-    finite = common.Finite(lambda: save(run, wait=True) if machine.lead else None)
-    stop, objective = common.StopRequest(machine.device), distributed(run, machine)
+    finite = common.Finite(lambda: save(run).result() if machine.lead else None)
+    stop, objective = common.StopRequest(machine.device), None
     while run.step < config.max_steps and not stop.agreed():
+        if objective is None:  # at first, and when heads have joined
+            how = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+            objective = DistributedDataParallel(run.objective, **how) if machine.world > 1 else run.objective
+
         # the mean gradient of this rank's batches; with the last of them DDP takes the mean over ranks
         parts = [batches(run.step * config.accumulate + micro) for micro in range(config.accumulate)]
-        aligned = not config.align_stop or run.step < config.align_stop  # 0 * keeps the heads in the graph, for DDP
-        means = collections.defaultdict(float)
+        run.objective.aligned = not config.align_stop or run.step < config.align_stop
+        means = {}
         for micro, batch in enumerate(parts):
             torch.manual_seed(step_seed(config.seed, run.step, micro * machine.world + machine.rank))
             waits = machine.world > 1 and micro < config.accumulate - 1
             with objective.no_sync() if waits else contextlib.nullcontext():
                 with machine.precision():
                     losses = objective(batch.to(machine.device))
-                loss = losses["fm"] + config.bitc_weight * losses["bitc"] + aligned * losses.get("align", 0.0)
-                (loss / config.accumulate).backward()
-            for name, value in (losses | {"loss": loss}).items():
-                means[name] = means[name] + value.detach() / config.accumulate
+                (losses["loss"] / config.accumulate).backward()
+            for name, value in losses.items():
+                means[name] = means.get(name, 0) + value.detach() / config.accumulate
 
         # one step of the optimizer and of the average
         moved = clip_and_step(run.objective, run.optimizer, run.step, config)
@@ -231,9 +233,9 @@ def train(config: Config, machine: Machine) -> "Run":
                 report.clock()  # phase1.pt tells a branch how long phase I took
                 save(run, "phase1.pt")
             intervene(run)
-            objective = distributed(run, machine)
+            objective = None
             if report:
-                common.optional(lambda: report_phase1(run))
+                common.optional(lambda: probe.report(config.out_dir, run.probes[-1]["result"], run.objective.selection))
                 report.clock(counts=False)
         if report and (switch or refresh):
             tell_selection(run)
@@ -244,17 +246,17 @@ def train(config: Config, machine: Machine) -> "Run":
             end = run.step == config.max_steps
             curve = due(run.step, config.evaluate_every) and not end
             keep_due, held_out_due = due(run.step, config.keep_every), end or due(run.step, config.eval_every)
-            save_due = end or keep_due or due(run.step, config.save_every)
-            if end or curve or held_out_due or save_due or due(run.step, config.log_every):
+            save_due = end or curve or keep_due or due(run.step, config.save_every)
+            if held_out_due or save_due or due(run.step, config.log_every):
                 report.row(held_out_due)
-            if save_due or curve:
+            if save_due:
                 save(run)
             if keep_due:
                 save(run, f"ckpt_{run.step:06d}.pt")
             if curve:
                 run.writer.pending.result()
                 stop.asked |= evaluate_checkpoint(config, machine, ["evaluate.py"]) == common.INTERRUPTED
-            if held_out_due or save_due or curve:
+            if held_out_due or save_due:
                 report.clock(counts=False)  # none of that is training time
     finite.check()
     if report and run.step < config.max_steps:
@@ -268,13 +270,6 @@ def train(config: Config, machine: Machine) -> "Run":
 def due(step: int, every: int) -> bool:
     """Whether something that is done every n steps, 0 for never, is done after this one."""
     return every > 0 and step % every == 0
-
-
-def distributed(run: "Run", machine: Machine) -> nn.Module:
-    """The objective, under DDP where there are several ranks."""
-    if machine.world == 1:
-        return run.objective
-    return DistributedDataParallel(run.objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def update_ema(ema: FlowModel, model: FlowModel, decay: float) -> None:
@@ -312,16 +307,15 @@ class Run:
         } | {name: getattr(self, name) for name in ("selected", "data", "step", "probes", "seconds")}
 
 
-def build_model(config: Config, teachers: list, device: str = "cpu") -> FlowModel:
-    """The DiT of `config`; `teachers` is [(name, width), ...] per domain. device="meta" costs no memory."""
+def build_model(config: Config, teachers: list) -> FlowModel:
+    """The model of `config`; `teachers` is [(name, width), ...] per domain."""
     sizes = DiTConfig(
         **{name: getattr(config, name) for name in "n_layer n_head n_embd ff_mult dropout interleave".split()},
         codes=(config.speech_codes, config.audio_codes),
         second_codes=1024 if config.beats_tokens else 0,
         teachers=teachers,
     )
-    with torch.device(device):
-        return backbones.build(config.backbone, sizes, config.backbone_layers)
+    return backbones.find(config.backbone, config.backbone_layers)(sizes)
 
 
 def new_run(config: Config, meta: dict, machine: Machine) -> Run:
@@ -336,12 +330,10 @@ def new_run(config: Config, meta: dict, machine: Machine) -> Run:
         init_tokens_from_codebooks(model, config)
     model.to(machine.device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    candidates = model.blocks.parameters() if config.optimizer == "muon" else ()
-    matrices = [p for p in candidates if p.dim() == 2]  # a fused one, as of q, k and v, counts as one
+    # of the matrices a fused one, as of q, k and v, counts as one
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and config.optimizer == "muon"]
     optimizer = common.make_optimizer(model, config, matrices)
-    objective = Objective(model, config)
-    objective.ema = ema if config.align_teacher == "ema" else None
-    return Run(config, objective, optimizer, ema, data.fingerprint(meta), machine.world)
+    return Run(config, Objective(model, config, ema), optimizer, ema, data.fingerprint(meta), machine.world)
 
 
 def init_tokens_from_codebooks(model: FlowModel, config: Config) -> None:
@@ -367,9 +359,20 @@ def trade(model: FlowModel, config: Config) -> None:
 
 
 def probe_now(run: Run, dataset: Dataset, machine: Machine, control: bool, decides: bool) -> None:
-    """Adds a probe on rank 0 to those of all ranks. One that fails is left out, with a warning, unless it `decides` the
-    selection: ValueError."""
-    shared = [common.optional(lambda: probe_weights(run, dataset, machine, control)) if machine.lead else None]
+    """Probes the raw weights, with `control` random ones too, on rank 0, on clips and noise drawn by (seed, step). What
+    fails is left out on all ranks, with a warning, unless it `decides` the selection: ValueError."""
+    c, seed = run.config, step_seed(run.config.seed, run.step)
+
+    def probed() -> dict:
+        batch = fixed_batch(dataset, c.probe_clips, seed, c.probe_frames).to(machine.device)
+        with machine.precision():
+            return probe.probe(run.objective.model, batch, c.probe_times, c.sigma, seed, c.top_k, c.ablation, control)
+
+    shared = [common.optional(probed, {}) if machine.lead else {}]
+    for name in probe.domains_in(shared[0]):
+        scores = shared[0][name]
+        top = " ".join(f"L{l} {scores['foga'][l - 1]:.3f}" for l in probe.top_layers(scores["foga"], c.top_k))
+        print(f"probe at step {run.step}: {name:6s} FoG-A top {top}; BiT-C {scores['bitc']:.3f}", flush=True)
     if machine.world > 1:
         dist.broadcast_object_list(shared)
     if shared[0]:
@@ -377,20 +380,6 @@ def probe_now(run: Run, dataset: Dataset, machine: Machine, control: bool, decid
     elif decides:
         todo = "once that is mended the same command goes on from the last checkpoint to try again"
         raise ValueError(f"the probe at step {run.step}, which selects the layers, failed; {todo}")
-
-
-def probe_weights(run: Run, dataset: Dataset, machine: Machine, control: bool) -> dict:
-    """Probes the raw weights on clips and noise drawn by (seed, step); `control`: and random weights."""
-    c, seed = run.config, step_seed(run.config.seed, run.step)
-    batch = fixed_batch(dataset, c.probe_clips, seed, c.probe_frames).to(machine.device)
-    with machine.precision():
-        how = (c.probe_times, c.sigma, seed, c.top_k, c.ablation, control)
-        result = probe.probe(run.objective.model, batch, *how)
-    for name in probe.domains_in(result):
-        scores = result[name]
-        top = " ".join(f"L{l} {scores['foga'][l - 1]:.3f}" for l in probe.top_layers(scores["foga"], c.top_k))
-        print(f"probe at step {run.step}: {name:6s} FoG-A top {top}; BiT-C {scores['bitc']:.3f}", flush=True)
-    return result
 
 
 def select(run: Run) -> Selection:
@@ -408,17 +397,10 @@ def intervene(run: Run, selection: Selection | None = None) -> None:
             run.optimizer.add_param_group(group)
 
 
-def report_phase1(run: Run) -> None:
-    """Shows what the last probe found, beside a random-init control; writes probe.json and .png."""
-    result, selection = run.probes[-1]["result"], run.objective.selection
-    print(probe.table(result, selection))
-    probe.report(Path(run.config.out_dir), result, selection)
-
-
-def save(run: Run, name: str = "ckpt.pt", wait: bool = False) -> None:
+def save(run: Run, name: str = "ckpt.pt") -> Future:
+    """Begins to save the run; what it returns can be waited for."""
     run.writer.save(Path(run.config.out_dir) / name, run.state())
-    if wait:
-        run.writer.pending.result()
+    return run.writer.pending
 
 
 def export(run: Run) -> None:
@@ -492,14 +474,19 @@ def evaluate_checkpoint(config: Config, machine: Machine, scripts: Sequence[str]
 def check(config: Config) -> None:
     """Refuses, before anything is read, what would fail many steps later. Raises ValueError."""
     c, own, frames = config, config.align_teacher != "external", config.align_target == "frames"
-    probe.check_strategy(c, c.n_layer)
     backbones.find(c.backbone, c.backbone_layers)
+    rules = ["none", "fixed", "random", *probe.RULES]
+    last = c.n_layer - own  # the last layer has no deeper one to learn from
+    listed = all(1 <= l <= last for l in c.align_layers) and (c.align_layers or c.align != "fixed")
     raw = c.align_norm == "raw" and (frames or c.align_target == "clip")
     as_published = (c.crop_frames, c.trim, c.sigma, c.mel_stats) == (0, 0, 1, (0, 1))
     published = "f5tts_text reads whole clips, mels without statistics: pass --crop_frames=0 --trim=0 --sigma=1"
     short = f"max_steps={c.max_steps} ends within phase I, so nothing would be aligned: pass --phase1_steps below it"
-    absent = [k for k in ("vocoder", "asr") if c.evaluate and common.is_absent(getattr(c, k))]
+    absent = [f"{k}={getattr(c, k)}" for k in ("vocoder", "asr") if c.evaluate and common.is_absent(getattr(c, k))]
     wrong = {
+        f"align={c.align!r} is no rule: use one of {', '.join(rules)}": c.align not in rules,
+        f"align_layers={c.align_layers}: name layers from 1 to {last}": not listed,
+        f"timestep_adaptive needs align=foga, not {c.align!r}": c.timestep_adaptive and c.align not in ("foga", "none"),
         "align_head=none needs align_teacher=self or ema": c.align_head == "none" and not own,
         "align_head=conv2d pools, so align_target=frames cannot use it": c.align_head == "conv2d" and frames,
         "crop, shuffled and align_norm are of the external teacher, not align_teacher=self or ema": own and not raw,
@@ -510,15 +497,14 @@ def check(config: Config) -> None:
         f"{published} --mel_stats=0,1": c.backbone == "f5tts_text" and not as_published,
         f"compile and checkpoint_activations are for our own model, not backbone={c.backbone}": c.backbone
         and (c.compile or c.checkpoint_activations),
-        **{f"{k}={getattr(c, k)}: no such folder; pass a hub name or a folder that is there": True for k in absent},
+        f"{', '.join(absent)}: no such folder; pass a hub name or a folder that is there": absent,
     }
     if any(wrong.values()):
         raise ValueError("; ".join(why for why, holds in wrong.items() if holds))
 
 
 def main(config: Config) -> int:
-    """Prepares what is missing, trains, then probes and evaluates; returns the exit code, INTERRUPTED (75) where the
-    same command continues."""
+    """Prepares what is missing, trains, probes, evaluates; the exit code is INTERRUPTED where the command continues."""
     check(config)
     with common.alone_in(config.out_dir):
         if not data.is_prepared(config.data_dir) and (code := common.run_script("prepare", *to_words(config))):

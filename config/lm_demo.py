@@ -8,7 +8,6 @@ style_drop = 0.5  # it is mostly used without a reference
 code_noise = 0.1
 max_steps = 1200
 batch_tokens = 4096
-batch_size = 64
 learning_rate = 1e-3
 lr_warmup = 0.1
 weight_decay = 0.1

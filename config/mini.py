@@ -11,7 +11,6 @@ max_steps = 260
 phase1_steps = 105
 probe_every = 35
 probe_clips = 8
-probe_times = 4
 probe_frames = 200
 eval_every = 100
 save_every = 1000

@@ -54,6 +54,11 @@ import bench
 import common
 from configurator import configure
 from data import LengthBatchSampler
+from model import flops_per_frame
+
+# dense bfloat16 peak in FLOP/s, by a part of the GPU's name (the makers' data sheets)
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
+PEAK |= {"L40S": 362e12, "L40": 181e12, "4090": 165e12}
 
 
 def rate(b, amount, work, calls=10):
@@ -124,16 +129,36 @@ def busy(b, work):
     return 100 * sum(s.end - s.start for s in spans) / (max(s.end for s in spans) - min(s.start for s in spans))
 
 
+def fullest(b, run):
+    """GiB of a GPU at the fullest moment of a step."""
+    torch.cuda.reset_peak_memory_stats()
+    b.step(run, b.batch(b.B, b.T))
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
 def step(b):
-    """bench.py's rows of a step, its time and memory, and where it waits."""
+    """bench.py's rows of a step, its MFU on a GPU that PEAK knows, its time and memory, and where it waits."""
     yield from bench.step_row(b)
     run = b.run()
-    work = partial(b.step, run, b.batch(b.B, b.T))
+    work, flops = partial(b.step, run, b.batch(b.B, b.T)), b.B * b.T * flops_per_frame(run.objective.model, b.T)
+    peak = next((p for name, p in PEAK.items() if name in b.device_name), None)
+    if peak and common.takes_bfloat16(b.device, b.args.dtype):
+        what = f"MFU at {b.T} frames a clip (bfloat16 peak of the data sheet)"
+        yield what, lambda: 100 * flops / b.seconds(work) / peak, "%"
     yield "time of a step", lambda: 1000 * b.seconds(work), "ms"
     if b.device.startswith("cuda"):
-        yield "peak memory of a step", partial(b.peak, run), "GiB"
+        yield "peak memory of a step", partial(fullest, b, run), "GiB"
         yield "waits of the host in a step", partial(waits, b, work), ""
         yield "busy share of a step", partial(busy, b, work), "%"
+
+
+def memory(b):
+    """bench.py's rows of what is kept for backward, and the peaks of those steps."""
+    yield from bench.memory_row(b)
+    for again, note in ((False, ""), (True, ", checkpoint_activations")):
+        if b.device.startswith("cuda"):
+            run = b.run(checkpoint_activations=again)
+            yield f"peak of a step of {b.B * b.T} frames{note}", partial(fullest, b, run), "GiB"
 
 
 def shapes(b):
@@ -155,7 +180,7 @@ def shapes(b):
     yield f"slowest of {steps} steps on real lengths, by frame, over their median", slowest, "times"
 
 
-bench.ROWS = {row.__name__: row for row in (machine, attention, step, shapes)}
+bench.ROWS = {row.__name__: row for row in (machine, attention, step, memory, shapes)}
 bench.main(configure(bench.BenchArgs, ""))
 PY
 }
@@ -188,9 +213,9 @@ for part in "${parts[@]}"; do
   began=$SECONDS
   rm -f "$folder/$part.md"
   case $part in
-    machine | attention | step | shapes) rows $part ;;
+    machine | attention | step | memory | shapes) rows $part ;;
     compiled) rows step --compile=true ;;
-    peer | foga | sampling | memory) bench ${part}_row ;;
+    peer | foga | sampling) bench ${part}_row ;;
     agrepa) bench align_layers ;;
     tests | demo) $part ;;
     *) echo "no part $part" >&2; exit 2 ;;

@@ -60,15 +60,11 @@ def test_the_table_is_written_and_says_what_cannot_be_measured(small, capsys, mo
 @pytest.mark.slow
 def test_the_parts_for_a_gpu_start_on_any_machine_and_say_what_is_missing():
     """bash runs/gpu.sh --dry: those that need no data; one table with the device's name."""
-    done = subprocess.run(
-        ["bash", "runs/gpu.sh", "--dry", "machine", "attention", "step", "shapes"],
-        cwd=Path(bench.__file__).parent, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    root, names = Path(bench.__file__).parent, ("machine", "attention", "step", "memory", "shapes")
+    command = ["bash", "runs/gpu.sh", "--dry", *names]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    head, *rows = (Path(bench.__file__).parent / "out/gpu_dry.md").read_text().splitlines()
-    assert "torch" in head
-    parts = {
-        part: [r for r in rows if r.startswith(f"| {part} ")] for part in ("machine", "attention", "step", "shapes")
-    }
-    assert [len(parts[p]) for p in ("machine", "step", "shapes")] == [5, 3, 1]
+    head, *rows = (root / "out/gpu_dry.md").read_text().splitlines()
+    parts = {part: [r for r in rows if r.startswith(f"| {part} ")] for part in names}
+    assert "torch" in head and [len(parts[p]) for p in ("machine", "step", "memory", "shapes")] == [5, 3, 2, 1]
     assert "not measured: No viable backend" in str(parts["attention"]) and "TFLOP/s" in str(parts["attention"])

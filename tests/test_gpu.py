@@ -126,8 +126,9 @@ def test_a_training_step_asks_the_device_for_nothing_and_keeps_bfloat16(fake_cud
     """Reading a value of a fake tensor raises, a tensor elsewhere too. FLOPs are counted by torch, from the shapes."""
     B, saved = 41, {}
     model = DiT(UNIFIED_B).train()
-    heads = m.AlignHeads(UNIFIED_B, [{l: [0.0] for l in s} for s in ((1, 3, 9), (1, 3, 7))], train.Config())
-    selection = [{l: [0.5] for l in layers} for layers in ((1, 3, 9), (1, 3, 7))]
+    objective = m.Objective(model, train.Config())
+    objective.selection = [{l: [0.5] for l in layers} for layers in ((1, 3, 9), (1, 3, 7))]
+    objective.heads = m.AlignHeads(UNIFIED_B, objective.selection, train.Config())
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
@@ -140,8 +141,8 @@ def test_a_training_step_asks_the_device_for_nothing_and_keeps_bfloat16(fake_cud
     model.velocity = lambda *args, **options: (found := honest(*args, **options), states.extend(found[1]))[0]
     batch = fake_batch(B)
     with m.torch.autocast("cuda"), torch.device("cpu"), FlopCounterMode(display=False) as counter, hooks:
-        losses = m.flow_matching_loss(model, batch, 0.5, 0.1, heads, selection)
-    assert {x.device.type for x in losses.values()} == {"cuda"} and set(losses) == {"fm", "bitc", "align"}
+        losses = objective(batch)
+    assert {x.device.type for x in losses.values()} == {"cuda"} and set(losses) == {"fm", "bitc", "align", "loss"}
     assert len(states) == 25 and {h.dtype for h in states} == {torch.bfloat16}
     assert sum(n for n, dtype, _ in saved.values() if dtype == torch.float32) < 0.2 * 2**30
     counts = dict(counter.get_flop_counts()["Global"])
@@ -158,7 +159,7 @@ class Times(np.ndarray):
 
 @torch.no_grad()
 def test_the_sampler_and_the_sweep_ask_the_device_for_nothing(fake_cuda, monkeypatch):
-    monkeypatch.setattr(m, "time_grid", lambda steps, *_: np.linspace(0, 1, steps + 1).view(Times))
+    monkeypatch.setattr(m, "time_grid", lambda nfe, *_: np.linspace(0, 1, nfe + 1).view(Times))
     model = DiT(replace(UNIFIED_B, n_layer=3)).eval()
     cond = model.embed_condition(fake_batch(2))
     for options in ({}, {"method": "midpoint"}, {"cfg_scale": 1.0}):
