@@ -23,7 +23,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -78,9 +78,9 @@ class Batch:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The same with every tensor changed."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        whole = {k: change(x) for k, x in values.items() if isinstance(x, torch.Tensor)}
-        return replace(self, **whole | {k: {n: change(x) for n, x in values[k].items()} for k in ("teacher", "target")})
+        changed = {k: change(x) for k, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        named = {k: {n: change(x) for n, x in getattr(self, k).items()} for k in ("teacher", "target")}
+        return replace(self, **changed, **named)
 
 
 def settings_of(config) -> dict[str, dict]:
@@ -132,19 +132,16 @@ def fingerprint(meta: dict) -> str:
 
 def verify(data_dir: str) -> list[str]:
     """The files of a prepared folder that are missing or not as they were written, one line each."""
-    root, problems = Path(data_dir), []
+    root = Path(data_dir)
     wanted = {root / name: digest for name, digest in read_meta(data_dir)["sha256"].items()}
     for file in (*sorted(root.glob("*/shard.json")), *root.glob("styles.json"), *root.glob("features_*.json")):
         try:
             wanted |= {file.parent / name: digest for name, digest in json.loads(file.read_text())["sha256"].items()}
         except (OSError, ValueError, KeyError):
             wanted.setdefault(file, "")
-    for path, digest in tqdm(wanted.items(), desc="verify", mininterval=1):
-        if not path.exists():
-            problems.append(f"{path}: missing")
-        elif sha256(path) != digest:
-            problems.append(f"{path}: not as it was written")
-    return problems
+    files = tqdm(wanted.items(), desc="verify", mininterval=1)
+    unsound = [path for path, digest in files if not path.exists() or sha256(path) != digest]
+    return [f"{path}: {'not as it was written' if path.exists() else 'missing'}" for path in unsound]
 
 
 def open_array(path: Path, kind: type | str | None = None, shape: tuple[int, ...] = ()) -> np.ndarray:
@@ -426,12 +423,10 @@ class Prefetcher:
     def __init__(self, batches: Callable[[int], Batch], threads: int, pin: bool = False):
         # copies to a GPU do not wait for what comes from page-locked memory
         self.batches = (lambda k: batches(k).map(torch.Tensor.pin_memory)) if pin else batches
-        self.threads, self.pool = threads, ThreadPoolExecutor(threads) if threads else None
+        self.threads, self.pool = threads, ThreadPoolExecutor(max(1, threads))
         self.pending: dict[int, Future] = {}
 
     def __call__(self, k: int) -> Batch:
-        if not self.pool:
-            return self.batches(k)
         for i in range(k, k + self.threads + 1):
             if i not in self.pending:
                 self.pending[i] = self.pool.submit(self.batches, i)

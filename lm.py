@@ -109,8 +109,7 @@ def train(config: LMConfig, machine: Machine) -> "Run":
         torch.manual_seed(step_seed(config.seed, run.step, machine.rank))
         with machine.precision():
             losses = lm(batch, config.style_drop)
-        loss = losses["ce"] + config.coarse_weight * losses["coarse"]
-        loss.backward()
+        losses["loss"].backward()
         moved = clip_and_step(run.lm, run.optimizer, run.step, config)
         run.step += 1
         finite.check(run.step, moved["grad_norm"], ids.tolist())
@@ -123,8 +122,7 @@ def train(config: LMConfig, machine: Machine) -> "Run":
             seconds = time.monotonic() - start
             rate, run.seconds, tokens = tokens / (seconds - run.seconds), seconds, 0
             held = common.optional(lambda: held_out_loss(run.lm, held_out, machine), {}) if eval_due else {}
-            read = losses | {"loss": loss, "grad_norm": moved["grad_norm"]}
-            numbers = moved | {name: value.item() for name, value in read.items()}
+            numbers = {name: torch.as_tensor(value).item() for name, value in (losses | moved).items()}
             log.row(step=run.step, tokens_per_s=rate, seconds=seconds, **numbers, **held)
             shown = "  ".join(f"{k} {v:.3f}" for k, v in ({k: numbers[k] for k in ("ce", "coarse")} | held).items())
             left = f"{seconds / run.step * (config.max_steps - run.step) / 60:.1f} min"
@@ -214,8 +212,7 @@ def text_encoder(config: LMConfig) -> tuple[Callable[[str], list[int]], int]:
     source = config.text or ("bytes" if config.lm == "small" else config.lm)
     if source == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
-        encoding = tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={})
-        return encoding.encode, encoding.n_vocab
+        return tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={}).encode, len(ranks)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -230,12 +227,9 @@ class Vocabulary:
     def __init__(self, config: LMConfig, codes: tuple[int, ...], text: int = 0):
         self.encode, words = text_encoder(config)
         self.text, self.codes = text or words, tuple(codes)
-        self.specials = range(self.text, self.text + 4)
-        self.end = self.specials[3]
-        self.styles = range(self.text + 4, self.text + 4 + STYLES)
-        stops = (self.styles.stop + np.cumsum(codes)).tolist()
-        self.code_ids = [range(stop - n, stop) for stop, n in zip(stops, codes, strict=True)]  # of each domain
-        self.size = stops[-1]
+        edges = np.cumsum([self.text, 4, STYLES, *codes]).tolist()
+        self.specials, self.styles, *self.code_ids = map(range, edges, edges[1:])
+        self.end, self.size = self.specials[3], edges[-1]
 
     def prompt(self, domain: int, text: str) -> list[int]:
         """The ids before the codes (eq. 16). The text of a sound is its event, or "event: description"."""
@@ -298,12 +292,10 @@ def build_net(config: LMConfig, codes: tuple[int, ...]) -> tuple[nn.Module, Voca
     mean of the old ones. Raises ValueError for none."""
     if config.lm == "small":
         vocabulary, D = Vocabulary(config, codes), config.n_embd
-        small = transformers.Qwen3Config(
-            vocab_size=vocabulary.size, hidden_size=D, intermediate_size=3 * D, num_hidden_layers=config.n_layer,
-            num_attention_heads=config.n_head, num_key_value_heads=config.n_head, head_dim=D // config.n_head,
-            tie_word_embeddings=True,
-        )  # fmt: skip
-        return transformers.Qwen3ForCausalLM(small), vocabulary
+        size = {"vocab_size": vocabulary.size, "tie_word_embeddings": True, "num_hidden_layers": config.n_layer}
+        size |= {"hidden_size": D, "intermediate_size": 3 * D, "head_dim": D // config.n_head}
+        size |= {"num_attention_heads": config.n_head, "num_key_value_heads": config.n_head}
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**size)), vocabulary
     try:
         net = transformers.AutoModelForCausalLM.from_pretrained(config.lm, dtype=torch.float32)
     except (OSError, ValueError) as error:
@@ -350,8 +342,8 @@ class LM(nn.Module):
         return F.cross_entropy(self.net.get_output_embeddings()(h).float(), wanted, reduction="none")
 
     def forward(self, batch: Sequences, style_drop: float = 0.0, each: bool = False) -> dict[str, Tensor]:
-        """ce over codes and [END], coarse over codes (eq. 19-20); with `each`, ce is a clip's own mean, (B,). Padding
-        is at the end and attention causal, so no target ever sees it and no mask is needed."""
+        """ce over codes and [END], coarse over codes, and loss (eq. 19-20); with `each`, ce is a clip's own mean, (B,).
+        Padding is at the end and attention causal, so no target ever sees it and no mask is needed."""
         keep = torch.rand(len(batch.ids), device=batch.ids.device) >= style_drop
         ids = self.noisy(batch) if self.training and self.config.code_noise else batch.ids
         x = F.dropout(self.embed(ids, batch.style, keep), self.config.dropout, self.training)
@@ -365,7 +357,8 @@ class LM(nn.Module):
             return {"ce": ce.new_zeros(len(batch.ids)).scatter_reduce(0, row, ce, "mean", include_self=False)}
         code = wanted - self.vocabulary.styles.stop  # its row in the codebooks laid end to end; below 0 for [END]
         cluster = torch.where(code < 0, -100, self.clusters[code.clamp_min(0)])  # -100 does not count
-        return {"ce": ce.mean(), "coarse": F.cross_entropy(self.coarse(h).float(), cluster)}
+        ce, coarse = ce.mean(), F.cross_entropy(self.coarse(h).float(), cluster)
+        return {"ce": ce, "coarse": coarse, "loss": ce + self.config.coarse_weight * coarse}
 
 
 def load_lm(path: str | Path, device: str = "cpu") -> tuple[LM, dict]:
@@ -423,24 +416,20 @@ def generate(
     return [row[row != v.end] - r.start for row, r in rows]
 
 
-def check(config: LMConfig) -> None:
-    """Raises ValueError that lists what the config needs and is not here, before any work."""
-    lines = []
-    if not data.is_prepared(config.data_dir):
-        lines.append(f"--data_dir=FOLDER  made by python -m prepare CONFIG; now {config.data_dir!r}")
-    try:
-        if config.lm != "small":
-            transformers.AutoConfig.from_pretrained(config.lm)
-    except (OSError, ValueError):
-        lines.append(f"--lm=FOLDER  a causal LM, or small; {config.lm!r} is neither here nor on a reachable hub")
-    if lines:
-        raise ValueError("this config needs what is not here:\n  " + "\n  ".join(lines))
-
-
 def main(config: LMConfig) -> int:
-    """Trains, after the style vectors are there; returns the exit code, INTERRUPTED for a run that a signal stopped."""
+    """Trains, after the style vectors are there; returns the exit code, INTERRUPTED for a run that a signal stopped.
+    Raises ValueError that lists what the config needs and is not here, before any work."""
     with common.alone_in(config.out_dir):
-        check(config)
+        missing = []
+        if not data.is_prepared(config.data_dir):
+            missing.append(f"--data_dir=FOLDER  made by python -m prepare CONFIG; now {config.data_dir!r}")
+        try:
+            if config.lm != "small":
+                transformers.AutoConfig.from_pretrained(config.lm)
+        except (OSError, ValueError):
+            missing.append(f"--lm=FOLDER  a causal LM, or small; {config.lm!r} is neither here nor on a reachable hub")
+        if missing:
+            raise ValueError("\n  ".join(["this config needs what is not here:", *missing]))
         # every rank starts it: they share the work, or wait at its lock, where a barrier would time out
         styled = data.is_prepared(config.data_dir, "styles")
         if not styled and (code := common.run_script("prepare", f"--styles={config.data_dir}")):
