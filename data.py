@@ -379,8 +379,7 @@ class TrainingBatches(LengthBatchSampler):
 
     def __init__(self, dataset: Dataset, config, rank: int = 0, world: int = 1):
         self.dataset, self.unit = dataset, crop_unit(dataset.rates)
-        frames = dataset.index["frames"]
-        lengths = np.minimum(frames, config.crop_frames) if config.crop_frames else frames
+        lengths = np.minimum(dataset.index["frames"], config.crop_frames or 2**31 - 1)
         super().__init__(lengths, config, "batch_frames", rank, world, config.accumulate, config.trim)
         self.others = other_clips(dataset.index["domain"], config.seed) if config.align_target == "shuffled" else None
         self.targeted = config.align != "none" and config.align_teacher == "external"

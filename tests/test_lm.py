@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_train import MACHINE, ROOT, same, stopped
+from conftest import same
+from test_train import MACHINE, ROOT, stopped
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import audio
