@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -265,7 +264,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             yield False
         else:
             file.truncate(0)
-            print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+            print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
             yield True
 
 

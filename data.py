@@ -217,8 +217,7 @@ class Dataset:
     def name_and_text(self, i: int) -> tuple[str, str]:
         """The name of clip i and what is said or heard in it."""
         r, shard = self.at(i)
-        name, _, text = bytes(shard.text[r["text"] : r["text"] + r["text_len"]]).decode().partition("\n")
-        return name, text
+        return bytes(shard.text[r["text"] : r["text"] + r["text_len"]]).decode().partition("\n")[::2]
 
     def wav_path(self, i: int) -> Path:
         """Where clip i's waveform is, for those that have one."""
