@@ -27,10 +27,10 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -72,9 +72,8 @@ def command(main: Callable[[Any], int | None], args: Any) -> None:
 
 
 def run_script(name: str, *words: str) -> int:
-    """Runs a script of this project (or `prepare`) in a process of its own, so that its memory and its failures are not
-    ours; returns its exit code. SIGTERM and Ctrl-C are passed on to it, and the code is INTERRUPTED then: the caller is
-    to stop. A second Ctrl-C kills it."""
+    """Runs a script of this project (or `prepare`) as a process of its own; returns its exit code. SIGTERM and Ctrl-C
+    are passed on to it, and the code is INTERRUPTED then: the caller is to stop. A second Ctrl-C kills it."""
     root = Path(__file__).resolve().parent
     what = [str(root / name)] if name.endswith(".py") else ["-m", name]
     env = os.environ | {"PYTHONPATH": str(root), STARTED_BY: str(os.getpid())}
@@ -136,8 +135,7 @@ def precision(device: str, dtype: str) -> torch.autocast:
     return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=takes_bfloat16(device, dtype))
 
 
-@dataclass
-class Machine:
+class Machine(NamedTuple):
     """Where this process runs among the others."""
 
     rank: int

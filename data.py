@@ -177,7 +177,7 @@ class Dataset:
         self.root, self.split, self.meta = Path(data_dir), split, read_meta(data_dir)
         self.index = open_array(self.root / f"{split}.npy")
         self.rates, self.streams = self.meta["token_rates"], self.meta["streams"]
-        self.codes = [self.meta.get("prepared_with", {}).get(f"{name}_codes", 2**31) for name in DOMAINS]
+        self.codes = [self.meta["prepared_with"][f"{name}_codes"] for name in DOMAINS]
         # safe among threads; a map is closed when the last view of it is gone
         self.opened = functools.lru_cache(OPEN_SHARDS)(functools.partial(Shard, streams=self.streams))
         self.opened_features = functools.lru_cache(2 * OPEN_SHARDS)(open_features)

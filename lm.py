@@ -65,7 +65,7 @@ if __name__ == "__main__":
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +85,7 @@ import common
 import data
 from backbones import check_weights
 from common import DOMAINS, SPEECH, Machine, clip_and_step, command, step_seed
+from probe import probing
 
 audio.torchaudio()  # before transformers imports it
 LOGITS = 2**28  # most logits at a time: a GiB in float32
@@ -140,12 +141,8 @@ def train(config: LMConfig, machine: Machine) -> "Run":
 def held_out_loss(lm: "LM", parts: list["Sequences"], machine: Machine) -> dict[str, float]:
     """CE per code of each domain on fixed clips, without style: what is known from text alone."""
     domain = torch.cat([part.domain for part in parts])
-    try:
-        lm.eval()
-        with machine.precision():
-            ce = torch.cat([lm(part, style_drop=1.0, each=True)["ce"] for part in parts])
-    finally:
-        lm.train()
+    with probing(lm, 0), machine.precision():
+        ce = torch.cat([lm(part, style_drop=1.0, each=True)["ce"] for part in parts])
     return {f"held_out_{n}": float(ce[domain == d].mean()) for d, n in enumerate(DOMAINS) if d in domain}
 
 
@@ -164,12 +161,11 @@ def open_run(config: LMConfig, machine: Machine) -> tuple[Run, "Corpus", list["S
     """The run as it stands in out_dir, or a new one, drawn from config.seed; what it trains on; and its held-out clips
     in parts of 8. Raises CheckpointError for one that was made with incompatible settings or other data."""
     training, held_out = (data.Dataset(config.data_dir, split) for split in ("train", "held_out"))
-    codes = tuple(training.meta["prepared_with"][f"{name}_codes"] for name in DOMAINS)
     torch.manual_seed(config.seed)
-    net, vocabulary = build_net(config, codes)
+    net, vocabulary = build_net(config, training.codes)
     corpus = Corpus(training, vocabulary)
     styles = corpus.batch(data.first_of_each_domain(training, 100)).style  # (clips, 16, E)
-    lm = LM(config, net, vocabulary, code_clusters(config, codes), styles.shape[2])
+    lm = LM(config, net, vocabulary, code_clusters(config, training.codes), styles.shape[2])
     lm.style_scale.copy_(1 / styles.flatten(0, 1).std(0).clamp_min(1e-4))
     lm.to(machine.device)
     about = {"config": asdict(config), "net": json.loads(net.config.to_json_string(use_diff=False))}
@@ -224,7 +220,7 @@ class Vocabulary:
     """Token ids: the text's first, then [TAG] [DES] [AT] [END], the style placeholders, and each domain's codes; `text`
     is the size of the LM's own vocabulary where it is not the tokenizer's, `codes` the codebooks' sizes."""
 
-    def __init__(self, config: LMConfig, codes: tuple[int, ...], text: int = 0):
+    def __init__(self, config: LMConfig, codes: Sequence[int], text: int = 0):
         self.encode, words = text_encoder(config)
         self.text, self.codes = text or words, tuple(codes)
         edges = np.cumsum([self.text, 4, STYLES, *codes]).tolist()
@@ -272,7 +268,7 @@ class Corpus:
         return Sequences(*(x.to(device, non_blocking=True) for x in (padded, target, style, domain)))
 
 
-def code_clusters(config: LMConfig, codes: tuple[int, ...]) -> Tensor:
+def code_clusters(config: LMConfig, codes: Sequence[int]) -> Tensor:
     """The cluster of every code of both domains, none shared, (sum of codes,): by k-means, or equal runs of ids."""
     parts, first = [], 0
     for name, count in zip(DOMAINS, codes, strict=True):
@@ -287,7 +283,7 @@ def code_clusters(config: LMConfig, codes: tuple[int, ...]) -> Tensor:
     return torch.cat(parts)
 
 
-def build_net(config: LMConfig, codes: tuple[int, ...]) -> tuple[nn.Module, Vocabulary]:
+def build_net(config: LMConfig, codes: Sequence[int]) -> tuple[nn.Module, Vocabulary]:
     """The causal LM of transformers with room for our vocabulary beside its own; new rows of its tables start at the
     mean of the old ones."""
     if config.lm == "small":

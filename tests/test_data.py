@@ -46,6 +46,7 @@ def prepared(path: Path, frames: list[int], domains: list[int], tokens=None, mel
         vectors = np.full((4, 6)[d], i + 0.5), np.full((16, 6), i)
         clips.append(Prepared(clip, mel, wav, 24000, i == 0, codes, *vectors))
     meta = {"teachers": [["whisper", 4], ["aisfx", 6]], "token_rates": RATES, "streams": clips[0].tokens.shape[1]}
+    meta["prepared_with"] = {"speech_codes": 99, "audio_codes": 99}
     write_folder(path, {"train": clips}, meta, size)
     return data.Dataset(path, "train")
 

@@ -30,7 +30,7 @@ V = lm.Vocabulary(SMALL, (16, 12))
 class Clips:
     """A split as data.Dataset gives it: clips of `domains` with random codes, and `styles`, a (16, 10) each."""
 
-    meta = {"prepared_with": {"speech_codes": 16, "audio_codes": 12}, "token_rates": [50, 25]}
+    meta, codes = {"token_rates": [50, 25]}, V.codes
 
     def __init__(self, rng: np.random.Generator, domains: list[int], styles: np.ndarray):
         codes = [rng.integers(0, V.codes[d], (int(rng.integers(3, 12)), 1)) for d in domains]
