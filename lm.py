@@ -224,7 +224,7 @@ class Vocabulary:
         self.encode, words = text_encoder(config)
         self.text, self.codes = text or words, tuple(codes)
         edges = np.cumsum([self.text, 4, STYLES, *codes]).tolist()
-        self.specials, self.styles, *self.code_ids = map(range, edges, edges[1:])
+        self.specials, self.styles, *self.code_ids = map(range, edges, edges[1:])  # code_ids: of each domain
         self.end, self.size = self.specials[3], edges[-1]
 
     def prompt(self, domain: int, text: str) -> list[int]:
