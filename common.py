@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -28,10 +27,10 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -73,9 +72,8 @@ def command(main: Callable[[Any], int | None], args: Any) -> None:
 
 
 def run_script(name: str, *words: str) -> int:
-    """Runs a script of this project (or `prepare`) in a process of its own, so that its memory and its failures are not
-    ours; returns its exit code. SIGTERM and Ctrl-C are passed on to it, and the code is INTERRUPTED then: the caller is
-    to stop. A second Ctrl-C kills it."""
+    """Runs a script of this project (or `prepare`) as a process of its own; returns its exit code. SIGTERM and Ctrl-C
+    are passed on to it, and the code is INTERRUPTED then: the caller is to stop. A second Ctrl-C kills it."""
     root = Path(__file__).resolve().parent
     what = [str(root / name)] if name.endswith(".py") else ["-m", name]
     env = os.environ | {"PYTHONPATH": str(root), STARTED_BY: str(os.getpid())}
@@ -137,8 +135,7 @@ def precision(device: str, dtype: str) -> torch.autocast:
     return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=takes_bfloat16(device, dtype))
 
 
-@dataclass
-class Machine:
+class Machine(NamedTuple):
     """Where this process runs among the others."""
 
     rank: int
@@ -224,19 +221,15 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_csv(path: Path) -> list[dict]:
     """The rows of a CSV file, none when it is not there; of a log, by step, without what a crash has torn."""
-    if not path.exists():
-        return []
-    head, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) or [""]
-    if not head.startswith("step,"):
-        return list(csv.DictReader([head, *lines]))
-    columns, rows = head.strip().split(","), {}
-    for line in lines:
-        cells = line.strip().split(",")
-        if re.fullmatch(r"\d+(,[^\x00-\x1f,\ufffd]*)*\n", line) and len(cells) == len(columns):
-            rows.setdefault(int(cells[0]), dict(zip(columns, cells, strict=True)))
-    if len(rows) < len(lines):
-        print(f"warning: {path}: {len(lines) - len(rows)} torn or garbled rows left out", file=sys.stderr)
-    return list(rows.values())
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    head, *lines = text.splitlines(keepends=True) or [""]
+    if head.startswith("step,"):
+        whole = re.compile(rf"(\d+)(,[^\x00-\x1f,\ufffd]*){{{head.count(',')}}}\n")
+        rows = {int(row[1]): row[0] for row in map(whole.fullmatch, reversed(lines)) if row}  # of a step the first
+        if len(rows) < len(lines):
+            print(f"warning: {path}: {len(lines) - len(rows)} torn or garbled rows left out", file=sys.stderr)
+        lines = [rows[step] for step in sorted(rows)]
+    return list(csv.DictReader([head, *lines]))
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
@@ -267,11 +260,10 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
-            return
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield True
+        else:
+            file.truncate(0)
+            print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
+            yield True
 
 
 @contextlib.contextmanager
@@ -346,13 +338,13 @@ def load(path: str | Path, set_aside: bool = False, needs: Sequence[str] = ()) -
     """The state and the file it came from: `path`, or the previous one with a warning when `path` is damaged, which
     `set_aside`, for those who will save there again, renames to NAME.damaged.pt. Raises CheckpointError when neither
     is sound, and, instead of going back, when one lacks what `needs` names or the machine cannot read it."""
-    path = Path(path)
+    path, problems = Path(path), []
     if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
         raise CheckpointError(f"{path} is no file; of a run's folder pass the file in it: {path / 'ckpt.pt'}")
-    problems = []
     for file in (path, previous(path)):
         try:
             state = read_export(file) if path.suffix == ".safetensors" else read_checked(file)
+            break
         except FileNotFoundError:
             problems.append(f"{file}: no such file")
         except Exception as error:  # a damaged zip or pickle raises many types
@@ -361,17 +353,16 @@ def load(path: str | Path, set_aside: bool = False, needs: Sequence[str] = ()) -
             if machine or isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's RuntimeError
                 raise CheckpointError(f"{file} cannot be read here ({reason}); mend that and try again") from error
             problems.append(f"{file}: damaged or not one of ours ({reason})")
-        else:
-            if missing := [k for k in needs if k not in state] if isinstance(state, dict) else ["settings"]:
-                raise CheckpointError(f"{file} is another kind of checkpoint (it has no {missing[0]}); pass another")
-            if problems:
-                print(f"warning: {problems[0]}; using {file}", file=sys.stderr)
-                if set_aside:
-                    with contextlib.suppress(FileNotFoundError):  # it is missing, or another rank was first
-                        os.replace(path, path.with_stem(f"{path.stem}.damaged"))
-            return state, file
-    todo = "pass another file, or delete what is damaged to start anew"
-    raise CheckpointError(f"{'; '.join(problems)}; {todo}")
+    else:
+        raise CheckpointError(f"{'; '.join(problems)}; pass another file, or delete what is damaged to start anew")
+    if missing := [k for k in needs if k not in state] if isinstance(state, dict) else ["settings"]:
+        raise CheckpointError(f"{file} is another kind of checkpoint (it has no {missing[0]}); pass another")
+    if problems:
+        print(f"warning: {problems[0]}; using {file}", file=sys.stderr)
+        with contextlib.suppress(FileNotFoundError):  # it is missing, or another rank was first
+            if set_aside:
+                os.replace(path, path.with_stem(f"{path.stem}.damaged"))
+    return state, file
 
 
 def same_run(config, fingerprint: str, state: dict, may_differ: Sequence[str], used: Path, world: int, todo="") -> None:
@@ -541,12 +532,11 @@ class Log:
 
     def __init__(self, path: Path, columns: Sequence[str], step: int):
         write_csv(path, columns, [r for r in read_csv(path) if int(r["step"]) <= step] if step else [])
-        self.file = open(path, "a", newline="")  # noqa: SIM115  (kept open for the whole run)
-        self.writer = csv.DictWriter(self.file, columns, extrasaction="ignore")
+        file = open(path, "a", buffering=1, newline="")  # noqa: SIM115  (kept open for the whole run)
+        self.writer = csv.DictWriter(file, columns, extrasaction="ignore")
 
     def row(self, **values) -> None:
         self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
-        self.file.flush()
 
 
 def table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:

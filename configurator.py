@@ -46,7 +46,7 @@ def configure(cls: type[T], doc: str, argv: Sequence[str] | None = None) -> T:
         print(help_text(cls, doc))
         sys.exit(0)
     try:
-        return from_dict(cls, _parse(cls, argv), "the command line")
+        return cls(**_parse(cls, argv))
     except ConfigError as error:
         print(f"{script_name()}:", *str(error).splitlines(), file=sys.stderr)  # a value may hold line breaks
         sys.exit(2)

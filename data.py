@@ -23,7 +23,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -78,9 +78,9 @@ class Batch:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The same with every tensor changed."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        whole = {k: change(x) for k, x in values.items() if isinstance(x, torch.Tensor)}
-        return replace(self, **whole | {k: {n: change(x) for n, x in values[k].items()} for k in ("teacher", "target")})
+        changed = {k: change(x) for k, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        named = {k: {n: change(x) for n, x in getattr(self, k).items()} for k in ("teacher", "target")}
+        return replace(self, **changed, **named)
 
 
 def settings_of(config) -> dict[str, dict]:
@@ -132,19 +132,16 @@ def fingerprint(meta: dict) -> str:
 
 def verify(data_dir: str) -> list[str]:
     """The files of a prepared folder that are missing or not as they were written, one line each."""
-    root, problems = Path(data_dir), []
+    root = Path(data_dir)
     wanted = {root / name: digest for name, digest in read_meta(data_dir)["sha256"].items()}
     for file in (*sorted(root.glob("*/shard.json")), *root.glob("styles.json"), *root.glob("features_*.json")):
         try:
             wanted |= {file.parent / name: digest for name, digest in json.loads(file.read_text())["sha256"].items()}
         except (OSError, ValueError, KeyError):
             wanted.setdefault(file, "")
-    for path, digest in tqdm(wanted.items(), desc="verify", mininterval=1):
-        if not path.exists():
-            problems.append(f"{path}: missing")
-        elif sha256(path) != digest:
-            problems.append(f"{path}: not as it was written")
-    return problems
+    files = tqdm(wanted.items(), desc="verify", mininterval=1)
+    unsound = [path for path, digest in files if not path.exists() or sha256(path) != digest]
+    return [f"{path}: {'not as it was written' if path.exists() else 'missing'}" for path in unsound]
 
 
 def open_array(path: Path, kind: type | str | None = None, shape: tuple[int, ...] = ()) -> np.ndarray:
@@ -180,7 +177,7 @@ class Dataset:
         self.root, self.split, self.meta = Path(data_dir), split, read_meta(data_dir)
         self.index = open_array(self.root / f"{split}.npy")
         self.rates, self.streams = self.meta["token_rates"], self.meta["streams"]
-        self.codes = [self.meta.get("prepared_with", {}).get(f"{name}_codes", 2**31) for name in DOMAINS]
+        self.codes = [self.meta["prepared_with"][f"{name}_codes"] for name in DOMAINS]
         # safe among threads; a map is closed when the last view of it is gone
         self.opened = functools.lru_cache(OPEN_SHARDS)(functools.partial(Shard, streams=self.streams))
         self.opened_features = functools.lru_cache(2 * OPEN_SHARDS)(open_features)
@@ -220,8 +217,7 @@ class Dataset:
     def name_and_text(self, i: int) -> tuple[str, str]:
         """The name of clip i and what is said or heard in it."""
         r, shard = self.at(i)
-        name, _, text = bytes(shard.text[r["text"] : r["text"] + r["text_len"]]).decode().partition("\n")
-        return name, text
+        return bytes(shard.text[r["text"] : r["text"] + r["text_len"]]).decode().partition("\n")[::2]
 
     def wav_path(self, i: int) -> Path:
         """Where clip i's waveform is, for those that have one."""
@@ -382,8 +378,7 @@ class TrainingBatches(LengthBatchSampler):
 
     def __init__(self, dataset: Dataset, config, rank: int = 0, world: int = 1):
         self.dataset, self.unit = dataset, crop_unit(dataset.rates)
-        frames = dataset.index["frames"]
-        lengths = np.minimum(frames, config.crop_frames) if config.crop_frames else frames
+        lengths = np.minimum(dataset.index["frames"], config.crop_frames or 2**31 - 1)
         super().__init__(lengths, config, "batch_frames", rank, world, config.accumulate, config.trim)
         self.others = other_clips(dataset.index["domain"], config.seed) if config.align_target == "shuffled" else None
         self.targeted = config.align != "none" and config.align_teacher == "external"
@@ -426,12 +421,10 @@ class Prefetcher:
     def __init__(self, batches: Callable[[int], Batch], threads: int, pin: bool = False):
         # copies to a GPU do not wait for what comes from page-locked memory
         self.batches = (lambda k: batches(k).map(torch.Tensor.pin_memory)) if pin else batches
-        self.threads, self.pool = threads, ThreadPoolExecutor(threads) if threads else None
+        self.threads, self.pool = threads, ThreadPoolExecutor(max(1, threads))
         self.pending: dict[int, Future] = {}
 
     def __call__(self, k: int) -> Batch:
-        if not self.pool:
-            return self.batches(k)
         for i in range(k, k + self.threads + 1):
             if i not in self.pending:
                 self.pending[i] = self.pool.submit(self.batches, i)

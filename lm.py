@@ -65,7 +65,7 @@ if __name__ == "__main__":
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +85,7 @@ import common
 import data
 from backbones import check_weights
 from common import DOMAINS, SPEECH, Machine, clip_and_step, command, step_seed
+from probe import probing
 
 audio.torchaudio()  # before transformers imports it
 LOGITS = 2**28  # most logits at a time: a GiB in float32
@@ -109,8 +110,7 @@ def train(config: LMConfig, machine: Machine) -> "Run":
         torch.manual_seed(step_seed(config.seed, run.step, machine.rank))
         with machine.precision():
             losses = lm(batch, config.style_drop)
-        loss = losses["ce"] + config.coarse_weight * losses["coarse"]
-        loss.backward()
+        losses["loss"].backward()
         moved = clip_and_step(run.lm, run.optimizer, run.step, config)
         run.step += 1
         finite.check(run.step, moved["grad_norm"], ids.tolist())
@@ -123,8 +123,7 @@ def train(config: LMConfig, machine: Machine) -> "Run":
             seconds = time.monotonic() - start
             rate, run.seconds, tokens = tokens / (seconds - run.seconds), seconds, 0
             held = common.optional(lambda: held_out_loss(run.lm, held_out, machine), {}) if eval_due else {}
-            read = losses | {"loss": loss, "grad_norm": moved["grad_norm"]}
-            numbers = moved | {name: value.item() for name, value in read.items()}
+            numbers = {name: torch.as_tensor(value).item() for name, value in (losses | moved).items()}
             log.row(step=run.step, tokens_per_s=rate, seconds=seconds, **numbers, **held)
             shown = "  ".join(f"{k} {v:.3f}" for k, v in ({k: numbers[k] for k in ("ce", "coarse")} | held).items())
             left = f"{seconds / run.step * (config.max_steps - run.step) / 60:.1f} min"
@@ -142,12 +141,8 @@ def train(config: LMConfig, machine: Machine) -> "Run":
 def held_out_loss(lm: "LM", parts: list["Sequences"], machine: Machine) -> dict[str, float]:
     """CE per code of each domain on fixed clips, without style: what is known from text alone."""
     domain = torch.cat([part.domain for part in parts])
-    try:
-        lm.eval()
-        with machine.precision():
-            ce = torch.cat([lm(part, style_drop=1.0, each=True)["ce"] for part in parts])
-    finally:
-        lm.train()
+    with probing(lm, 0), machine.precision():
+        ce = torch.cat([lm(part, style_drop=1.0, each=True)["ce"] for part in parts])
     return {f"held_out_{n}": float(ce[domain == d].mean()) for d, n in enumerate(DOMAINS) if d in domain}
 
 
@@ -166,12 +161,11 @@ def open_run(config: LMConfig, machine: Machine) -> tuple[Run, "Corpus", list["S
     """The run as it stands in out_dir, or a new one, drawn from config.seed; what it trains on; and its held-out clips
     in parts of 8. Raises CheckpointError for one that was made with incompatible settings or other data."""
     training, held_out = (data.Dataset(config.data_dir, split) for split in ("train", "held_out"))
-    codes = tuple(training.meta["prepared_with"][f"{name}_codes"] for name in DOMAINS)
     torch.manual_seed(config.seed)
-    net, vocabulary = build_net(config, codes)
+    net, vocabulary = build_net(config, training.codes)
     corpus = Corpus(training, vocabulary)
     styles = corpus.batch(data.first_of_each_domain(training, 100)).style  # (clips, 16, E)
-    lm = LM(config, net, vocabulary, code_clusters(config, codes), styles.shape[2])
+    lm = LM(config, net, vocabulary, code_clusters(config, training.codes), styles.shape[2])
     lm.style_scale.copy_(1 / styles.flatten(0, 1).std(0).clamp_min(1e-4))
     lm.to(machine.device)
     about = {"config": asdict(config), "net": json.loads(net.config.to_json_string(use_diff=False))}
@@ -214,8 +208,7 @@ def text_encoder(config: LMConfig) -> tuple[Callable[[str], list[int]], int]:
     source = config.text or ("bytes" if config.lm == "small" else config.lm)
     if source == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
-        encoding = tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={})
-        return encoding.encode, encoding.n_vocab
+        return tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={}).encode, len(ranks)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -227,15 +220,12 @@ class Vocabulary:
     """Token ids: the text's first, then [TAG] [DES] [AT] [END], the style placeholders, and each domain's codes; `text`
     is the size of the LM's own vocabulary where it is not the tokenizer's, `codes` the codebooks' sizes."""
 
-    def __init__(self, config: LMConfig, codes: tuple[int, ...], text: int = 0):
+    def __init__(self, config: LMConfig, codes: Sequence[int], text: int = 0):
         self.encode, words = text_encoder(config)
         self.text, self.codes = text or words, tuple(codes)
-        self.specials = range(self.text, self.text + 4)
-        self.end = self.specials[3]
-        self.styles = range(self.text + 4, self.text + 4 + STYLES)
-        stops = (self.styles.stop + np.cumsum(codes)).tolist()
-        self.code_ids = [range(stop - n, stop) for stop, n in zip(stops, codes, strict=True)]  # of each domain
-        self.size = stops[-1]
+        edges = np.cumsum([self.text, 4, STYLES, *codes]).tolist()
+        self.specials, self.styles, *self.code_ids = map(range, edges, edges[1:])  # code_ids: of each domain
+        self.end, self.size = self.specials[3], edges[-1]
 
     def prompt(self, domain: int, text: str) -> list[int]:
         """The ids before the codes (eq. 16). The text of a sound is its event, or "event: description"."""
@@ -278,7 +268,7 @@ class Corpus:
         return Sequences(*(x.to(device, non_blocking=True) for x in (padded, target, style, domain)))
 
 
-def code_clusters(config: LMConfig, codes: tuple[int, ...]) -> Tensor:
+def code_clusters(config: LMConfig, codes: Sequence[int]) -> Tensor:
     """The cluster of every code of both domains, none shared, (sum of codes,): by k-means, or equal runs of ids."""
     parts, first = [], 0
     for name, count in zip(DOMAINS, codes, strict=True):
@@ -293,22 +283,16 @@ def code_clusters(config: LMConfig, codes: tuple[int, ...]) -> Tensor:
     return torch.cat(parts)
 
 
-def build_net(config: LMConfig, codes: tuple[int, ...]) -> tuple[nn.Module, Vocabulary]:
+def build_net(config: LMConfig, codes: Sequence[int]) -> tuple[nn.Module, Vocabulary]:
     """The causal LM of transformers with room for our vocabulary beside its own; new rows of its tables start at the
-    mean of the old ones. Raises ValueError for none."""
+    mean of the old ones."""
     if config.lm == "small":
         vocabulary, D = Vocabulary(config, codes), config.n_embd
-        small = transformers.Qwen3Config(
-            vocab_size=vocabulary.size, hidden_size=D, intermediate_size=3 * D, num_hidden_layers=config.n_layer,
-            num_attention_heads=config.n_head, num_key_value_heads=config.n_head, head_dim=D // config.n_head,
-            tie_word_embeddings=True,
-        )  # fmt: skip
-        return transformers.Qwen3ForCausalLM(small), vocabulary
-    try:
-        net = transformers.AutoModelForCausalLM.from_pretrained(config.lm, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = f"no causal LM {config.lm!r} here or on the hub ({type(error).__name__})"
-        raise ValueError(f"{reason}: pass a folder of one; --lm=small needs no weights") from error
+        size = {"vocab_size": vocabulary.size, "tie_word_embeddings": True, "num_hidden_layers": config.n_layer}
+        size |= {"hidden_size": D, "intermediate_size": 3 * D, "head_dim": D // config.n_head}
+        size |= {"num_attention_heads": config.n_head, "num_key_value_heads": config.n_head}
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**size)), vocabulary
+    net = transformers.AutoModelForCausalLM.from_pretrained(config.lm, dtype=torch.float32)
     vocabulary = Vocabulary(config, codes, net.get_input_embeddings().num_embeddings)
     net.resize_token_embeddings(vocabulary.size, mean_resizing=False)
     with torch.no_grad():
@@ -350,8 +334,8 @@ class LM(nn.Module):
         return F.cross_entropy(self.net.get_output_embeddings()(h).float(), wanted, reduction="none")
 
     def forward(self, batch: Sequences, style_drop: float = 0.0, each: bool = False) -> dict[str, Tensor]:
-        """ce over codes and [END], coarse over codes (eq. 19-20); with `each`, ce is a clip's own mean, (B,). Padding
-        is at the end and attention causal, so no target ever sees it and no mask is needed."""
+        """ce over codes and [END], coarse over codes, and loss (eq. 19-20); with `each`, ce is a clip's own mean, (B,).
+        Padding is at the end and attention causal, so no target ever sees it and no mask is needed."""
         keep = torch.rand(len(batch.ids), device=batch.ids.device) >= style_drop
         ids = self.noisy(batch) if self.training and self.config.code_noise else batch.ids
         x = F.dropout(self.embed(ids, batch.style, keep), self.config.dropout, self.training)
@@ -365,7 +349,8 @@ class LM(nn.Module):
             return {"ce": ce.new_zeros(len(batch.ids)).scatter_reduce(0, row, ce, "mean", include_self=False)}
         code = wanted - self.vocabulary.styles.stop  # its row in the codebooks laid end to end; below 0 for [END]
         cluster = torch.where(code < 0, -100, self.clusters[code.clamp_min(0)])  # -100 does not count
-        return {"ce": ce.mean(), "coarse": F.cross_entropy(self.coarse(h).float(), cluster)}
+        ce, coarse = ce.mean(), F.cross_entropy(self.coarse(h).float(), cluster)
+        return {"ce": ce, "coarse": coarse, "loss": ce + self.config.coarse_weight * coarse}
 
 
 def load_lm(path: str | Path, device: str = "cpu") -> tuple[LM, dict]:
@@ -423,24 +408,20 @@ def generate(
     return [row[row != v.end] - r.start for row, r in rows]
 
 
-def check(config: LMConfig) -> None:
-    """Raises ValueError that lists what the config needs and is not here, before any work."""
-    lines = []
-    if not data.is_prepared(config.data_dir):
-        lines.append(f"--data_dir=FOLDER  made by python -m prepare CONFIG; now {config.data_dir!r}")
-    try:
-        if config.lm != "small":
-            transformers.AutoConfig.from_pretrained(config.lm)
-    except (OSError, ValueError):
-        lines.append(f"--lm=FOLDER  a causal LM, or small; {config.lm!r} is neither here nor on a reachable hub")
-    if lines:
-        raise ValueError("this config needs what is not here:\n  " + "\n  ".join(lines))
-
-
 def main(config: LMConfig) -> int:
-    """Trains, after the style vectors are there; returns the exit code, INTERRUPTED for a run that a signal stopped."""
+    """Trains, after the style vectors are there; returns the exit code, INTERRUPTED for a run that a signal stopped.
+    Raises ValueError that lists what the config needs and is not here, before any work."""
     with common.alone_in(config.out_dir):
-        check(config)
+        missing = []
+        if not data.is_prepared(config.data_dir):
+            missing.append(f"--data_dir=FOLDER  made by python -m prepare CONFIG; now {config.data_dir!r}")
+        try:
+            if config.lm != "small":
+                transformers.AutoConfig.from_pretrained(config.lm)
+        except (OSError, ValueError):
+            missing.append(f"--lm=FOLDER  a causal LM, or small; {config.lm!r} is neither here nor on a reachable hub")
+        if missing:
+            raise ValueError("\n  ".join(["this config needs what is not here:", *missing]))
         # every rank starts it: they share the work, or wait at its lock, where a barrier would time out
         styled = data.is_prepared(config.data_dir, "styles")
         if not styled and (code := common.run_script("prepare", f"--styles={config.data_dir}")):

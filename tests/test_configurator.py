@@ -47,35 +47,21 @@ class Several:
 
 ACCEPTED = {
     Config: [
-        ("--batch_size=8", {"batch_size": 8}),
-        ("--batch_size 8", {"batch_size": 8}),
-        ("--batch_size=8 --batch_size=9", {"batch_size": 9}),  # the last one wins
-        ("--max_steps=1e3", {"max_steps": 1000}),
-        ("--max_steps 1_000", {"max_steps": 1000}),
-        ("--max_steps=1000.0", {"max_steps": 1000}),
-        ("--learning_rate=1", {"learning_rate": 1.0}),
-        ("--learning_rate 3e-4", {"learning_rate": 3e-4}),
-        ("--sway -1.5", {"sway": -1.5}),
-        ("--sway=-2", {"sway": -2.0}),
+        ("--batch_size=8 --seed 3", {"batch_size": 8, "seed": 3}),
+        ("--batch_size=8 --batch_size 9", {"batch_size": 9}),  # the last one wins
+        ("--max_steps=1e3 --batch_size 1_000 --seed=7.0", {"max_steps": 1000, "batch_size": 1000, "seed": 7}),
+        ("--learning_rate=1 --sigma 3e-4", {"learning_rate": 1.0, "sigma": 3e-4}),
+        ("--sway -1.5 --cfg_scale=-2", {"sway": -1.5, "cfg_scale": -2.0}),
         ("--compile", {"compile": True}),
-        ("--compile --batch_size=2", {"compile": True, "batch_size": 2}),
-        ("--compile=true", {"compile": True}),
-        ("--compile yes", {"compile": True}),
-        ("--compile=1", {"compile": True}),
-        ("--evaluate=False", {"evaluate": False}),
-        ("--evaluate no --seed 3", {"evaluate": False, "seed": 3}),
+        ("--compile --evaluate=False", {"compile": True, "evaluate": False}),
+        ("--compile=true --tensorboard=1", {"compile": True, "tensorboard": True}),
+        ("--compile yes --evaluate no --seed 3", {"compile": True, "evaluate": False, "seed": 3}),
         ("--align_layers=4,8,12", {"align_layers": (4, 8, 12)}),
         ("--align_layers 4 8 12 --seed=1", {"align_layers": (4, 8, 12), "seed": 1}),
-        ("--align_layers 4, 8", {"align_layers": (4, 8)}),
-        ("--align_layers=4", {"align_layers": (4,)}),
-        ("--mel_stats=", {"mel_stats": ()}),
-        ("--mel_stats -5 2", {"mel_stats": (-5.0, 2.0)}),
-        ("--out_dir=a=b=c", {"out_dir": "a=b=c"}),
-        ("--out_dir a=b", {"out_dir": "a=b"}),
-        ("--speech_dir=", {"speech_dir": ""}),
-        ("--speech_dir=5", {"speech_dir": "5"}),
-        ("--speech_dir=none", {"speech_dir": "none"}),
-        ("--align=lasp", {"align": "lasp"}),
+        ("--align_layers 4, 8 --mel_stats=", {"align_layers": (4, 8), "mel_stats": ()}),
+        ("--align_layers=4 --mel_stats -5 2", {"align_layers": (4,), "mel_stats": (-5.0, 2.0)}),
+        ("--out_dir=a=b=c --data_dir a=b", {"out_dir": "a=b=c", "data_dir": "a=b"}),
+        ("--speech_dir= --audio_dir=5 --manifest=none", {"speech_dir": "", "audio_dir": "5", "manifest": "none"}),
         ("", {}),
     ],
     Optional: [
@@ -101,25 +87,16 @@ def test_what_fits(cls, argv, expected):
     assert configurator.differences(config) == changed
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "from math import sqrt\nseed = int(sqrt(9))",  # a helper is not a key
-        "import functools\nhalf = functools.partial(int)\nseed = 3",
-        "from pathlib import Path\nseed = len(Path(__file__).stem) + 2",
-        "seed = 3  # \u00e9",
-    ],
-)
-def test_helpers_in_a_file_are_not_keys(tmp_path, source):
-    (tmp_path / "c.py").write_text(source + "\n", encoding="utf-8")
-    assert configure(Config, "", [str(tmp_path / "c.py")]) == Config(seed=3)
+def test_helpers_in_a_file_are_not_keys(tmp_path):
+    lines = ["import functools", "from math import sqrt", "half = functools.partial(int)", "\u00e9 = abs"]
+    lines += ["from pathlib import Path", "_nine = 9", "seed = int(sqrt(_nine)) + len(Path(__file__).stem)  # \u00e9"]
+    (tmp_path / "c.py").write_text("\n".join(lines), encoding="utf-8")
+    assert configure(Config, "", [str(tmp_path / "c.py")]) == Config(seed=4)
 
 
 def test_files_in_order_then_the_command_line(tmp_path):
     a, b = tmp_path / "a.py", tmp_path / "b.py"
-    a.write_text(
-        "import math\nfrom pathlib import Path\n_half = 4\nbatch_size = 2 * _half\nsigma = 1\nalign_layers = [1, 2]\n"
-    )
+    a.write_text("batch_size = 8\nsigma = 1\nalign_layers = [1, 2]\n")
     b.write_text("def helper():\n    return 3\nbatch_size = helper()\n")
     config = configure(Config, "", [str(a), str(b), "--seed=1"])
     assert config == Config(batch_size=3, sigma=1.0, align_layers=(1, 2), seed=1)
@@ -141,11 +118,10 @@ def refused(argv: list[str], capsys, cls: type = Config) -> str:
 
 REFUSED = {
     Config: [
+        ("--renamed=1", ["unknown key 'renamed'"]),  # of the dataclass, and no field
         ("--lerning_rate=1", ["unknown key 'lerning_rate'", "from --lerning_rate=1", "did you mean 'learning_rate'?"]),
-        ("--lerning_rate 1", ["unknown key 'lerning_rate'", "did you mean 'learning_rate'?"]),
         ("--xyzzy=1", ["unknown key 'xyzzy'", "--help lists the keys"]),
         ("--warmup_steps=300", ["unknown key 'warmup_steps'", "it is 'phase1_steps' now"]),
-        ("--ranges=1", ["unknown key 'ranges'"]),
         ("--=1", ["unknown key ''"]),
         ("--batch_size=two", ["batch_size = 'two'", "from --batch_size=two", "expected int"]),
         ("--batch_size=2.5", ["batch_size = '2.5'", "expected int"]),
@@ -169,7 +145,6 @@ REFUSED = {
         ("--seed=10^30", ["seed = '10^30'", "expected int"]),
         ("--seed=-1", ["seed = '-1'", "expected from 0 to 4294967295"]),
         ("--out_dir=", ["out_dir = ''", "expected a name"]),
-        ("--data_dir=", ["data_dir = ''", "expected a name"]),
         ("-seed=1", ["config file -seed=1: no such file"]),
         ("--seed=a\nb", ["from --seed=a b): expected int"]),  # still one line
     ],
@@ -197,13 +172,10 @@ def test_refused_on_the_command_line(cls, argv, parts, capsys):
         ("batch_size = '4'", ["batch_size = '4'", "expected int"]),
         ("batch_size = 4.0", ["batch_size = 4.0", "expected int"]),
         ("batch_size = None", ["batch_size = None", "expected int"]),
-        ("batch_size = -4", ["batch_size = -4", "expected at least 1"]),
-        ("learning_rate = '1e-3'", ["learning_rate = '1e-3'", "expected float"]),
         ("learning_rate = True", ["learning_rate = True", "expected float"]),
         ("learning_rate = 1e999", ["learning_rate = inf", "expected float"]),
         ("compile = 1", ["compile = 1", "expected true or false"]),
         ("out_dir = 3", ["out_dir = 3", "expected str"]),
-        ("weighting = 'best'", ["weighting = 'best'", "expected one of normalized, equal"]),
         ("align_layers = 4", ["align_layers = 4", "expected a list of int"]),
         ("align_layers = (True,)", ["align_layers = (True,)", "expected a list of int"]),
         ("seed = 1\n\nbatch_size = = 2", ["line 3", "SyntaxError"]),
@@ -256,11 +228,9 @@ def test_from_dict():
         from_dict(Config, {"sede": 1}, "x.json")
 
 
-def test_differences_and_show():
-    config = Config(seed=3, align_layers=(1,))
-    assert configurator.differences(config) == {"seed": 3, "align_layers": (1,)}
-    assert configurator.show(Config()) == ""
-    assert configurator.show(config).splitlines() == ["  seed         3", "  align_layers (1,)"]
+def test_show():
+    shown = configurator.show(Config(seed=3, align_layers=(1,)))
+    assert shown.splitlines() == ["  seed         3", "  align_layers (1,)"] and configurator.show(Config()) == ""
 
 
 def random_value(rng: np.random.Generator, hint):
@@ -320,10 +290,9 @@ def words(script: str) -> list[str]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_typo_is_answered_in_one_line(script):
-    name = "prepare" if script.startswith("prepare") else f"{script}.py"
     done = run(*words(script), "--sed=1")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"{name}: unknown key 'sed' (from --sed=1): did you mean 'seed'?\n"
+    assert done.stderr == f"{words(script)[-1]}: unknown key 'sed' (from --sed=1): did you mean 'seed'?\n"
 
 
 @pytest.mark.parametrize("script", ["train", "probe", "lm", "sample", "evaluate"])

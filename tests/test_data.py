@@ -1,6 +1,5 @@
 """data.py: what is written comes back, an impulse stays under its frames, pure batches, and which folder fits."""
 
-import copy
 import itertools
 import json
 import os
@@ -47,6 +46,7 @@ def prepared(path: Path, frames: list[int], domains: list[int], tokens=None, mel
         vectors = np.full((4, 6)[d], i + 0.5), np.full((16, 6), i)
         clips.append(Prepared(clip, mel, wav, 24000, i == 0, codes, *vectors))
     meta = {"teachers": [["whisper", 4], ["aisfx", 6]], "token_rates": RATES, "streams": clips[0].tokens.shape[1]}
+    meta["prepared_with"] = {"speech_codes": 99, "audio_codes": 99}
     write_folder(path, {"train": clips}, meta, size)
     return data.Dataset(path, "train")
 
@@ -163,13 +163,16 @@ def test_every_clip_once_an_epoch(many):
     assert [len(x) for x in seen[0]] != sorted(len(x) for x in seen[0])  # not from short to long
 
 
-def test_batches_are_a_function_of_seed_step_and_rank(many):
-    a, b = data.TrainingBatches(many, BATCHES), data.TrainingBatches(many, copy.copy(BATCHES))
-    for step in (7, 3, 40, 0, 7):  # in any order, from any object
-        x, y = a(step), b(step)
-        assert torch.equal(x.ids, y.ids) and torch.equal(x.mel, y.mel) and torch.equal(x.prompt, y.prompt)
-    other = data.TrainingBatches(many, replace(BATCHES, seed=5))
-    assert any(a.ids(s).tolist() != other.ids(s).tolist() for s in range(5))
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_batches_are_a_function_of_seed_and_step(many, threads):
+    """In any order, from any object, prepared ahead by however many threads."""
+    plain, other = (data.TrainingBatches(many, replace(BATCHES, seed=seed)) for seed in (4, 5))
+    ahead = data.Prefetcher(data.TrainingBatches(many, BATCHES), threads)
+    for step in (7, *range(12), 60, 61, 3):  # of several epochs
+        a, b = plain(step), ahead(step)
+        assert torch.equal(a.ids, b.ids) and torch.equal(a.mel, b.mel) and torch.equal(a.prompt, b.prompt)
+    assert len(ahead.pending) <= 4 * threads
+    assert any(plain.ids(s).tolist() != other.ids(s).tolist() for s in range(5))
 
 
 def test_the_expected_clips_of_a_batch_are_those_of_an_epoch(many):
@@ -193,14 +196,11 @@ def test_the_frame_budget_is_kept_and_padding_is_low(many):
     batches = data.TrainingBatches(many, BATCHES)
     groups = [batches.lengths[batches.ids(step)] for step in range(2 * batches.steps_per_epoch)]
     assert all(len(g) <= 16 and len(g) * g.max() <= 1500 for g in groups)
-    padding = sum((g.max() - g).sum() for g in groups[: batches.steps_per_epoch])
-    assert (
-        batches.waste()[0] == pytest.approx(padding / (padding + batches.lengths.sum())) and batches.waste()[0] < 0.12
-    )
-    rng = np.random.default_rng(0)  # batches of as many clips without bucketing waste far more
-    order = rng.permutation(300)
+    padding, waste = sum((g.max() - g).sum() for g in groups[: batches.steps_per_epoch]), batches.waste()[0]
+    assert waste == pytest.approx(padding / (padding + batches.lengths.sum())) and waste < 0.12
+    order = np.random.default_rng(0).permutation(300)  # batches of as many clips without bucketing waste far more
     groups = [batches.lengths[order[a:b]] for a, b in zip(batches.edges, batches.edges[1:], strict=False)]
-    assert 1 - sum(g.sum() for g in groups) / sum(len(g) * g.max() for g in groups) > 2 * batches.waste()[0]
+    assert 1 - sum(g.sum() for g in groups) / sum(len(g) * g.max() for g in groups) > 2 * waste
 
 
 def test_a_budget_below_the_longest_clip(many):
@@ -291,11 +291,10 @@ def store_features(dataset: data.Dataset, rng, rate: float) -> list[np.ndarray]:
             rows[i] = rng.normal(3, 2, size).astype(np.float16)
         stored = np.concatenate([np.zeros((0, (4, 6)[d]), np.float16), *(rows[i] for i in clips)])
         np.save(dataset.path(shard) / f"features_{d}_{rate:g}.npy", stored)
-    assert not data.is_prepared(dataset.root, f"features_{rate:g}")
-    (dataset.root / f"features_{rate:g}.json").write_text("{}")
-    assert data.is_prepared(dataset.root, f"features_{rate:g}") and not data.is_prepared(
-        dataset.root, f"features_{2 * rate:g}"
-    )
+    part = f"features_{rate:g}"
+    assert not data.is_prepared(dataset.root, part)
+    (dataset.root / f"{part}.json").write_text("{}")
+    assert data.is_prepared(dataset.root, part) and not data.is_prepared(dataset.root, f"features_{2 * rate:g}")
     return rows
 
 
@@ -374,18 +373,6 @@ def test_short_clips_and_an_untrimmed_run_keep_their_frames(tmp_path):
     assert [batches.taken(np.array(g)).tolist() for g in groups] == [[15], [31, 31], [47], [200, 200], [31, 200]]
 
 
-@pytest.mark.parametrize("threads", [0, 1, 3])
-def test_batches_prepared_ahead_are_the_same(tmp_path, threads):
-    dataset = prepared(tmp_path / "d", [40 + 5 * i for i in range(30)], [i % 2 for i in range(30)])
-    config = Config(batch_frames=400, batch_size=4, seed=1)
-    plain = data.TrainingBatches(dataset, config)
-    ahead = data.Prefetcher(data.TrainingBatches(dataset, config), threads)
-    for step in (*range(12), 40, 41):  # several epochs
-        a, b = plain(step), ahead(step)
-        assert torch.equal(a.ids, b.ids) and torch.equal(a.mel, b.mel) and torch.equal(a.prompt, b.prompt)
-    assert len(ahead.pending) <= 2 * threads + 1
-
-
 def test_a_folder_of_other_settings_is_refused(tiny_config):
     assert data.check_prepared(tiny_config)["teachers"][0][0] == "whisper"
     data.check_prepared(replace(tiny_config, learning_rate=1e-5, nfe=4, n_layer=2))  # of no concern to the data
@@ -405,14 +392,6 @@ def test_a_finished_folder_needs_no_corpus_and_refuses_another(tiny_config):
         data.check_prepared(replace(tiny_config, audio_dir=""))
     with pytest.raises(DataError, match="speech_dir: 'demo' -> 'mine'.* leave them out to use it"):
         data.check_prepared(replace(tiny_config, speech_dir="mine"))
-
-
-def test_a_damaged_or_missing_meta_is_named(tmp_path):
-    with pytest.raises(DataError, match="is not prepared; python -m prepare"):
-        data.read_meta(tmp_path)
-    (tmp_path / "meta.json").write_text("{")
-    with pytest.raises(DataError, match=r"meta\.json is damaged .*delete it"):
-        data.read_meta(tmp_path)
 
 
 def test_the_fingerprint_covers_the_tokens(tmp_path):

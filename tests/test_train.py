@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from conftest import same
 from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,17 +32,6 @@ from configurator import to_words
 
 MACHINE, MUON = Machine(0, 1, "cpu", "float32"), {"optimizer": "muon"}
 ROOT = Path(__file__).parent.parent
-
-
-def same(a, b) -> bool:
-    """Bit-equality of nested states."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 def stopped(monkeypatch, steps: int, config, loop=train.train):
