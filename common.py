@@ -507,7 +507,7 @@ class StopRequest:
     """Turns SIGTERM and the first Ctrl-C into a stop after the step in progress; a second Ctrl-C stops at once."""
 
     def __init__(self, device: str = "cpu"):
-        self.device, self.asked = device, False
+        self.device, self.asked, self.flag = device, False, None
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(self, number: int, frame) -> None:
@@ -515,12 +515,12 @@ class StopRequest:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agreed(self) -> bool:
-        """True on every rank as soon as one was asked."""
+        """True on every rank, among several a step after one was asked: what was sent then is there without a wait."""
         if not dist.is_initialized():
             return bool(self.asked)
-        flag = torch.tensor(float(self.asked), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        last, self.flag = self.flag, torch.full((), float(self.asked), device=self.device)
+        dist.all_reduce(self.flag, dist.ReduceOp.MAX)
+        return last is not None and bool(last)
 
     def close(self) -> None:  # signals do again what they did before
         for number, handler in self.before.items():

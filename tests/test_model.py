@@ -307,6 +307,27 @@ def test_the_loss_is_its_parts(rng, model, batch):
 
 
 @torch.no_grad()
+def test_descriptor_is_equation_3(model, batch):
+    (_, states), _, _, cond, _ = forward(model, batch, hidden=True)
+    for (b, n), h in itertools.product(enumerate(FRAMES), (cond.tokens, *states)):
+        close(m.descriptor(h, cond)[b], layer_norm(h[b, :n].mean(0)), 1e-11)
+
+
+def test_self_alignment_learns_from_a_deeper_layer_and_does_not_move_it(model, batch):
+    heads, expected = make_heads([(1,), (1,)], align_teacher="self"), 0.0
+    (_, states), _, t, cond, _ = forward(model, batch, hidden=True)
+    deep = m.descriptor(states[1 + max(1, L // 3)], cond)
+    for b in CLIPS:
+        x = heads(int(batch.domain[b]), 1, states[1], cond)[b]
+        expected += 1 - (x * deep[b]).sum() / (x.norm() * deep[b].norm())
+    loss = aligned(model, heads, batch, cond, states, t, [{1: [1.0]}, {1: [1.0]}])
+    close(loss, expected)
+    loss.backward()
+    assert any(p.grad is not None for p in model.blocks[0].parameters())
+    assert all(p.grad is None for block in model.blocks[1:] for p in block.parameters())
+
+
+@torch.no_grad()
 def test_a_clip_weighs_the_same_whoever_shares_its_batch(model, batch):
     """Batches of 1 to 5 clips against a loop over clips: each is worth 1 / expected, nothing without its condition."""
     heads, selection, expected = make_heads([(1,), (3,)]), [{1: [0.7]}, {3: [1.1]}], (2.5, 0.4)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from test_model import CONFIG, FRAMES, awake, close, forward, layer_norm, random_batch
+from test_model import CONFIG, FRAMES, awake, close, forward, layer_norm, random_batch, rows
 
 import common
 import probe
@@ -486,3 +486,13 @@ def test_report_writes_a_figure_and_json(probed, tmp_path, with_control):
     stored = json.loads((tmp_path / "probe.json").read_text())
     assert stored["selection"] == [{"2": [0.125]}, {"1": [0.5], "4": [0.25]}]
     assert {k: stored[k] for k in result} == result
+
+
+@torch.no_grad()
+def test_scores_are_the_same_alone_and_padded(rng):
+    model, batch = awake(), random_batch(rng)
+    _, x_t, t, cond, _ = forward(model, batch)
+    scores = probe.foga_scores(model.ablated(x_t, t, cond), cond.mask)
+    for b, n in enumerate(FRAMES):
+        c = model.embed_condition(rows(batch, b, b + 1))
+        close(scores[b], probe.foga_scores(model.ablated(x_t[b : b + 1, :n], t[b : b + 1], c), c.mask)[0])

@@ -292,7 +292,7 @@ def test_two_ranks_train_as_one(tiny_config, tmp_path):
     config, how = replace(tiny_config, out_dir=str(tmp_path / "two")), {"capture_output": True, "text": True}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *to_words(config)], cwd=ROOT, env=env, timeout=120, **how)
+    done = subprocess.run([*launch, *to_words(config)], cwd=ROOT, env=env, timeout=300, **how)
     assert done.returncode == 0, done.stderr[-2000:]
     state, _ = common.load(tmp_path / "two" / "ckpt.pt")
     assert state["step"] == 12 and state["heads"]
