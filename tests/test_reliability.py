@@ -514,14 +514,24 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path, state):
     assert common.load(path)[0] == {"step": 1} and [f.name for f in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-def test_a_folder_that_is_no_teacher_leaves_no_plan(tiny_config, speech_dir, audio_dir, tmp_path):
+@pytest.mark.parametrize(
+    "key, told",
+    [
+        ("speech_teacher", "is a folder with other.pt in it .*: pass the folder or hub name"),
+        ("audio_tokenizer", "other.pt: damaged or not one of ours"),
+        ("beats_tokenizer", "no BEATs checkpoint in .*other.pt"),
+    ],
+)
+def test_weights_that_are_none_leave_no_plan(tiny_config, speech_dir, audio_dir, tmp_path, monkeypatch, key, told):
     """So that the command, once it is corrected, is not refused for the plan that could not be carried out."""
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "config.json").write_text("{}")
+    load, file = demo.load_teacher, tmp_path / "other" / "other.pt"
+    monkeypatch.setattr(demo, "load_teacher", lambda name, path, device: Ears() if path == "demo" else load(name, path))
+    file.parent.mkdir()
+    file.write_text("{}")
     folders = dict(speech_dir=str(speech_dir), audio_dir=str(audio_dir), data_dir=str(tmp_path / "prepared"))
-    config = replace(tiny_config, **folders, held_out=0.3, speech_teacher=str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="empty' is a folder with config.json in it .*: pass the folder or hub name"):
-        preparation.prepare(config)
+    weights = {key: str(file.parent if key == "speech_teacher" else file), "beats_tokens": key == "beats_tokenizer"}
+    with pytest.raises((ValueError, common.CheckpointError), match=told):
+        preparation.prepare(replace(tiny_config, **folders, held_out=0.3, **weights))
     assert not (tmp_path / "prepared").exists()
 
 
