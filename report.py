@@ -418,6 +418,8 @@ def tell_selection(run) -> None:
         rows[name] = {l: sum(w) / len(w) for l, w in layers.items() if any(w)}
         chosen = ", ".join(f"L{l} (weight {w:.3f})" for l, w in rows[name].items()) or "nothing"
         print(f"phase II aligns for {name}: {chosen}", flush=True)
+    if run.objective.heads:
+        print(f"its heads have {common.count_parameters(run.objective.heads) / 1e6:.3f} M parameters", flush=True)
     write_json(Path(run.config.out_dir) / "selection.json", rows)
 
 

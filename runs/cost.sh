@@ -11,4 +11,5 @@ for rule in none lasp foga; do
   run "out/cost/${rule}_s0" --evaluate_every=100 "$@" --branch_from=out/table2/none_s0/phase1.pt --align=$rule
 done
 wait_all
+python probe.py --ckpt=out/cost/foga_s0/ckpt.pt --control=false --out_dir=out/cost | tail -2 # of it: what probes took
 python evaluate.py --compare out/cost/*_s*/
