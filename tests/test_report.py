@@ -130,7 +130,7 @@ def test_differences_are_paired_by_clip_and_seed(rng, tmp_path):
     level = rng.normal(8, 3, 12)
     runs = []
     for name, seed in itertools.product(("none", "foga"), (0, 1)):
-        mcd = level + 0.5 * seed + (name == "foga") * (rng.normal(0, 0.01, 12) - 0.25)  # level and seed cancel
+        mcd = level + 0.5 * seed + (name == "foga") * (rng.normal(0, 0.001, 12) - 0.25)  # level and seed cancel
         rows = [{"id": i, "domain": "audio", "mcd": m, "cosine": 0.5} for i, m in enumerate(mcd)]
         runs.append(make_run(tmp_path / f"{name}_s{seed}", clips={"generated": rows[:: (-1) ** seed]}))
     runs.append(make_run(tmp_path / "lasp_s7", clips={"generated": rows}))  # none has no seed 7
