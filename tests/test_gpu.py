@@ -213,12 +213,11 @@ def test_elementwise_traffic_of_a_block(monkeypatch):
 
 
 @pytest.mark.slow
-def test_few_graphs_of_a_block(monkeypatch):
+def test_few_graphs_of_a_block():
     """Every way in which training, probes and sampling call a block, at several shapes."""
     import torch._dynamo as dynamo
 
     dynamo.reset()
-    monkeypatch.setattr(dynamo.config, "recompile_limit", 32)
     config, graphs = DiTConfig(n_layer=1, n_head=2, n_embd=32), []
     block = m.Block(config)
 
@@ -231,7 +230,7 @@ def test_few_graphs_of_a_block(monkeypatch):
         block.train(bool(learns))
         mask = torch.ones(B, 1, 1, frames, dtype=torch.bool) if padded else None
         h = torch.randn(B, frames, 32)
-        with torch.set_grad_enabled(bool(learns)):
+        with torch.set_grad_enabled(bool(learns)), dynamo.config.patch(recompile_limit=32):
             block(h, m.Context(torch.randn(B, 32), mask, m.rotary_table(h, 16)), gate)
     dynamo.reset()
     assert len(graphs) <= 12
