@@ -189,12 +189,13 @@ def test_a_chain_of_kills_ends_as_if_there_were_none(tiny_config, speech_dir, au
     def another(name: str):
         return replace(tiny_config, **changes, data_dir=str(tmp_path / f"data_{name}"), out_dir=str(tmp_path / name))
 
-    whole = another("whole")
-    process = forked(run_all, whole)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    undisturbed = time.monotonic() - start
+    for name in ("first", "whole"):  # the first fills caches, which makes it a slow one
+        whole, begun = another(name), time.monotonic()
+        process = forked(run_all, whole)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        undisturbed = time.monotonic() - begun
     while fell.total() < KILLS:
         config = another(f"chain{chain}")
         while stage(config) != "the end" or process.exitcode:
