@@ -301,7 +301,7 @@ def begin(out_dir: Path, clips: list[Clip], config: Config) -> None:
     plan |= {"clips": len(clips), "names and texts": hashlib.sha256(lines.encode()).hexdigest()}
     if not file.exists():
         out_dir.mkdir(parents=True, exist_ok=True)
-        if any(out_dir.iterdir()):
+        if any(not f.name.endswith(common.PART) for f in out_dir.iterdir()):  # that of a plan half written is ours
             raise DataError(f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER")
         write_json(file, plan)
     try:
