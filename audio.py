@@ -30,7 +30,8 @@ MAX_SAMPLES = 2**26  # of all channels: the most that one clip may cost to decod
 LOUDEST = 1e6  # a float file may hold anything: beyond this a power spectrum comes near what float32 holds
 PYAV_SUFFIXES = {".g722", ".m4a", ".mp4", ".webm", ".aac"}  # what libsndfile cannot read
 # what a config.yaml may name: Vocos imports any class that it is told to, and the file may be a stranger's
-VOCOS_CLASS = r"vocos\.(feature_extractors\.MelSpectrogramFeatures|models\.Vocos(ResNet)?Backbone|heads\.\w+Head)"
+VOCOS_CLASS = r"vocos\.(feature_extractors\.MelSpectrogramFeatures|models\.Vocos(ResNet)?Backbone|"
+VOCOS_CLASS += r"heads\.(ISTFT|IMDCTSymExp|IMDCTCos)Head)"
 
 
 class AudioError(ValueError):

@@ -285,14 +285,18 @@ def code_clusters(config: LMConfig, codes: Sequence[int]) -> Tensor:
 
 def build_net(config: LMConfig, codes: Sequence[int]) -> tuple[nn.Module, Vocabulary]:
     """The causal LM of transformers with room for our vocabulary beside its own; new rows of its tables start at the
-    mean of the old ones."""
+    mean of the old ones. Raises ValueError for none."""
     if config.lm == "small":
         vocabulary, D = Vocabulary(config, codes), config.n_embd
         size = {"vocab_size": vocabulary.size, "tie_word_embeddings": True, "num_hidden_layers": config.n_layer}
         size |= {"hidden_size": D, "intermediate_size": 3 * D, "head_dim": D // config.n_head}
         size |= {"num_attention_heads": config.n_head, "num_key_value_heads": config.n_head}
         return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**size)), vocabulary
-    net = transformers.AutoModelForCausalLM.from_pretrained(config.lm, dtype=torch.float32)
+    try:
+        net = transformers.AutoModelForCausalLM.from_pretrained(config.lm, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = f"no causal LM {config.lm!r} here or on the hub ({type(error).__name__})"
+        raise ValueError(f"{reason}: pass a folder of one; --lm=small needs no weights") from error
     vocabulary = Vocabulary(config, codes, net.get_input_embeddings().num_embeddings)
     net.resize_token_embeddings(vocabulary.size, mean_resizing=False)
     with torch.no_grad():

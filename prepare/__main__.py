@@ -156,7 +156,8 @@ class Networks:
         sizes = (model.config.codes, model.config.rate, model.config.dim)
         wanted = (getattr(self.config, f"{DOMAINS[d]}_codes"), self.rates[d], self.encoder(d, reads=True).dim)
         if sizes != wanted:
-            raise DataError(f"{path}: codes, tokens a second and feature width are {sizes}, this config wants {wanted}")
+            what = f"codes, tokens per second and feature width are {sizes}, this config wants {wanted}"
+            raise DataError(f"{path}: {what}; pass --{DOMAINS[d]}_codes or another file")
         return model
 
     def encode(self, d: int, clips: list[Prepared]) -> list[np.ndarray]:
@@ -300,16 +301,18 @@ def begin(out_dir: Path, clips: list[Clip], config: Config) -> None:
     lines = "".join(f"{c.domain} {c.name}\n{c.group}\n{c.text}\n{c.start} {c.end}\n" for c in clips)
     plan |= {"clips": len(clips), "names and texts": hashlib.sha256(lines.encode()).hexdigest()}
     if not file.exists():
-        out_dir.mkdir(parents=True, exist_ok=True)
-        if any(not f.name.endswith(common.PART) for f in out_dir.iterdir()):  # that of a plan half written is ours
+        there = out_dir.iterdir() if out_dir.is_dir() else [out_dir] * out_dir.exists()
+        if any(not f.name.endswith(common.PART) for f in there):  # that of a plan half written is ours
             raise DataError(f"data_dir={out_dir} holds other files; pass --data_dir=NEW_FOLDER")
+        out_dir.mkdir(parents=True, exist_ok=True)
         write_json(file, plan)
     try:
         changed = common.changed_settings(plan, json.loads(file.read_text()), config)
     except (ValueError, TypeError):
         changed = "its plan.json is damaged"
     if changed:
-        raise DataError(f"{out_dir} was begun with other settings or another corpus ({changed}); pass another data_dir")
+        what = f"{out_dir} was begun with other settings or another corpus ({changed})"
+        raise DataError(f"{what}; pass --data_dir=ANOTHER_FOLDER or delete it")
 
 
 def training_clips(shards: dict[str, list[Clip]], d: int, seed: int) -> list[Clip]:

