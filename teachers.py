@@ -189,29 +189,47 @@ class Whisper(Teacher):
 
 
 class Encoder(Teacher):
-    """A HuBERT, WavLM or the like of transformers' AutoModel; a clip at a time, as norms over time hear padding."""
+    """An encoder of transformers' AutoModel, a clip at a time, as norms over time hear padding: HuBERT, WavLM, wav2vec
+    2.0, MERT; AST and CLAP's audio tower, which hear `window` samples at a time, their bands of a moment averaged."""
 
     def __init__(self, extractor, model, device: str | torch.device = "cpu"):
         super().__init__(device)
         self.extractor, self.model = extractor, model.float().eval().requires_grad_(False).to(self.device)
         self.name, self.sample_rate = model.config.model_type, extractor.sampling_rate
-        self.dim, self.depth = model.config.hidden_size, model.config.num_hidden_layers
+        windows = {
+            "audio-spectrogram-transformer": lambda: extractor.max_length * self.sample_rate // 100,  # it counts 10 ms
+            "clap_audio_model": lambda: extractor.nb_max_samples,
+        }
+        self.window = windows.get(self.name, lambda: 0)()
+        # CLAP's layers have each a width of their own: none but its output can be had
+        self.dim, self.depth = model.config.hidden_size, 0 if "clap" in self.name else model.config.num_hidden_layers
         # features per second, of what they are for two lengths: edges count the same in both
-        short, long = (len(x) for x in self.encode([np.ones(s * self.sample_rate, np.float32) for s in (2, 4)]))
-        self.rate = (long - short) / 2
+        short, long = (s * (self.window or 2 * self.sample_rate) for s in (1, 2))
+        fewer, more = (len(x) for x in self.encode([np.ones(n, np.float32) for n in (short, long)]))
+        self.rate = (more - fewer) * self.sample_rate / (long - short)
         if self.rate <= 0:
-            raise ValueError(f"a {self.name} gives {long} features whatever a clip's length")
+            raise ValueError(f"a {self.name} gives {more} features whatever a clip's length")
 
     @torch.inference_mode()
+    def states(self, wav: np.ndarray, layer: int) -> torch.Tensor:
+        """States (N, D) of a clip that is no longer than the window, whose rest has none."""
+        padded = np.pad(wav, (0, max(0, self.sample_rate // 20 - len(wav))))  # what convolutions need at least
+        x = self.extractor(padded, sampling_rate=self.sample_rate, return_tensors="pt").to(self.device)
+        x = self.model(**x, output_hidden_states=True)
+        x = x.last_hidden_state if layer == -1 else x.hidden_states[layer + 1]  # the first is its input
+        if x.dim() == 4:  # CLAP's (1, D, bands, N)
+            x = x.mean(2).mT
+        elif self.window:  # AST's (1, 2 + bands * N, D): the first two are of the whole
+            c = self.model.config
+            x = x[:, 2:].unflatten(1, ((c.num_mel_bins - c.patch_size) // c.frequency_stride + 1, -1)).mean(1)
+        return x[0, : math.ceil(x.shape[1] * len(wav) / self.window) if self.window else None].cpu()
+
     def encode(self, wavs: list[np.ndarray], layer: int | None = None) -> list[np.ndarray]:
         """States of every clip, (N_i, D), after layer `layer`, by default its own; -1 is the output."""
         layer, out = self.layer if layer is None else layer, []
-        for wav in checked(wavs):
-            wav = np.pad(wav, (0, max(0, self.sample_rate // 20 - len(wav))))  # what its convolutions need at least
-            x = self.extractor(wav, sampling_rate=self.sample_rate, return_tensors="pt").to(self.device)
-            x = self.model(**x, output_hidden_states=True)
-            x = x.last_hidden_state if layer == -1 else x.hidden_states[layer + 1]  # the first is its input
-            out.append(x[0].cpu().numpy())
+        for wav in map(torch.from_numpy, checked(wavs)):
+            parts = wav.split(self.window or len(wav))
+            out.append(torch.cat([self.states(part.numpy(), layer) for part in parts]).numpy())
         return out
 
 
@@ -219,24 +237,30 @@ def pretrained(source: str | Path, device: str | torch.device = "cpu", recognise
     """A Whisper, or unless it `recognises` words another Encoder, from a transformers folder or hub name, looked up on
     disk first. Raises ValueError that says what is there, and what to pass."""
     torchaudio()
-    from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoTokenizer, WhisperForConditionalGeneration
+    import transformers as tf
 
     for local in (True, False):
         where = {"pretrained_model_name_or_path": str(source), "local_files_only": local, "trust_remote_code": False}
         try:
-            if (kind := AutoConfig.from_pretrained(**where).model_type) == "whisper":
-                model = WhisperForConditionalGeneration.from_pretrained(**where)
-                tokenizer, rules = AutoTokenizer.from_pretrained(**where).backend_tokenizer, model.generation_config
+            settings, _ = tf.PretrainedConfig.get_config_dict(**where)
+            if (kind := settings.get("model_type")) == "whisper":
+                model = tf.WhisperForConditionalGeneration.from_pretrained(**where)
+                tokenizer, rules = tf.AutoTokenizer.from_pretrained(**where).backend_tokenizer, model.generation_config
                 return Whisper(model, tokenizer, rules.suppress_tokens or [], rules.begin_suppress_tokens or [], device)
             if recognises:
                 raise ValueError(f"it is a {kind}")
-            return Encoder(AutoFeatureExtractor.from_pretrained(**where), AutoModel.from_pretrained(**where), device)
+            extractor = tf.AutoFeatureExtractor.from_pretrained(**where)
+            if kind == "mert_model" and not (settings.get("feature_extractor_cqt") or settings.get("deepnorm")):
+                model = tf.HubertModel.from_pretrained(**where, config=tf.HubertConfig(**settings))  # under its name
+            else:
+                model = tf.AutoModel.from_pretrained(**where)
+            return Encoder(extractor, getattr(model, "audio_model", model), device)
         except (ValueError, *UNREADABLE) as error:
             reason = str(error).strip().split("\n")[0][:160]
     found = "neither on disk nor on a reachable hub"
     if Path(source).is_dir():
         found = f"a folder with {', '.join(sorted(f.name for f in Path(source).iterdir())[:5]) or 'nothing'} in it"
-    wanted = "an openai/whisper-* model" if recognises else "a Whisper, HuBERT, WavLM or wav2vec 2.0"
+    wanted = "an openai/whisper-* model" if recognises else "a Whisper, HuBERT, WavLM, wav2vec 2.0, MERT, AST or CLAP"
     raise ValueError(f"'{source}' is {found} ({reason}): pass the folder or hub name of {wanted}, or demo")
 
 

@@ -2,6 +2,7 @@
 the networks written out plainly, and a loop over single clips for every batch."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -217,14 +218,75 @@ def test_a_model_that_brings_its_own_code_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_encoder_of_windows_of_one_length_is_refused(tmp_path):
+def test_ast_gives_the_mean_of_its_bands_at_each_time_of_its_windows(tmp_path):
     from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
 
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_length=64)
-    for part in (ASTModel(ASTConfig(**sizes)), ASTFeatureExtractor(max_length=64)):
+    sizes = dict(hidden_size=16, num_attention_heads=2, intermediate_size=16, max_length=128, time_stride=8)
+    model, extractor = ASTModel(ASTConfig(num_hidden_layers=2, **sizes)).eval(), ASTFeatureExtractor(max_length=128)
+    for part in (model, extractor):
         part.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="features whatever a clip's length"):
-        demo.load_encoder(str(tmp_path), 1)
+    teacher = demo.load_encoder(f"{tmp_path}@1", 1)
+    assert (teacher.window, teacher.depth, teacher.dim, teacher.rate) == (20480, 2, 16, 15 / 1.28)
+    wavs = [noise(3.0, 16000), noise(0.4, 16000, 1), noise(0.001, 16000, 2)]
+    found = teacher.encode(wavs)
+    assert [len(x) for x in found] == [15 + 15 + 6, 5, 1]
+    with torch.no_grad():
+        x = extractor(wavs[0][20480:40960], sampling_rate=16000, return_tensors="pt")
+        states = model(**x, output_hidden_states=True).hidden_states[1][0, 2:]  # 12 bands of 15 times each
+    np.testing.assert_allclose(found[0][15:30], [states[k::15].mean(0) for k in range(15)], atol=1e-5)
+    np.testing.assert_allclose(found[1], teacher.encode(wavs[1:2])[0], atol=1e-6)
+
+    # a network without layers hears each moment alone: two clips that differ from 0.64 s on do so there only
+    for part in (ASTModel(ASTConfig(num_hidden_layers=0, **sizes)), extractor):
+        part.save_pretrained(tmp_path / "local")
+    a, b = wavs[0][:20480], np.where(np.arange(20480) < 10240, wavs[0][:20480], 0).astype(np.float32)
+    same = np.isclose(*demo.load_encoder(str(tmp_path / "local"), 1).encode([a, b]), atol=1e-5).all(1)
+    assert same.tolist() == [8 * k + 16 <= 62 for k in range(15)]  # whole frames of 16 before it
+
+
+def test_clap_gives_the_mean_of_its_bands_and_only_its_output(tmp_path):
+    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
+
+    text = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, vocab_size=9)
+    sound = dict(hidden_size=64, patch_embeds_hidden_size=8, depths=[1] * 4, num_attention_heads=[1, 1, 2, 2])
+    model = ClapModel(ClapConfig(text_config=text, audio_config=sound)).eval()
+    for part in (model, extractor := ClapFeatureExtractor(truncation="rand_trunc")):
+        part.save_pretrained(tmp_path)
+    teacher = demo.load_encoder(str(tmp_path), 1)
+    assert (teacher.sample_rate, teacher.window, teacher.depth, teacher.dim, teacher.rate) == (
+        48000,
+        480000,
+        0,
+        64,
+        3.2,
+    )
+    wavs = [noise(13.0, 48000), noise(0.5, 48000, 1)]
+    found = teacher.encode(wavs)
+    assert [x.shape for x in found] == [(32 + 10, 64), (2, 64)]
+    with torch.no_grad():
+        x = extractor(wavs[0][:480000], sampling_rate=48000, return_tensors="pt")
+        pooled = model.audio_model(**x).pooler_output[0]
+    np.testing.assert_allclose(found[0][:32].mean(0), pooled, atol=1e-5)
+    with pytest.raises(ValueError, match="has 0 layers"):
+        demo.load_encoder(f"{tmp_path}@1", 1)
+
+
+def test_mert_is_a_hubert_and_its_own_code_is_not_run(hubert, tmp_path):
+    shutil.copytree(hubert, tmp_path / "mert")
+    (tmp_path / "mert" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    file, own = (
+        tmp_path / "mert" / "config.json",
+        {"auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}},
+    )
+    settings = json.loads(file.read_text()) | {"model_type": "mert_model", "feature_extractor_cqt": False} | own
+    file.write_text(json.dumps(settings))
+    wav = [noise(1.0, 16000)]
+    teacher, twin = (demo.load_encoder(str(folder), 1) for folder in (tmp_path / "mert", hubert))
+    np.testing.assert_array_equal(teacher.encode(wav)[0], twin.encode(wav)[0])
+    file.write_text(json.dumps(settings | {"deepnorm": True}))  # layers that HuBERT has not
+    with pytest.raises(ValueError, match="HuBERT"):
+        demo.load_encoder(str(tmp_path / "mert"), 1)
+    assert not (tmp_path / "ran").exists()
 
 
 def kaldi_fbank(wav: np.ndarray) -> np.ndarray:
