@@ -70,6 +70,21 @@ def test_batches_without_padding_take_flash_attention(scene):
 
 @pytest.mark.gpu
 @real
+@pytest.mark.parametrize("method, cfg_scale", [("euler", 2.0), ("midpoint", 1.0)])
+def test_a_graph_samples_what_the_loop_does(scene, monkeypatch, method, cfg_scale):
+    model, batch = scene[0].cuda(), scene[1].to("cuda")
+    mels = []
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(m, "as_graph", lambda function, *like: function)
+        with common.precision("cuda", "bfloat16"):
+            mels.append(m.sample(model, model.embed_condition(batch), 4, cfg_scale, method=method))
+    torch.testing.assert_close(*mels, atol=1e-4, rtol=1e-3)
+    assert mels[0].std() > 0.1
+
+
+@pytest.mark.gpu
+@real
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_run_stops_and_continues(tiny_config, tmp_path, monkeypatch, compiled):
     """Both phases in bfloat16, with probes; a continued run ends where one in one go does."""
@@ -159,6 +174,8 @@ class Times(np.ndarray):
 
 @torch.no_grad()
 def test_the_sampler_and_the_sweep_ask_the_device_for_nothing(fake_cuda, monkeypatch):
+    """What a CUDA graph needs, too, which itself has no fake."""
+    monkeypatch.setattr(m, "as_graph", lambda function, *like: function)
     monkeypatch.setattr(m, "time_grid", lambda nfe, *_: np.linspace(0, 1, nfe + 1).view(Times))
     model = DiT(replace(UNIFIED_B, n_layer=3)).eval()
     cond = model.embed_condition(fake_batch(2))
