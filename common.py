@@ -443,7 +443,8 @@ def make_optimizer(module: nn.Module, config, matrices: Sequence[nn.Parameter] =
     adamw = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, config.beta2), fused=True)
     if not matrices:
         return adamw
-    rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    # torch's default is 5 steps of Newton-Schulz; 4 learn as well in a fifth less of Muon's time, 3 do not
+    rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "ns_steps": 4}
     return MuonAdamW(torch.optim.Muon(matrices, **rates, adjust_lr_fn="match_rms_adamw"), adamw)
 
 

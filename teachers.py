@@ -152,7 +152,12 @@ class Whisper(Teacher):
     def transcribe(self, wavs: list[np.ndarray], language: str = "en") -> list[str]:
         """Text of every clip in `language`: greedy decoding on the 30 s window, without timestamps. At most 16 tokens
         and 8 more per second, so babble ends. Raises ValueError for a clip over 30 s, or a language it lacks."""
-        wavs = checked(wavs, self.window)
+        from transformers import GenerationMixin
+        from transformers.modeling_outputs import BaseModelOutput
+
+        wavs, end = checked(wavs, self.window), self.tokenizer.token_to_id("<|endoftext|>")
+        how = {"do_sample": False, "num_beams": 1, "eos_token_id": end, "pad_token_id": end}
+        how |= {"suppress_tokens": self.suppress, "begin_suppress_tokens": self.suppress_first}
         multilingual = self.model.config.vocab_size >= 51865  # the .en models have one token less and no language
         words = ["startoftranscript", *([language, "transcribe"] if multilingual else []), "notimestamps"]
         prompt = [self.tokenizer.token_to_id(f"<|{word}|>") for word in words]
@@ -165,27 +170,15 @@ class Whisper(Teacher):
             mel = whisper_mel([wavs[i] for i in batch], self.window, self.filters)
             states = self._states(mel, torch.full((len(batch),), mel.shape[2], device=self.device))
             limits = [16 + 8 * len(wavs[i]) // self.sample_rate for i in batch]
-            ids = self._greedy(states, prompt, torch.tensor(limits, device=self.device))
-            for i, text in zip(batch, self.tokenizer.decode_batch(ids.tolist()), strict=True):
+            # not Whisper's own generate, which hears mels
+            ids = GenerationMixin.generate(
+                self.model, decoder_input_ids=torch.tensor([prompt] * len(batch), device=self.device),
+                encoder_outputs=BaseModelOutput(states), max_new_tokens=max(limits), **how,
+            )  # fmt: skip
+            rows = [row[: len(prompt) + limit] for row, limit in zip(ids.tolist(), limits, strict=True)]
+            for i, text in zip(batch, self.tokenizer.decode_batch(rows), strict=True):
                 texts[i] = text.strip()
         return texts
-
-    def _greedy(self, states: torch.Tensor, prompt: list[int], limits: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, steps), prompt included, from encoder states (B, 1500, D); at most `limits` (B,) per clip."""
-        from transformers import DynamicCache, EncoderDecoderCache
-
-        end, cache = self.tokenizer.token_to_id("<|endoftext|>"), EncoderDecoderCache(DynamicCache(), DynamicCache())
-        tokens = step = torch.tensor([prompt] * len(states), device=self.device)
-        done = torch.zeros_like(limits, dtype=torch.bool)
-        for count in range(int(limits.max())):
-            out = self.model.model.decoder(step, None, states, cache, use_cache=True)  # by place: names change
-            logits = self.model.proj_out(out.last_hidden_state[:, -1])  # (B, vocabulary)
-            logits[:, self.suppress if count else self.suppress + self.suppress_first] = -torch.inf
-            step = logits.argmax(1).masked_fill(done | (count >= limits), end)[:, None]
-            tokens, done = torch.cat([tokens, step], 1), done | (step[:, 0] == end)
-            if done.all():
-                break
-        return tokens
 
 
 class Encoder(Teacher):
